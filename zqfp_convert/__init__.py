@@ -1,0 +1,32 @@
+"""zqfp-convert: language models with 4-bit floating-point weights for FP8 tensor cores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zqfp_convert.convert import Conversion, convert
+    from zqfp_convert.errors import ZqfpError
+    from zqfp_convert.recipe import Recipe
+    from zqfp_convert.runtime.loader import load
+
+__all__ = ["Conversion", "Recipe", "ZqfpError", "convert", "load"]
+
+_HOMES = {
+    "Conversion": "zqfp_convert.convert",
+    "Recipe": "zqfp_convert.recipe",
+    "ZqfpError": "zqfp_convert.errors",
+    "convert": "zqfp_convert.convert",
+    "load": "zqfp_convert.runtime.loader",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that loading a model does not pull in the converter."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Statistics of activations: calibration tokens, and hidden states streamed block by block."""

@@ -1,0 +1,24 @@
+"""What a quantized linear will do, at full speed: dense weights, quantized activations."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from zqfp_convert.numerics import fp8
+
+
+class SimulatedLinear(nn.Module):
+    """`y = W x^ + bias` with `x^` the activation after E4M3 quantization for each token.
+
+    It stands in for a quantized linear while the blocks behind it are calibrated.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """`weight` is `[N, K]`, dequantized, low-rank compensation included; `bias` `[N]`."""
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., K]` to `[..., N]`."""
+        return nn.functional.linear(fp8.simulate(x), self.weight, self.bias)  # type: ignore[arg-type]

@@ -1,0 +1,79 @@
+"""In which order the linears of a block are solved, and what statistics each of them sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+
+from zqfp_convert.calibration.stream import Call, Stream, inputs_of, stop_at
+from zqfp_convert.errors import SourceError
+from zqfp_convert.numerics import fp8
+from zqfp_convert.quantize.hessian import HessianSum
+
+Calls = Callable[[int], Call]
+
+
+def trace(block: nn.Module, names: Iterable[str], call: Call, hidden: Tensor) -> list[list[str]]:
+    """The named linears in the order in which a block runs them, those with one input together.
+
+    So q, k, v come before o, and gate, up before down, whatever they are called. Linears that do
+    not run are left out.
+    """
+    seen: dict[str, Tensor] = {}
+    with inputs_of({name: block.get_submodule(name) for name in names}, seen):
+        call.run(block, hidden)
+    stages: dict[tuple[object, ...], list[str]] = {}
+    for name, x in seen.items():  # in the order of the calls; `seen` keeps the memory in use
+        stages.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(name)
+    return list(stages.values())
+
+
+def statistics(
+    stage: list[str],
+    student: nn.Module,
+    student_stream: Stream,
+    teacher: nn.Module | None,
+    teacher_stream: Stream | None,
+    calls: Calls,
+) -> tuple[Tensor, Tensor | None]:
+    """H and C of the input that the linears of a stage share.
+
+    The student is the block with all earlier stages quantized, on hidden states that came through
+    the quantized blocks before; the teacher the original block on the original's hidden states.
+    Without a teacher there is no C.
+
+    Raises:
+        SourceError: the activations hold NaN or infinity.
+    """
+    name = stage[0]
+    features = student.get_submodule(name).get_parameter("weight")
+    total: HessianSum | None = None
+    for index, hidden in enumerate(student_stream.hidden):
+        call = calls(index)
+        seen = fp8.simulate(_input(student, name, call, hidden))
+        original = None
+        if teacher is not None and teacher_stream is not None:
+            original = _input(teacher, name, call, teacher_stream.hidden[index])
+        if total is None:
+            cross = teacher is not None
+            total = HessianSum(seen.shape[-1], cross=cross, device=features.device)
+        total.add(seen, original)
+    assert total is not None
+    hessian, cross_moment = total.mean()
+    if not bool(hessian.isfinite().all()):
+        raise SourceError(
+            name,
+            "NaN or infinity among its calibration activations",
+            needed="finite activations",
+            do="Try --device cpu (float32); if it persists, the model or the text is at fault.",
+        )
+    return hessian, cross_moment
+
+
+def _input(block: nn.Module, name: str, call: Call, hidden: Tensor) -> Tensor:
+    seen: dict[str, Tensor] = {}
+    module = block.get_submodule(name)
+    with inputs_of({name: module}, seen), stop_at(module):
+        call.run(block, hidden)
+    return seen[name]

@@ -1,0 +1,140 @@
+"""Hidden states of the calibration windows, carried from block to block.
+
+The model never exists whole: for each block the decoder is run with its blocks stubbed out, only
+to learn with which arguments it calls that block (masks, positions, rotary tables).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zqfp_convert.model.blocks import Blocks, first_tensor
+
+
+class _Reached(Exception):
+    """Leaves a forward pass once the wanted place is reached."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments that a decoder gives to one of its blocks, hidden states aside."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The hidden states `[batch, tokens, width]` that the block makes of others."""
+        return first_tensor(block(hidden, *self.args, **self.kwargs))
+
+
+class Stream:
+    """Batches of hidden states at the entrance of one block.
+
+    Attributes:
+        hidden: a tensor `[batch, tokens, width]` for each batch.
+    """
+
+    def __init__(self, hidden: list[Tensor]) -> None:
+        self.hidden = hidden
+
+    def advance(self, block: nn.Module, calls: Callable[[int], Call]) -> None:
+        """Move all batches through a block."""
+        for index, hidden in enumerate(self.hidden):
+            self.hidden[index] = calls(index).run(block, hidden)
+
+
+class Entrance:
+    """Learns with which arguments, and first with which hidden states, blocks are called."""
+
+    def __init__(self, blocks: Blocks, batches: list[Tensor]) -> None:
+        """`batches` are token ids, int64 `[batch, tokens]`, on the decoder's device."""
+        self._blocks, self._batches = blocks, batches
+        self._returns_tuple = False
+
+    def first(self) -> list[Tensor]:
+        """The hidden states that enter the first block, for each batch."""
+        return [self._record(0, batch)[1] for batch in range(len(self._batches))]
+
+    def calls(self, block: int) -> Callable[[int], Call]:
+        """The arguments of a block's call, by the batch's index; learnt anew each time."""
+        return lambda batch: self._record(block, batch)[0]
+
+    def try_first(self, block: nn.Module) -> None:
+        """Run the real first block once, so that stubs return what it does: a tensor or a tuple."""
+        call, hidden = self._record(0, 0)
+        self._returns_tuple = isinstance(block(hidden, *call.args, **call.kwargs), tuple)
+
+    def _record(self, wanted: int, batch: int) -> tuple[Call, Tensor]:
+        found: list[tuple[Call, Tensor]] = []
+
+        def stub(index: int) -> Callable[..., object]:
+            def forward(*args: Any, **kwargs: Any) -> object:
+                if args:
+                    hidden, rest = args[0], args[1:]
+                else:
+                    hidden, rest = kwargs.pop("hidden_states"), ()
+                if index == wanted:
+                    found.append((Call(rest, kwargs), hidden))
+                    raise _Reached
+                return (hidden,) if self._returns_tuple else hidden
+
+            return forward
+
+        modules = self._blocks.modules
+        for index, module in enumerate(modules):
+            module.forward = stub(index)  # type: ignore[method-assign]
+        try:
+            self._blocks.decoder(input_ids=self._batches[batch], use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            for module in modules:
+                del module.forward
+        assert found, "the decoder did not call its block"
+        return found[0]
+
+
+@contextmanager
+def inputs_of(modules: dict[str, nn.Module], seen: dict[str, Tensor]) -> Iterator[None]:
+    """While this context is open, the inputs of the modules are put into `seen` by name."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[name] = args[0]
+
+        return record
+
+    handles = [m.register_forward_pre_hook(hook(name)) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def stop_at(module: nn.Module) -> Iterator[None]:
+    """Runs the body until it calls `module`; nothing behind that call is computed."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        yield
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
+def batches_of(windows: Tensor, tokens_at_once: int, device: torch.device) -> list[Tensor]:
+    """Windows `[samples, seq_len]` in batches of at most so many tokens, at least one window."""
+    size = max(1, tokens_at_once // windows.shape[1])
+    return [batch.to(device) for batch in windows.split(size)]

@@ -1,0 +1,64 @@
+"""From what a user types for a model to a folder on this machine, by way of the Hub's cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from zqfp_convert.checkpoint.source import PICKLED
+from zqfp_convert.errors import SourceError
+
+NOT_NEEDED = [f"*{suffix}" for suffix in (*PICKLED, ".h5", ".msgpack", ".gguf", ".onnx", ".ot")]
+
+
+def fetch(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: the path itself if it is one, else downloaded from the Hub.
+
+    `HF_HUB_OFFLINE`, `HF_TOKEN` and the cache's settings are those of `huggingface_hub`.
+
+    Raises:
+        SourceError: neither a folder nor a repository that can be read.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    name = str(model)
+    if isinstance(model, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SourceError(
+            name,
+            "a file" if path.exists() else "no such folder",
+            needed="a model folder, or a repository's name on the Hub (USER/NAME)",
+            do="Check the path.",
+        )
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=NOT_NEEDED))
+    except GatedRepoError as error:
+        raise SourceError(
+            name,
+            "a gated repository",
+            needed="access granted to your account, and your token",
+            do=f"Accept its terms on the Hub's page of {name}, then run 'hf auth login' or set "
+            "HF_TOKEN.",
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise SourceError(
+            name,
+            "neither a folder here nor a repository that the Hub shows you",
+            needed="a model folder, or a repository's name on the Hub (USER/NAME)",
+            do="Check the spelling; for a private repository run 'hf auth login'.",
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise SourceError(
+            name,
+            f"cannot be downloaded, and is not whole in the cache ({type(error).__name__})",
+            needed="a connection to the Hub, or a cached copy",
+            do="Check the network and HF_HUB_OFFLINE, or give a folder.",
+        ) from error

@@ -1,0 +1,119 @@
+"""The model to convert, as it lies in a folder: its configuration, shards and other files.
+
+Everything here is looked at before any work begins.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.shards import Shards, read_json
+from zqfp_convert.errors import SourceError
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+OTHER_WEIGHTS = (".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".tflite", ".ot")
+REWRITTEN = (layout.CONFIG_FILE, layout.INDEX_FILE, layout.MANIFEST_FILE)
+
+
+class Source:
+    """A model folder that can be converted."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a folder and check its configuration and the headers of its shards.
+
+        Raises:
+            SourceError: no model here, pickled weights only, or already quantized.
+            CheckpointError: a damaged shard or index.
+        """
+        self.folder = folder
+        if not (folder / layout.CONFIG_FILE).is_file():
+            raise SourceError(
+                str(folder),
+                f"no {layout.CONFIG_FILE}",
+                needed="a folder with a Hugging Face model",
+                do="Check the path, or give the name of a model on the Hub.",
+            )
+        self.config: dict[str, Any] = read_json(folder / layout.CONFIG_FILE, "bad-config")
+        _refuse_quantized(folder, self.config)
+        _refuse_pickled(folder)
+        self.shards = Shards(folder)
+
+    def other_files(self) -> list[Path]:
+        """Files to carry over, relative to the folder: all that are no weights and not hidden."""
+        return [
+            path
+            for path in sorted(p.relative_to(self.folder) for p in self.folder.rglob("*"))
+            if (self.folder / path).is_file()
+            and not any(part.startswith(".") for part in path.parts)
+            and path.suffix not in (*PICKLED, *OTHER_WEIGHTS)
+            and not path.name.endswith(".index.json")
+            and str(path) not in REWRITTEN
+        ]
+
+    def code_files(self) -> list[Path]:
+        """Python files of the model's author: carried over, never run."""
+        return [path for path in self.other_files() if path.suffix == ".py"]
+
+    def check_finite(self) -> None:
+        """Read every floating tensor once and refuse NaN and infinity.
+
+        Raises:
+            SourceError: naming the first tensor that holds one.
+        """
+
+        def finite(name: str) -> bool:
+            tensor = self.shards.read([name])[name]
+            return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
+
+        names = sorted(self.shards.tensors)
+        with ThreadPoolExecutor(4) as pool:
+            for name, is_finite in zip(names, pool.map(finite, names), strict=True):
+                if not is_finite:
+                    raise SourceError(
+                        name,
+                        f"NaN or infinity in {self.shards.tensors[name].file}",
+                        needed="finite weights",
+                        do="The model is damaged: download it again, or ask its authors.",
+                    )
+
+
+def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
+    quantization = config.get(layout.CONFIG_KEY)
+    if quantization is None and isinstance(config.get("text_config"), dict):
+        quantization = config["text_config"].get(layout.CONFIG_KEY)
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method is None and isinstance(quantization, dict):
+        method = next((key for key in quantization if key.startswith("load_in_")), None)
+    raise SourceError(
+        str(folder / layout.CONFIG_FILE),
+        f"the model is already quantized ({method or 'unknown method'})",
+        needed="the original weights (float32, float16 or bfloat16)",
+        do="Convert the model that this one was made from.",
+    )
+
+
+def _refuse_pickled(folder: Path) -> None:
+    if (folder / layout.SINGLE_SHARD).is_file() or (folder / layout.INDEX_FILE).is_file():
+        return
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+    if pickled:
+        raise SourceError(
+            str(folder / pickled[0]),
+            "pickled weights, which can run code when they are opened",
+            needed=f"{layout.SINGLE_SHARD} or {layout.INDEX_FILE}",
+            do="Convert them where you trust them: load with transformers and call "
+            "save_pretrained(), which writes safetensors.",
+        )
+    raise SourceError(
+        str(folder),
+        "no weights",
+        needed=f"{layout.SINGLE_SHARD} or {layout.INDEX_FILE}",
+        do="Download the model's safetensors files.",
+    )

@@ -1,0 +1,335 @@
+"""Converts a model: block by block from source shards to a packed checkpoint.
+
+This is the road of the data; the method itself is `quantize/weight.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zqfp_convert.calibration import text
+from zqfp_convert.calibration.centering import Change, center_norms
+from zqfp_convert.calibration.simulated import SimulatedLinear
+from zqfp_convert.calibration.stages import statistics, trace
+from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
+from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.packed import pack
+from zqfp_convert.checkpoint.writer import Writer
+from zqfp_convert.model import skeleton
+from zqfp_convert.model.blocks import weight_matrix
+from zqfp_convert.model.device import compute_dtype
+from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer, make_plan
+from zqfp_convert.quantize.hessian import Curvature, prepare
+from zqfp_convert.quantize.weight import QuantizedWeight, quantize_weight
+from zqfp_convert.recipe import Recipe
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the weights done so far, and their total."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion made.
+
+    Attributes:
+        out: the checkpoint's folder.
+        plan: what was planned.
+        layers: the manifest's entry for each quantized linear.
+        changed: tensors that differ from the source's, with the kind of change.
+        bytes_after: of all weights on disk.
+        seconds: wall time.
+    """
+
+    out: Path
+    plan: Plan
+    layers: dict[str, dict[str, Any]]
+    changed: dict[str, str]
+    bytes_after: int
+    seconds: float
+
+    def worst(self, count: int = 5) -> list[tuple[str, dict[str, Any]]]:
+        """The layers with the largest error of their outputs (of their weights, where unknown)."""
+
+        def error(entry: dict[str, Any]) -> float:
+            known = entry["output_error"]
+            return float(entry["weight_error"] if known is None else known)
+
+        return sorted(self.layers.items(), key=lambda item: -error(item[1]))[:count]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain JSON values."""
+        return {
+            "out": str(self.out),
+            "bytes_before": self.plan.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bits": self.plan.bits,
+            "layers": len(self.layers),
+            "worst": dict(self.worst()),
+            "damping_retries": {
+                name: entry["damping_retries"]
+                for name, entry in self.layers.items()
+                if entry.get("damping_retries")
+            },
+            "left_alone": self.plan.left_alone,
+            "changed": len(self.changed),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Recipe = "best",
+    calibration: str | Path | None = None,
+    device: str | torch.device | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    **choices: Any,
+) -> Conversion:
+    """Convert a Hugging Face causal language model into a packed FP4 checkpoint.
+
+    Args:
+        model: a folder, or a repository on the Hub.
+        out: the folder to make.
+        recipe: a name (`fast`, `paper`, `best`) or a whole recipe.
+        calibration: a .txt or .jsonl file, or a data set on the Hub; by default the model writes
+            its own text.
+        device: where to compute; the first GPU when there is one.
+        overwrite: replace `out` if it is a checkpoint of ours.
+        revision: of a repository on the Hub.
+        progress: called as work goes on.
+        choices: fields of `Recipe` to set, such as `group_size=64`.
+
+    Raises:
+        ZqfpError: with what stands in the way; `out` has not been made, or is what it was before.
+    """
+    chosen = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe, **choices)
+    plan = make_plan(
+        model,
+        out,
+        recipe=chosen,
+        calibration=calibration,
+        device=device,
+        overwrite=overwrite,
+        revision=revision,
+    )
+    return run(plan, progress)
+
+
+@torch.no_grad()
+def run(plan: Plan, progress: Progress | None = None) -> Conversion:
+    """Carry out a plan. Raises what `convert` raises."""
+    began = time.monotonic()
+    report = progress or (lambda text, done, total: None)
+    report("checking weights", 0, plan.weights)
+    plan.source.check_finite()
+    work = _Work(plan, report)
+    shards = len(plan.other_shards) + len(plan.layers)
+    with Writer(plan.out, shards, overwrite=plan.overwrite) as writer:
+        calibration = work.calibrate() if plan.recipe.needs_calibration else None
+        for names in plan.other_shards:
+            writer.add_shard(plan.source.shards.read(names))
+        for index in range(len(plan.layers)):
+            writer.add_shard(work.block(index))
+        report("writing", plan.weights, plan.weights)
+        writer.copy(plan.source.folder, plan.source.other_files())
+        quantization = _quantization_config(plan, calibration)
+        config = {**plan.source.config, layout.CONFIG_KEY: quantization}
+        writer.finish(config, work.entries, work.changed)
+    after = sum(path.stat().st_size for path in plan.out.glob("*.safetensors"))
+    seconds = time.monotonic() - began
+    return Conversion(plan.out, plan, work.entries, work.changed, after, seconds)
+
+
+@dataclass
+class _Work:
+    """A conversion under way: the calibration streams, and what the manifest will say."""
+
+    plan: Plan
+    report: Progress
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)
+    done: int = 0
+    entrance: Entrance | None = None
+    teacher: Stream | None = None  # hidden states of the original model
+    student: Stream | None = None  # hidden states behind the quantized blocks
+
+    def calibrate(self) -> dict[str, Any]:
+        """Get the calibration tokens and start the streams; returns what the config says of it."""
+        plan, recipe = self.plan, self.plan.recipe
+        if plan.text is None:
+            self.report("writing calibration text", 0, plan.weights)
+            whole = skeleton.build(plan.source.folder, plan.device)
+            self._fill(whole, "", list(plan.names.to_model))
+            whole.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
+            windows = text.generate(whole, recipe.samples, recipe.seq_len, recipe.seed)
+            del whole
+        else:
+            self.report("reading calibration text", 0, plan.weights)
+            tokenizer = text.tokenizer_of(plan.source.folder)
+            windows = text.windows(
+                plan.text, tokenizer, recipe.samples, recipe.seq_len, recipe.seed
+            )
+        others = [name for names in plan.other_shards for name in names]
+        self._fill(plan.model, "", [name for name in others if name in plan.names.to_model])
+        at_once = TOKENS_AT_ONCE[plan.device.type]
+        batches = batches_of(windows, at_once, plan.device)
+        self.entrance = Entrance(plan.blocks, batches)
+        self.student = Stream(self.entrance.first())
+        if recipe.asymmetry > 0:
+            self.teacher = Stream(list(self.student.hidden))
+        return {
+            "source": plan.calibration,
+            "samples": windows.shape[0],
+            "seq_len": windows.shape[1],
+            "sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        }
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """Quantize a block; returns all tensors of its shard by their names on disk."""
+        plan, prefix = self.plan, self.plan.blocks.name(index) + "."
+        disk = plan.block_tensors(index)
+        tensors = plan.source.shards.read(disk)
+        block = plan.blocks.modules[index]
+        if self.student is None:
+            quantized = {
+                layer.place: self._solve(index, layer, self._matrix(layer, block, tensors), None)
+                for layer in plan.layers[index]
+            }
+        else:
+            self._fill(block, prefix, disk, tensors)
+            quantized, changes = self._calibrated(index, block)
+            for change in changes:
+                place = prefix + change.name
+                layer, _, leaf = place.rpartition(".")
+                weight = plan.names.to_disk[layer + layout.WEIGHT].removesuffix(layout.WEIGHT)
+                name = plan.names.to_disk.get(place, f"{weight}.{leaf}")
+                tensors[name] = change.value.cpu()
+                self.changed[name] = change.kind
+            skeleton.empty(block)
+        for layer in plan.layers[index]:
+            del tensors[layer.disk + layout.WEIGHT]
+            tensors |= self._packed(layer, quantized[layer.place])
+        return tensors
+
+    def _calibrated(
+        self, index: int, block: nn.Module
+    ) -> tuple[dict[str, QuantizedWeight], list[Change]]:
+        """Quantize a block's linears stage by stage, and move the streams through it."""
+        plan, recipe = self.plan, self.plan.recipe
+        assert self.entrance is not None and self.student is not None
+        if index == 0:
+            self.entrance.try_first(block)
+        calls = self.entrance.calls(index)
+        layers = {layer.place: layer for layer in plan.layers[index]}
+        changes: list[Change] = []
+        if recipe.center_norms and layers:
+            changes = center_norms(block, set(layers), self.student, calls, plan.model.dtype)
+        student = copy.deepcopy(block)
+        teacher = block if self.teacher is not None else None
+        stages = trace(student, layers, calls(0), self.student.hidden[0]) if layers else []
+        quantized: dict[str, QuantizedWeight] = {}
+        for stage in stages:
+            hessian, cross = statistics(stage, student, self.student, teacher, self.teacher, calls)
+            curvature = prepare(
+                hessian, cross, damping=recipe.damping, activation_order=recipe.activation_order
+            )
+            for place in stage:
+                linear = student.get_submodule(place)
+                solved = self._solve(index, layers[place], weight_matrix(linear), curvature)  # type: ignore[arg-type]
+                simulated = solved.dequantize().to(weight_matrix(linear).dtype)  # type: ignore[arg-type]
+                _replace(student, place, SimulatedLinear(simulated, linear.bias))  # type: ignore[arg-type]
+                quantized[place] = solved
+        for place in layers.keys() - quantized.keys():  # linears that no token went through
+            weight = weight_matrix(block.get_submodule(place))  # type: ignore[arg-type]
+            quantized[place] = self._solve(index, layers[place], weight, None)
+        self.student.advance(student, calls)
+        if self.teacher is not None:
+            self.teacher.advance(block, calls)
+        return quantized, changes
+
+    def _solve(
+        self, index: int, layer: PlannedLayer, weight: Tensor, curvature: Curvature | None
+    ) -> QuantizedWeight:
+        total = len(self.plan.layers)
+        self.report(f"block {index + 1}/{total}  {layer.place}", self.done, self.plan.weights)
+        solved = quantize_weight(weight.to(self.plan.device), curvature, self.plan.recipe)
+        self.done += layer.weights
+        self.entries[layer.disk] = {
+            "shape": [layer.rows, layer.columns],
+            "rank": 0 if solved.factors is None else len(solved.factors.A),
+            "span": solved.scales.span,
+            "raised_groups": solved.scales.raised,
+            "weight_error": solved.weight_error,
+            "output_error": solved.output_error,
+        }
+        if curvature is not None and curvature.retries:
+            self.entries[layer.disk]["damping"] = curvature.damping
+            self.entries[layer.disk]["damping_retries"] = curvature.retries
+        return solved
+
+    def _matrix(self, layer: PlannedLayer, block: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
+        """The weight `[N, K]` of a layer, straight from the file."""
+        stored = tensors[layer.disk + layout.WEIGHT]
+        transposed = weight_matrix(block.get_submodule(layer.place)).shape != stored.shape  # type: ignore[arg-type]
+        return stored.t() if transposed else stored
+
+    def _packed(self, layer: PlannedLayer, solved: QuantizedWeight) -> dict[str, Tensor]:
+        factors = solved.factors
+        triple = None if factors is None else (factors.A, factors.B, factors.scale)
+        packed = pack(layer.disk, solved.codes, solved.scales, triple)
+        packed.check()
+        return packed.tensors()
+
+    def _fill(
+        self,
+        module: nn.Module,
+        prefix: str,
+        disk: list[str],
+        tensors: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Give a module, which has `prefix` in the model, the tensors of these names on disk."""
+        plan = self.plan
+        dtype = compute_dtype(plan.device, plan.model.dtype)
+        for name in disk:
+            value = tensors[name] if tensors else plan.source.shards.read([name])[name]
+            place = plan.names.to_model[name].removeprefix(prefix)
+            skeleton.assign(module, {place: value.to(plan.device)}, dtype)
+
+
+def _quantization_config(plan: Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:
+    recipe = plan.recipe
+    lorc = {"rank": recipe.rank, "factors": recipe.factors} if recipe.rank > 0 else None
+    return {
+        "quant_method": layout.FORMAT,
+        "format_version": layout.FORMAT_VERSION,
+        "producer": {"name": "zqfp-convert", "version": version("zqfp-convert")},
+        "required_features": ["lorc"] if lorc else [],
+        "weights": {
+            "format": "e2m1",
+            "group_size": recipe.group_size,
+            "scales": recipe.scales,
+        },
+        "activations": {"format": "e4m3", "scale": "token", "dynamic": True},
+        "lorc": lorc,
+        "ignore": sorted(plan.left_alone),
+        "recipe": recipe.to_json(),
+        "calibration": calibration,
+    }
+
+
+def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(path), leaf, new)

@@ -1,0 +1,110 @@
+"""Finds a decoder's blocks and the linears in them by structure, not by a table of names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from zqfp_convert.errors import SourceError
+
+Linear = nn.Linear | Conv1D
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The decoder's list of like blocks.
+
+    Attributes:
+        decoder: the module whose forward runs from token ids to the last block's output.
+        path: the list's name in the model, such as `model.layers`.
+        modules: the blocks in order.
+    """
+
+    decoder: nn.Module
+    path: str
+    modules: list[nn.Module]
+
+    def name(self, index: int) -> str:
+        """The name of a block in the model."""
+        return f"{self.path}.{index}"
+
+
+def find_blocks(model: PreTrainedModel) -> Blocks:
+    """The outermost list of like modules that holds most of the decoder's linear weights.
+
+    Raises:
+        SourceError: there is none, or its blocks hold experts.
+    """
+    decoder = model.get_decoder()
+    if decoder is None or not isinstance(decoder, nn.Module):
+        decoder = model
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for path, module in decoder.named_modules():
+        if not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        size = sum(sum(w.weight.numel() for _, w in linears(block)) for block in module)
+        alike = len({type(block) for block in module}) == 1
+        if alike and size and (best is None or size > best[0]):
+            best = (size, path, module)
+    if best is None:
+        raise SourceError(
+            type(model).__name__,
+            "no list of like decoder blocks with linear layers",
+            needed="a decoder made of a list of blocks of one kind",
+            do="This architecture cannot be converted yet.",
+        )
+    _, path, found = best
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    for block in found:
+        _refuse_experts(type(model).__name__, block)
+    return Blocks(decoder, f"{prefix}.{path}".lstrip("."), list(found))
+
+
+def linears(block: nn.Module) -> Iterator[tuple[str, Linear]]:
+    """The linear layers in a module with their names; GPT-2's transposed ones too."""
+    for name, module in block.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            yield name, module
+
+
+def weight_matrix(linear: Linear) -> Tensor:
+    """The weight of a linear as `[N, K]`; `Conv1D` stores it transposed."""
+    weight: Tensor = linear.weight
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def shape(linear: Linear) -> tuple[int, int]:
+    """(N, K) of a linear."""
+    rows, columns = weight_matrix(linear).shape
+    return rows, columns
+
+
+def is_transposed(linear: Linear) -> bool:
+    """Whether the checkpoint stores the weight as `[K, N]`."""
+    return isinstance(linear, Conv1D)
+
+
+def first_tensor(output: object) -> Tensor:
+    """The hidden states in what a block returns: a tensor, or a tuple that starts with one."""
+    found = output[0] if isinstance(output, (tuple, list)) else output
+    assert isinstance(found, torch.Tensor), type(found)
+    return found
+
+
+def _refuse_experts(model: str, block: nn.Module) -> None:
+    for name, module in block.named_modules():
+        fused = any(p.ndim == 3 for p in module._parameters.values() if p is not None)
+        convolution = isinstance(module, nn.Conv1d)
+        listed = isinstance(module, nn.ModuleList) and any(True for _ in linears(module))
+        if (fused and not convolution) or listed:
+            raise SourceError(
+                model,
+                f"a mixture of experts (in '{name}' of each block)",
+                needed="blocks of plain linear layers",
+                do="Mixtures of experts cannot be converted yet.",
+            )

@@ -1,0 +1,41 @@
+"""E2M1, the 4-bit floating-point format of the weights (OCP Microscaling Formats v1.0, 5.3.3).
+
+A code is sign, 2 exponent bits, 1 mantissa bit; magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MAX = 6.0
+
+
+def round_to_grid(values: Tensor) -> Tensor:
+    """Round to the nearest E2M1 value, ties to the even mantissa, beyond 6 to 6.
+
+    The spacing is 0.5 below 2, 1 below 4 and 2 above, and `torch.round` breaks its ties to the
+    even multiple of the spacing, which is the even mantissa. NaN stays NaN. Zeros come out
+    positive. dtype and shape are kept (a floating dtype).
+    """
+    magnitude = values.abs()
+    step = 0.5 * ((magnitude >= 2.0).to(values.dtype) + 1.0) * ((magnitude >= 4.0) + 1.0)
+    rounded = (torch.round(values / step) * step).clamp(-MAX, MAX)
+    return rounded + 0.0  # -0 + 0 is +0
+
+
+def encode(values: Tensor) -> Tensor:
+    """The code of the nearest E2M1 value of each element, uint8 of the same shape, never 8 (-0)."""
+    grid = round_to_grid(values.float())
+    bounds = torch.tensor(MAGNITUDES[1:], device=values.device)
+    magnitude_code = torch.bucketize(grid.abs(), bounds, right=True).to(torch.uint8)
+    return magnitude_code | ((grid < 0).to(torch.uint8) << 3)
+
+
+def decode(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The value of each code (uint8, 0 to 15); code 8 gives -0."""
+    table = torch.tensor(
+        MAGNITUDES + tuple(-value for value in MAGNITUDES), dtype=dtype, device=codes.device
+    )
+    return table[codes.int()]

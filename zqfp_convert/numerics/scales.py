@@ -1,0 +1,236 @@
+"""Scales of groups of weights: unconstrained, M1 (powers of two), M2 (row scale x powers of two).
+
+Every function takes a weight `[N, K]` and returns `Scales` that keep the rules of the format:
+span at most 11, a row's largest exponent 0 under M2, harmless values for groups of zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from zqfp_convert.numerics import e2m1
+
+Kind = Literal["free", "m1", "m2"]
+Rounding = Literal["ceil", "floor", "nearest", "search"]
+
+MAX_SPAN = 11
+MIN_FACTOR = 2.0**-100  # rows smaller than this are as good as zero, and stay normal numbers
+MANTISSAS = 16  # of the searched scales, 2^(i/16)
+SEARCH_ROWS = 2048  # rows searched at a time, to bound the memory
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scale of group g of row n is `factor[n, g or 0] * 2^exponent[n, g]`.
+
+    Attributes:
+        kind: the constraint that they keep.
+        factor: float32, holding bfloat16 values: `[N, G]` (free), `[N, 1]` (M2: the row scales;
+            M1: ones).
+        exponent: int16 `[N, G]`; zeros where scales are free, at most 0 under M2.
+        group_size: columns that share a scale; the last group may be shorter.
+        raised: how many groups the limit on the span has lifted to a larger scale.
+    """
+
+    kind: Kind
+    factor: Tensor
+    exponent: Tensor
+    group_size: int
+    raised: int = 0
+
+    def per_group(self) -> Tensor:
+        """The scales as float32 `[N, G]`, exact."""
+        return self.factor * power_of_two(self.exponent)
+
+    def per_column(self, columns: Tensor) -> Tensor:
+        """The scales of the given columns (int64 `[C]`) as float32 `[N, C]`."""
+        return self.per_group()[:, columns // self.group_size]
+
+    @property
+    def span(self) -> int | None:
+        """The largest span of any row; None where scales are free."""
+        if self.kind == "free":
+            return None
+        return int((self.exponent.amax(1) - self.exponent.amin(1)).max())
+
+
+def choose(
+    weight: Tensor,
+    kind: Kind,
+    rounding: Rounding,
+    group_size: int,
+    importance: Tensor | None = None,
+) -> Scales:
+    """Choose the scales of a weight.
+
+    Roundings of the ideal scale `S = absmax / 6` of each group:
+        free: `nearest` keeps S; `search` tries 16 scales an octave between S / 1.34 and 1.5 S.
+        m1: `2^ceil(log2 S)` never clips, `floor` clips, `nearest` is nearest in log2 and may.
+        m2: the row scale is the row's largest S; a group has it over `2^r(log2(S_max / S))`:
+            r = `floor` never clips; `ceil` (ZeroQuant-FP as printed) shrinks scales, and clips;
+            `nearest` may clip.
+        m1 and m2 with `search`: the exponents (m2: and for each row one of 16 mantissas of the row
+            scale) that minimise `sum_k importance_k (w_k - quantized_k)^2`.
+
+    Args:
+        weight: `[N, K]`, any floating dtype, finite.
+        importance: float `[K]`, not negative (the Hessian's diagonal); ones when absent. Only
+            `search` uses it.
+    """
+    weight = weight.float()
+    if rounding == "search":
+        return _searched(weight, kind, group_size, importance)
+    absmax = _grouped(weight, group_size).abs().amax(-1)  # [N, G]
+    ideal = absmax / e2m1.MAX
+    match kind:
+        case "free":
+            return _free(ideal, group_size)
+        case "m1":
+            exponent = _log2(ideal, rounding)
+            return _constrained("m1", torch.ones_like(ideal[:, :1]), exponent, absmax, group_size)
+        case "m2":
+            largest = ideal.amax(1, keepdim=True)
+            exponent = -_log2(largest / ideal, rounding)
+            factor = _bfloat16_up(largest) if rounding == "floor" else largest
+            return _constrained("m2", factor, exponent, absmax, group_size)
+
+
+def quantize(weight: Tensor, scales: Scales) -> Tensor:
+    """The codes, uint8 `[N, K]`, of the E2M1 values nearest to `weight / scale`."""
+    columns = torch.arange(weight.shape[1], device=weight.device)
+    return e2m1.encode(weight.float() / scales.per_column(columns))
+
+
+def dequantize(codes: Tensor, scales: Scales) -> Tensor:
+    """The float32 weight `[N, K]` that codes uint8 `[N, K]` and scales stand for."""
+    columns = torch.arange(codes.shape[1], device=codes.device)
+    return e2m1.decode(codes) * scales.per_column(columns)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """`2^exponent` as float32, exact on every device; exponents are held within [-126, 127]."""
+    biased = exponent.to(torch.int32).clamp(-126, 127) + 127
+    return (biased << 23).view(torch.float32)
+
+
+def canonical(codes: Tensor, scales: Scales) -> Scales:
+    """The scales with the format's values where every code of a group or of a row is 0.
+
+    Such a group gets its row's largest exponent, such a row factor 1 and exponents 0; what codes
+    and scales stand for does not change. Free scales stay as they are.
+    """
+    if scales.kind == "free":
+        return scales
+    empty = ~_grouped(codes, scales.group_size).bool().any(-1)  # [N, G]
+    zero_row = empty.all(1, keepdim=True)
+    exponent = torch.where(empty, scales.exponent.amax(1, keepdim=True), scales.exponent)
+    return replace(
+        scales,
+        exponent=exponent.masked_fill(zero_row, 0),
+        factor=scales.factor.masked_fill(zero_row, 1.0),
+    )
+
+
+def _grouped(values: Tensor, group_size: int) -> Tensor:
+    """`[N, K]` to `[N, G, group_size]`, the last group filled up with zeros."""
+    missing = -values.shape[-1] % group_size
+    return torch.nn.functional.pad(values, (0, missing)).unflatten(-1, (-1, group_size))
+
+
+def _log2(values: Tensor, rounding: Rounding) -> Tensor:
+    """log2 of positive values, rounded to whole numbers: int32, exact at powers of two."""
+    mantissa, exponent = torch.frexp(values)  # value = mantissa * 2^exponent, mantissa in [0.5, 1)
+    floor = exponent - 1
+    match rounding:
+        case "ceil":
+            return floor + (mantissa > 0.5)
+        case "nearest":
+            return floor + (mantissa > 0.5**0.5)
+        case _:
+            return floor
+
+
+def _bfloat16_up(values: Tensor) -> Tensor:
+    """The smallest bfloat16 number not below each positive value, as float32."""
+    nearest = values.bfloat16()
+    up = torch.nextafter(nearest, torch.full_like(nearest, float("inf")))
+    return torch.where(nearest.float() < values, up, nearest).float()
+
+
+def _free(ideal: Tensor, group_size: int) -> Scales:
+    value = ideal.clamp_min(MIN_FACTOR).bfloat16().float()
+    value = torch.where(ideal > 0, value, 1.0)
+    return Scales("free", value, torch.zeros_like(value, dtype=torch.int16), group_size)
+
+
+def _constrained(
+    kind: Kind, factor: Tensor, exponent: Tensor, absmax: Tensor, group_size: int
+) -> Scales:
+    """Make factors `[N, 1]` and whole exponents `[N, G]` keep the rules of the format."""
+    empty = absmax == 0  # groups of zeros: their exponent means nothing yet
+    lowest = torch.iinfo(torch.int16).min
+    exponent = exponent.to(torch.int16).masked_fill(empty, lowest)
+    largest = exponent.amax(1, keepdim=True)  # [N, 1]
+    zero_row = empty.all(1, keepdim=True)
+    largest = largest.masked_fill(zero_row, 0)
+    factor = factor.masked_fill(zero_row, 1.0)
+    if kind == "m2":  # move the largest exponent into the row scale
+        factor = factor * power_of_two(largest)
+        factor = factor.clamp_min(MIN_FACTOR).bfloat16().float()
+        exponent = torch.where(empty, exponent, exponent - largest)
+        largest = torch.zeros_like(largest)
+    else:
+        largest = largest.clamp_min(-100)
+    too_low = ~empty & (exponent < largest - MAX_SPAN)
+    exponent = torch.maximum(exponent, largest - MAX_SPAN)
+    exponent = torch.where(empty, largest, exponent)
+    return Scales(kind, factor, exponent, group_size, int(too_low.sum()))
+
+
+def _searched(
+    weight: Tensor, kind: Kind, group_size: int, importance: Tensor | None
+) -> Scales:
+    """Try mantissas `m = 2^(i/16)` and, for each group, the two exponents that can be best.
+
+    With the exponent `floor(log2(absmax / m)) - 2` the group's largest weight lies in [4, 8) scale
+    steps (it may clip at 6), with one more in [2, 4).
+    """
+    if importance is None:
+        importance = torch.ones(weight.shape[1], device=weight.device)
+    mantissas = [1.0] if kind == "m1" else [2.0 ** (i / MANTISSAS) for i in range(MANTISSAS)]
+    mantissa_values = torch.tensor(mantissas, device=weight.device).bfloat16().float()
+    grouped_importance = _grouped(importance.float()[None], group_size)  # [1, G, group_size]
+    absmax = _grouped(weight, group_size).abs().amax(-1)  # [N, G]
+    factors, exponents = [], []
+    for start in range(0, weight.shape[0], SEARCH_ROWS):
+        groups = _grouped(weight[start : start + SEARCH_ROWS], group_size)
+        costs, candidates = [], []  # for each mantissa, [rows, G]
+        for mantissa in mantissa_values:
+            low = _log2(groups.abs().amax(-1) / mantissa, "floor") - 2
+            high = low + 1
+            cost_low = _cost(groups, grouped_importance, mantissa * power_of_two(low))
+            cost_high = _cost(groups, grouped_importance, mantissa * power_of_two(high))
+            candidates.append(torch.where(cost_low <= cost_high, low, high))
+            costs.append(torch.minimum(cost_low, cost_high))
+        cost, exponent = torch.stack(costs), torch.stack(candidates)  # [mantissas, rows, G]
+        if kind != "free":  # one mantissa for a whole row
+            cost = cost.sum(-1, keepdim=True)
+        best = cost.argmin(0)  # [rows, G or 1]
+        factors.append(mantissa_values[best])
+        exponents.append(exponent.gather(0, best.expand(exponent.shape[1:])[None])[0])
+    factor, exponent = torch.cat(factors), torch.cat(exponents)
+    if kind == "free":
+        value = factor * power_of_two(exponent)
+        return _free(value.masked_fill(absmax == 0, 0.0), group_size)
+    return _constrained(kind, factor, exponent, absmax, group_size)
+
+
+def _cost(groups: Tensor, importance: Tensor, scale: Tensor) -> Tensor:
+    """Weighted squared error of each group `[N, G]` under scales `[N, G]`."""
+    scale = scale[..., None]
+    error = groups - e2m1.round_to_grid(groups / scale) * scale
+    return torch.einsum("ngk,gk->ng", error.square(), importance[0])

@@ -1,0 +1,352 @@
+"""What a conversion is going to do, worked out and checked before any work begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from zqfp_convert.calibration.text import Text, tokenizer_of
+from zqfp_convert.checkpoint import hub, layout
+from zqfp_convert.checkpoint.source import Source
+from zqfp_convert.checkpoint.writer import check_free
+from zqfp_convert.errors import CheckpointError, OutputError, SourceError
+from zqfp_convert.model import skeleton
+from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
+from zqfp_convert.model.device import compute_dtype, free_memory, resolve_device
+from zqfp_convert.model.names import NameMap
+from zqfp_convert.recipe import Recipe
+
+TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # of a calibration batch
+SHARD_BYTES = 2 << 30  # of tensors that belong to no block
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A linear that will be quantized: its names on disk and in its block, and its shape."""
+
+    disk: str
+    place: str
+    rows: int
+    columns: int
+    packed_bytes: int
+
+    @property
+    def weights(self) -> int:
+        """N K."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked conversion.
+
+    Attributes:
+        source, out, recipe, device: as asked for; the recipe's `seq_len` fits the model.
+        model: the skeleton; blocks, names: its parts.
+        text: of calibration; None where the model writes it itself, or none is needed.
+        layers: for each block, the linears that will be quantized.
+        left_alone: linears that stay as they are, with the reason.
+        other_shards: names on disk of the tensors of no block, shard by shard.
+        bytes_before, bytes_after: of all weights on disk.
+        host_memory, device_memory: estimated peaks in bytes, beside the program itself.
+    """
+
+    source: Source
+    out: Path
+    recipe: Recipe
+    device: torch.device
+    overwrite: bool
+    model: PreTrainedModel
+    blocks: Blocks
+    names: NameMap
+    text: Text | None
+    layers: list[list[PlannedLayer]]
+    left_alone: dict[str, str]
+    other_shards: list[list[str]]
+    bytes_before: int
+    bytes_after: int
+    host_memory: int
+    device_memory: int
+
+    @property
+    def weights(self) -> int:
+        """How many weights will be quantized."""
+        return sum(layer.weights for block in self.layers for layer in block)
+
+    @property
+    def bits(self) -> float:
+        """Bits for each quantized weight, scales and low-rank factors included."""
+        return 8 * sum(layer.packed_bytes for block in self.layers for layer in block) / self.weights
+
+    @property
+    def calibration(self) -> str:
+        """Where calibration text comes from."""
+        if not self.recipe.needs_calibration:
+            return "none"
+        return "self-generated" if self.text is None else self.text.name
+
+    def block_tensors(self, index: int) -> list[str]:
+        """The names on disk of a block's tensors."""
+        prefix = self.blocks.name(index) + "."
+        return [d for d, place in self.names.to_model.items() if place.startswith(prefix)]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
+        return {
+            "model": str(self.source.folder),
+            "out": str(self.out),
+            "architecture": type(self.model).__name__,
+            "blocks": len(self.layers),
+            "layers": sum(len(block) for block in self.layers),
+            "weights": self.weights,
+            "bits": self.bits,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "host_memory": self.host_memory,
+            "device_memory": self.device_memory,
+            "device": str(self.device),
+            "calibration": self.calibration,
+            "left_alone": self.left_alone,
+            "code_files_not_run": [str(path) for path in self.source.code_files()],
+            "recipe": self.recipe.to_json(),
+        }
+
+
+def make_plan(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: Recipe,
+    calibration: str | Path | None = None,
+    device: str | torch.device | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+) -> Plan:
+    """Check everything that can be checked before work begins, and say what will be done.
+
+    Raises:
+        ZqfpError: whatever stands in the way; nothing has been written.
+    """
+    target, destination = resolve_device(device), Path(out).expanduser()
+    check_free(destination, overwrite=overwrite)
+    text = Text.named(calibration) if calibration is not None else None
+    source = Source(hub.fetch(model, revision))
+    if destination.resolve().is_relative_to(source.folder.resolve()):
+        raise OutputError(
+            str(destination),
+            f"lies in the model's folder {source.folder}",
+            needed="a folder outside the model",
+            do="Give another OUT.",
+        )
+    network = skeleton.build(source.folder, target)
+    blocks = find_blocks(network)
+    names = NameMap(network, source.shards.tensors)
+    _check_fit(source, network, names)
+    if text is not None and recipe.needs_calibration:
+        tokenizer_of(source.folder)
+    recipe = dataclasses.replace(recipe, seq_len=min(recipe.seq_len, _positions(network)))
+
+    layers, left_alone = _layers(network, blocks, names, recipe)
+    in_blocks = {
+        disk for disk, place in names.to_model.items() if place.startswith(blocks.path + ".")
+    }
+    others = [disk for disk in source.shards.tensors if disk not in in_blocks]
+    before = sum(info.bytes for info in source.shards.tensors.values())
+    replaced = sum(
+        source.shards.tensors[layer.disk + layout.WEIGHT].bytes - layer.packed_bytes
+        for block in layers
+        for layer in block
+    )
+    plan = Plan(
+        source=source,
+        out=destination,
+        recipe=recipe,
+        device=target,
+        overwrite=overwrite,
+        model=network,
+        blocks=blocks,
+        names=names,
+        text=text,
+        layers=layers,
+        left_alone=left_alone,
+        other_shards=_split(source, others),
+        bytes_before=before,
+        bytes_after=before - replaced,
+        host_memory=0,
+        device_memory=0,
+    )
+    host, on_device = _memory(plan)
+    plan = dataclasses.replace(plan, host_memory=host, device_memory=on_device)
+    _check_room(plan)
+    return plan
+
+
+def _check_fit(source: Source, model: PreTrainedModel, names: NameMap) -> None:
+    """Hold the shapes on disk to those of the model."""
+    if names.missing:
+        raise SourceError(
+            str(source.folder),
+            f"no tensor for {names.missing[0]}"
+            + (f" and {len(names.missing) - 1} more" if len(names.missing) > 1 else ""),
+            needed="weights that belong to config.json",
+            do="Download the model again; if it persists, another transformers version may be "
+            "needed.",
+        )
+    places = model.state_dict()
+    for disk, place in names.to_model.items():
+        info = source.shards.tensors[disk]
+        if info.shape != tuple(places[place].shape):
+            raise CheckpointError(
+                "wrong-shape",
+                f"{disk} in {info.file}",
+                f"shape {list(info.shape)}",
+                needed=f"{list(places[place].shape)}, by config.json",
+                do="Download the model again: weights and config.json do not belong together.",
+            )
+
+
+def _layers(
+    model: PreTrainedModel, blocks: Blocks, names: NameMap, recipe: Recipe
+) -> tuple[list[list[PlannedLayer]], dict[str, str]]:
+    planned: list[list[PlannedLayer]] = []
+    left_alone: dict[str, str] = {}
+    reached = set()
+    for index, block in enumerate(blocks.modules):
+        members = []
+        for local, linear in linears(block):
+            place = f"{blocks.name(index)}.{local}"
+            reached.add(place)
+            disk = names.to_disk[place + layout.WEIGHT].removesuffix(layout.WEIGHT)
+            if recipe.ignores(disk) or recipe.ignores(place):
+                left_alone[disk] = "matches --ignore"
+                continue
+            rows, columns = shape(linear)
+            size = _packed_bytes(rows, columns, recipe)
+            members.append(PlannedLayer(disk, local, rows, columns, size))
+        planned.append(members)
+    for place, _ in linears(model):
+        if place not in reached:
+            disk = names.to_disk.get(place + layout.WEIGHT, place + layout.WEIGHT)
+            disk = disk.removesuffix(layout.WEIGHT)
+            ignored = recipe.ignores(disk) or recipe.ignores(place)
+            left_alone[disk] = "matches --ignore" if ignored else "outside the decoder's blocks"
+    if not any(planned):
+        raise SourceError(
+            type(model).__name__,
+            "every linear layer of the decoder matches --ignore",
+            needed="at least one layer to quantize",
+            do="Give narrower --ignore patterns.",
+        )
+    return planned, left_alone
+
+
+def _packed_bytes(rows: int, columns: int, recipe: Recipe) -> int:
+    size = columns if recipe.group_size == "row" else recipe.group_size
+    groups = -(-columns // size)
+    rank = min(recipe.rank, rows, columns)
+    factor = 1 if recipe.factors == "e4m3" else 2
+    return (
+        rows * -(-columns // 2)
+        + rows * groups * (2 if recipe.scales == "free" else 1)
+        + (2 * rows if recipe.scales == "m2" else 0)
+        + rank * (rows + columns) * factor
+        + (4 * rank if recipe.factors == "e4m3" else 0)
+    )
+
+
+def _split(source: Source, names: list[str]) -> list[list[str]]:
+    """Tensors in shards of a bounded size, in the order of the source."""
+    shards: list[list[str]] = []
+    size = SHARD_BYTES
+    for name in names:
+        extent = source.shards.tensors[name].bytes
+        if size + extent > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += extent
+    return shards
+
+
+def _positions(model: PreTrainedModel) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 1 else 1 << 30
+
+
+def _memory(plan: Plan) -> tuple[int, int]:
+    """Estimated peaks in host and device memory; on the CPU both are one and in the first."""
+    shards, model = plan.source.shards.tensors, plan.model
+    width = compute_dtype(plan.device, model.dtype).itemsize
+    block_numbers = [
+        sum(_count(shards[name].shape) for name in plan.block_tensors(index))
+        for index in range(len(plan.layers))
+    ]
+    block_bytes = max(
+        sum(shards[name].bytes for name in plan.block_tensors(index))
+        for index in range(len(plan.layers))
+    )
+    largest_shard = max(
+        [sum(shards[name].bytes for name in members) for members in plan.other_shards] or [0]
+    )
+    every = [layer for block in plan.layers for layer in block]
+    solving = 4 * 8 * max(layer.weights for layer in every)  # float32 copies in the solver
+    host = max(block_bytes, largest_shard) + max(block_bytes // 3, largest_shard)
+    work = solving
+    if plan.recipe.needs_calibration:
+        recipe = plan.recipe
+        hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0))
+        streams = 2 if recipe.asymmetry > 0 else 1
+        widest = max(layer.columns for layer in every)
+        work += streams * max(block_numbers) * width
+        work += streams * recipe.samples * recipe.seq_len * hidden * width
+        work += 5 * 4 * widest**2
+        work += 6 * TOKENS_AT_ONCE[plan.device.type] * widest * 4
+        outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
+        work += outside
+        if plan.text is None:
+            whole = sum(block_numbers) * width + outside
+            work = max(work, int(1.2 * whole))
+    return (host + work, 0) if plan.device.type == "cpu" else (host, work)
+
+
+def _count(extents: tuple[int, ...]) -> int:
+    number = 1
+    for extent in extents:
+        number *= extent
+    return number
+
+
+def _check_room(plan: Plan) -> None:
+    folder = next(p for p in plan.out.absolute().parents if p.exists())
+    free, needed = shutil.disk_usage(folder).free, plan.bytes_after + (64 << 20)
+    if free < needed:
+        raise OutputError(
+            str(folder),
+            f"{free / 1e9:.1f} GB of free disk space",
+            needed=f"{needed / 1e9:.1f} GB for the checkpoint",
+            do="Make room, or give an output folder on another disk.",
+        )
+    generated = plan.recipe.needs_calibration and plan.text is None
+    for device, estimate in (
+        (torch.device("cpu"), plan.host_memory),
+        (plan.device, plan.device_memory),
+    ):
+        memory = free_memory(device)
+        if memory is not None and estimate > memory:
+            raise SourceError(
+                f"memory of {device}",
+                f"{memory / 1e9:.1f} GB free",
+                needed=f"about {estimate / 1e9:.1f} GB"
+                + (" (the whole model, to write its own calibration text)" if generated else ""),
+                do="Give --calibration FILE, so that the model is streamed block by block."
+                if generated
+                else "Use fewer --samples or a shorter --seq-len, or another --device.",
+            )
+
+

@@ -1,0 +1,125 @@
+"""Second-order statistics of a layer's inputs, and what the solvers need of them.
+
+Linears that share their input share one `Curvature`: its factorization is done once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class HessianSum:
+    """Accumulates `H = E[x^ x^T]` over the inputs `x^` that a layer will really see.
+
+    With `cross`, also `C = E[x x^T]` with the inputs `x` that the same layer has in the original
+    model, for the same tokens. Sums are float32 on the device of the inputs.
+    """
+
+    def __init__(self, features: int, *, cross: bool, device: torch.device | str) -> None:
+        self.tokens = 0
+        self._hessian = torch.zeros(features, features, device=device)
+        self._cross = torch.zeros_like(self._hessian) if cross else None
+
+    def add(self, seen: Tensor, original: Tensor | None = None) -> None:
+        """Add tokens: `seen` and `original` are `[..., K]`, `original` given if `cross`."""
+        seen = seen.reshape(-1, seen.shape[-1]).float()  # [tokens, K]
+        self.tokens += seen.shape[0]
+        self._hessian.addmm_(seen.t(), seen)
+        if self._cross is not None:
+            assert original is not None
+            original = original.reshape(-1, original.shape[-1]).float()
+            self._cross.addmm_(original.t(), seen)
+
+    def mean(self) -> tuple[Tensor, Tensor | None]:
+        """H and C (or None), each float32 `[K, K]`; the sums are given up."""
+        count = max(self.tokens, 1)
+        cross = None if self._cross is None else self._cross.div_(count)
+        return self._hessian.div_(count), cross
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What the solvers need to know of a layer's inputs.
+
+    Attributes:
+        hessian: H, float32 `[K, K]`, undamped.
+        order: int64 `[K]`, the order in which columns are solved.
+        factor: unit upper triangular `[K, K]`, in that order: the rows of the Cholesky factor U
+            of the inverse of the damped Hessian (`inverse = U^T U`), each over its diagonal
+            element. Row j says how the rounding error of column j is paid for by later columns.
+        drift: `(C - H) (H + damping I)^-1`, `[K, K]`, or None without C.
+        damping: the share of the mean diagonal that was added, after any retries.
+        retries: how often the factorization had to be retried with ten times the damping.
+    """
+
+    hessian: Tensor
+    order: Tensor
+    factor: Tensor
+    drift: Tensor | None
+    damping: float
+    retries: int
+
+
+def prepare(
+    hessian: Tensor, cross: Tensor | None, *, damping: float, activation_order: bool
+) -> Curvature:
+    """Factorize a Hessian `[K, K]` for the solvers.
+
+    The factor of the inverse comes from one Cholesky factorization and one triangular inverse:
+    with J the reversal of the order and `J H J = L L^T`, `inverse(H) = U^T U` for
+    `U = J inverse(L) J`, upper triangular. A factorization that fails is retried with ten times
+    the damping.
+    """
+    diagonal = hessian.diagonal()
+    if activation_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    else:
+        order = torch.arange(len(diagonal), device=hessian.device)
+    reverse = order.flip(0)
+    lower, used, retries = _damped_cholesky(hessian[reverse][:, reverse], damping)
+    identity = torch.eye(len(diagonal), device=hessian.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    factor = inverse.flip(0, 1)
+    factor = factor / factor.diagonal()[:, None]
+    drift = None
+    if cross is not None:
+        reversed_drift = torch.cholesky_solve((cross - hessian).t()[reverse], lower)
+        drift = torch.empty_like(hessian)
+        drift[:, reverse] = reversed_drift.t()
+    return Curvature(hessian, order, factor, drift, used, retries)
+
+
+def aim_at_original(weight: Tensor, drift: Tensor, asymmetry: float) -> Tensor:
+    """The target `W* = W + beta W (C - H)(H + damping I)^-1`, `[N, K]`.
+
+    With beta = 1 it is the weight whose outputs on the inputs at hand come nearest, in the least
+    squares sense, to what the original weight gives on the original inputs.
+    """
+    return weight + asymmetry * (weight @ drift)
+
+
+def relative_error(error: Tensor, weight: Tensor, hessian: Tensor | None) -> float:
+    """`sqrt(tr(E H E^T) / tr(W H W^T))` for E, W `[N, K]`; H = I when absent; 0 for W = 0."""
+
+    def energy(matrix: Tensor) -> float:
+        weighted = matrix if hessian is None else matrix @ hessian
+        return float((weighted * matrix).sum(dtype=torch.float64).clamp_min(0.0))
+
+    whole = energy(weight)
+    return (energy(error) / whole) ** 0.5 if whole > 0 else 0.0
+
+
+def _damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, float, int]:
+    mean = float(matrix.diagonal().mean()) or 1.0  # a layer that saw only zeros
+    used = damping
+    for retries in range(8):
+        damped = matrix.clone()
+        damped.diagonal().add_(used * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            return lower, used, retries
+        used *= 10
+    raise AssertionError("a Hessian stayed indefinite under any damping: it holds NaN or infinity")

@@ -1,0 +1,70 @@
+"""Low-rank compensation (LoRC): two thin factors that give back most of the rounding error.
+
+ZeroQuant-V2 (arXiv:2303.08302), section 5, takes the singular value decomposition of the error;
+in the Hessian's metric the same rank gives back more of the error that the outputs feel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from zqfp_convert.numerics import fp8
+
+OVERSAMPLING = 8
+ITERATIONS = 8
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Encoded factors; the compensation is `B diag(scale) A`.
+
+    Attributes:
+        A: float8_e4m3fn or bfloat16 `[r, K]`.
+        B: of the same dtype, `[N, r]`.
+        scale: float32 `[r]` with E4M3 factors, else None.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: Tensor | None
+
+    def product(self) -> Tensor:
+        """`B diag(scale) A` as float32 `[N, K]`."""
+        A = self.A.float() if self.scale is None else self.A.float() * self.scale[:, None]
+        return self.B.float() @ A
+
+
+def fit(error: Tensor, hessian: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors `B [N, r]`, `A [r, K]` that minimise `|(E - B A) H^(1/2)|` (Frobenius norm).
+
+    `B` = the leading eigenvectors of `E H E^T`, `A = B^T E`: with `M = E H^(1/2)` the best
+    approximation of rank r is `B B^T M`, and the root cancels. H = I when `hessian` is None, which
+    is the truncated singular value decomposition of E. The eigenvectors come from subspace
+    iteration with a fixed seed (Halko et al., arXiv:0909.4061, algorithm 4.4).
+    """
+    rows, columns = error.shape
+    width = min(rank + OVERSAMPLING, rows, columns)
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(rows, width, generator=generator).to(error)
+    for _ in range(ITERATIONS):
+        back = error.t() @ torch.linalg.qr(basis).Q  # [K, width]
+        basis = error @ (back if hessian is None else hessian @ back)
+    basis = torch.linalg.qr(basis).Q
+    inner = basis.t() @ error  # [width, K]
+    gram = (inner if hessian is None else inner @ hessian) @ inner.t()
+    vectors = torch.linalg.eigh((gram + gram.t()) / 2).eigenvectors  # ascending
+    B = basis @ vectors[:, -rank:].flip(1)
+    return B, B.t() @ error
+
+
+def encode(B: Tensor, A: Tensor, form: Literal["e4m3", "bf16"]) -> Factors:
+    """Encode float32 factors; E4M3 has one scale for each rank, so the pair loses no range."""
+    if form == "bf16":
+        return Factors(A.bfloat16(), B.bfloat16(), None)
+    codes_A, scale_A = fp8.quantize(A, dim=1)  # scale [r, 1]
+    codes_B, scale_B = fp8.quantize(B, dim=0)  # scale [1, r]
+    return Factors(codes_A, codes_B, scale_A[:, 0] * scale_B[0])

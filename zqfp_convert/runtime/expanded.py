@@ -1,0 +1,113 @@
+"""The expanded path: the layer's exact FP8 matrix in a shared scratch buffer, then `_scaled_mm`.
+
+For GPUs with FP8 tensor cores. With `s = 6 - (b_max - b)` in [-5, 6] each code times 2^s is an
+E4M3 number, so nothing is lost by the expansion; what is left of the scale, one float32 for each
+row, is applied to the product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zqfp_convert.numerics import fp8, nibbles
+from zqfp_convert.numerics.e2m1 import MAGNITUDES
+from zqfp_convert.numerics.scales import MAX_SPAN, power_of_two
+
+TOP_SHIFT = 6  # the shift of a row's largest exponent: 6 * 2^6 = 384 is the largest product
+ALIGNMENT = 16  # `_scaled_mm` wants every extent to be a multiple of it
+CHUNK = 1 << 24  # weights expanded at a time, to bound the temporary memory
+
+
+def available(device: torch.device) -> bool:
+    """Whether the device multiplies FP8 matrices (compute capability 8.9 or higher)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def shift_table(device: torch.device | str = "cpu") -> Tensor:
+    """E4M3 of every code times 2^(6 - d), for d from 0 to 11: uint8 `[12, 16]`, exact."""
+    values = torch.tensor(MAGNITUDES + tuple(-value for value in MAGNITUDES))
+    shifts = TOP_SHIFT - torch.arange(MAX_SPAN + 1)
+    table = fp8.encode(values * power_of_two(shifts)[:, None])  # [12, 16]
+    return table.view(torch.uint8).to(device)
+
+
+def expand(packed: Tensor, exponents: Tensor, group_size: int, out: Tensor) -> None:
+    """Write the FP8 matrix of a layer into `out`.
+
+    Args:
+        packed: uint8 `[N, ceil(K / 2)]`.
+        exponents: uint8 `[N, G]`, the E8M0 bytes; span at most 11.
+        out: uint8 `[N', K']` with `N' >= N`, `K' >= K`, multiples of 16; what lies beyond N and K
+            is set to 0.
+    """
+    rows, columns = packed.shape[0], out.shape[1]
+    table = shift_table(packed.device)
+    below = (exponents.amax(1, keepdim=True) - exponents).int()  # [N, G], 0 to 11
+    step = max(1, CHUNK // max(columns, 1))
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        codes = nibbles.unpack(packed[part], 2 * packed.shape[1]).int()[:, :columns]
+        shifts = below[part].repeat_interleave(group_size, 1)[:, : codes.shape[1]]
+        codes = codes[:, : shifts.shape[1]]
+        out[part, : codes.shape[1]] = table[shifts, codes]
+        out[part, codes.shape[1] :] = 0
+    out[rows:] = 0
+
+
+def row_factor(exponents: Tensor, row_scale: Tensor | None) -> Tensor:
+    """What is left of each row's scale: `row_scale * 2^(b_max - 127 - 6)`, float32 `[N]`."""
+    left = power_of_two(exponents.amax(1).int() - 127 - TOP_SHIFT)
+    return left if row_scale is None else left * row_scale.float()
+
+
+def linear(
+    x: Tensor,
+    matrix: Tensor,
+    rows: int,
+    factor: Tensor,
+    lorc: tuple[Tensor, Tensor, Tensor | None] | None,
+    bias: Tensor | None,
+    input_offset: Tensor | None,
+) -> Tensor:
+    """Multiply on the FP8 tensor cores; the same function as `reference.linear`.
+
+    Args:
+        x: `[..., K]`, bfloat16 or float16.
+        matrix: float8_e4m3fn `[N', K']` from `expand`.
+        rows: N.
+        factor: float32 `[N']`, `row_factor` filled up with ones.
+        lorc: `A [r, K]` and `B [N, r]` as in the file, and the scales `[r]` or None.
+        bias, input_offset: as in `reference.linear`.
+
+    Returns:
+        `[..., N]` in the dtype of x.
+    """
+    tokens = x.reshape(-1, x.shape[-1])  # [M, K]
+    if not tokens.shape[0]:
+        return x.new_empty(*x.shape[:-1], rows)
+    seen = tokens.float() if input_offset is None else tokens.float() - input_offset.float()
+    codes, scale = fp8.quantize(seen)  # [M, K], [M, 1]
+    missing = (0, matrix.shape[1] - codes.shape[1], 0, -codes.shape[0] % ALIGNMENT)
+    padded = torch.nn.functional.pad(codes.view(torch.uint8), missing).view(fp8.DTYPE)
+    padded_scale = torch.nn.functional.pad(scale, (0, 0, 0, missing[3]), value=1.0)
+    y = torch._scaled_mm(
+        padded,
+        matrix.t(),
+        scale_a=padded_scale,
+        scale_b=factor[None],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )[: tokens.shape[0], :rows]
+    if lorc is not None or bias is not None:
+        y = y.float()
+    if lorc is not None:
+        A, B, lorc_scale = lorc
+        inner = codes.to(torch.bfloat16) @ A.to(torch.bfloat16).t()  # [M, r]
+        inner = inner.float() * scale
+        if lorc_scale is not None:
+            inner = inner * lorc_scale
+        y = y + inner @ B.float().t()
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype).reshape(*x.shape[:-1], rows)
