@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.errors import CheckpointError
+
+AGAIN = "Download or make the folder again."
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -45,49 +47,45 @@ class TensorInfo:
     file: str
     dtype: str
     shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Size of the data."""
-        size = DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 1
-        for extent in self.shape:
-            size *= extent
-        return size
+    bytes: int
 
 
 class Shards:
-    """The tensors of a folder's `model.safetensors`, or of the shards that its index names."""
+    """The tensors of a folder's shards.
 
-    def __init__(self, folder: Path) -> None:
-        """Read the index and every header.
+    Attributes:
+        folder: where they lie.
+        tensors: what the headers say of each tensor, by name.
+    """
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo]) -> None:
+        self.folder, self.tensors = folder, tensors
+
+    @classmethod
+    def open(cls, folder: Path) -> Shards:
+        """The tensors of `model.safetensors`, or those that the index names.
 
         Raises:
             CheckpointError: a shard is missing, truncated or lies outside the folder, or a tensor
                 is not where the index says.
         """
-        self.folder = folder
-        index = folder / layout.INDEX_FILE
-        listed = _read_index(index) if index.is_file() else None
-        files = [layout.SINGLE_SHARD] if listed is None else sorted(set(listed.values()))
-        self.tensors: dict[str, TensorInfo] = {}
+        index = read_index(folder) if (folder / layout.INDEX_FILE).is_file() else None
+        files = [layout.SINGLE_SHARD] if index is None else sorted(set(index.values()))
+        tensors: dict[str, TensorInfo] = {}
         for file in files:
-            for name, info in self._read_header(file):
-                if listed is None or listed.get(name) == file:
-                    self.tensors[name] = info
-        for name, file in (listed or {}).items():
-            if name not in self.tensors:
+            for name, info in read_header(folder, file).items():
+                if index is None or index.get(name) == file:
+                    tensors[name] = info
+        for name, file in (index or {}).items():
+            if name not in tensors:
                 raise CheckpointError(
-                    "missing-tensor",
+                    "bad-shard",
                     str(folder / file),
                     f"no tensor {name!r}, though {layout.INDEX_FILE} says so",
                     needed="shards and index that belong together",
-                    do="Download the model again.",
+                    do=AGAIN,
                 )
-
-    @property
-    def files(self) -> list[str]:
-        """The names of the shards that hold at least one tensor."""
-        return sorted({info.file for info in self.tensors.values()})
+        return cls(folder, tensors)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on the CPU, in the dtype they are stored in."""
@@ -101,72 +99,112 @@ class Shards:
                     result[name] = shard.get_tensor(name)
         return result
 
-    def _read_header(self, file: str) -> Iterator[tuple[str, TensorInfo]]:
-        path = self.folder / file
-        if not path.is_file():
-            raise CheckpointError(
-                "missing-file",
-                str(path),
-                "no such file",
-                needed="every shard of the model",
-                do="Download the missing file.",
-            )
-        try:
-            with safe_open(str(path), framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (not a dict)
-                    part = shard.get_slice(name)
-                    yield name, TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(
-                "bad-shard",
-                str(path),
-                f"not a whole safetensors file ({error})",
-                needed="a complete shard",
-                do="Download it again; it may have been cut off.",
-            ) from error
 
+def read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
+    """What the header of a shard says, after the library has found the file whole.
 
-def read_json(path: Path, rule: str) -> dict[str, Any]:
-    """The JSON object in a file; breaks of `rule` are a CheckpointError."""
+    Raises:
+        CheckpointError: `missing-file` or `bad-shard`.
+    """
+    path = folder / file
+    if not path.is_file():
+        raise CheckpointError(
+            "missing-file", str(path), "no such file", needed="every shard of the model", do=AGAIN
+        )
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        missing = isinstance(error, FileNotFoundError)
+        with safe_open(str(path), framework="pt"):
+            pass
+        with path.open("rb") as data:
+            length = int.from_bytes(data.read(8), "little")
+            header = json.loads(data.read(length), object_pairs_hook=_no_key_twice)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            "bad-shard",
+            str(path),
+            f"not a whole safetensors file ({error})",
+            needed="a complete shard",
+            do="Download it again; it may have been cut off.",
+        ) from error
+    header.pop("__metadata__", None)
+    result = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        result[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), end - begin)
+    return result
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """The map of an index from tensors to files.
+
+    Raises:
+        CheckpointError: `missing-file`, `bad-shard` or `outside-folder`.
+    """
+    path = folder / layout.INDEX_FILE
+    weight_map = read_json(path, "bad-shard").get("weight_map")
+    strings = isinstance(weight_map, dict) and all(isinstance(f, str) for f in weight_map.values())
+    if not strings or not weight_map:
+        raise CheckpointError(
+            "bad-shard",
+            str(path),
+            "no 'weight_map' from names to names",
+            needed="an index that maps tensor names to files",
+            do="Download the index again.",
+        )
+    for file in weight_map.values():
+        check_inside(path, file)
+    return dict(weight_map)
+
+
+def check_inside(where: Path, file: str) -> None:
+    """Refuse a shard's name that could leave the folder.
+
+    Raises:
+        CheckpointError: `outside-folder`.
+    """
+    if file in ("", ".", "..") or any(mark in file for mark in "/\\:\0"):
+        raise CheckpointError(
+            "outside-folder",
+            str(where),
+            f"shard {file!r}",
+            needed="shards in the folder itself",
+            do="Do not use this model: it reaches for other files.",
+        )
+
+
+def read_json(path: Path, rule: str, *, constants: bool = False) -> dict[str, Any]:
+    """The JSON object in a file, no key twice; `constants` admits NaN and Infinity as numbers.
+
+    Raises:
+        CheckpointError: `missing-file`, or `rule`.
+    """
+
+    def refuse(word: str) -> float:
+        raise ValueError(f"the word {word}")
+
+    try:
+        value = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_no_key_twice,
+            parse_constant=None if constants else refuse,
+        )
+    except (OSError, ValueError, RecursionError) as error:
+        missing = isinstance(error, OSError)
         raise CheckpointError(
             "missing-file" if missing else rule,
             str(path),
             "no such file" if missing else f"not readable as JSON ({error})",
             needed="a JSON object",
-            do="Download or make the folder again.",
+            do=AGAIN,
         ) from error
     if not isinstance(value, dict):
         raise CheckpointError(
-            rule,
-            str(path),
-            f"a JSON {type(value).__name__}",
-            needed="a JSON object",
-            do="Download or make the folder again.",
+            rule, str(path), f"a JSON {type(value).__name__}", needed="a JSON object", do=AGAIN
         )
     return value
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    weight_map = read_json(path, "bad-shard").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            "bad-shard",
-            str(path),
-            "no 'weight_map'",
-            needed="an index that maps tensor names to files",
-            do="Download the index again.",
-        )
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise CheckpointError(
-                "outside-folder",
-                str(path),
-                f"tensor {name!r} in {file!r}",
-                needed="shards in the folder of the index itself",
-                do="Do not use this model: its index reaches for other files.",
-            )
-    return weight_map
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key that stands twice in one object")
+    return value

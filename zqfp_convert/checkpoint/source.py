@@ -38,10 +38,12 @@ class Source:
                 needed="a folder with a Hugging Face model",
                 do="Check the path, or give the name of a model on the Hub.",
             )
-        self.config: dict[str, Any] = read_json(folder / layout.CONFIG_FILE, "bad-config")
+        self.config: dict[str, Any] = read_json(
+            folder / layout.CONFIG_FILE, "bad-config", constants=True
+        )
         _refuse_quantized(folder, self.config)
         _refuse_pickled(folder)
-        self.shards = Shards(folder)
+        self.shards = Shards.open(folder)
 
     def other_files(self) -> list[Path]:
         """Files to carry over, relative to the folder: all that are no weights and not hidden."""

@@ -16,18 +16,17 @@ def round_to_grid(values: Tensor) -> Tensor:
     """Round to the nearest E2M1 value, ties to the even mantissa, beyond 6 to 6.
 
     The spacing is 0.5 below 2, 1 below 4 and 2 above, and `torch.round` breaks its ties to the
-    even multiple of the spacing, which is the even mantissa. NaN stays NaN. Zeros come out
-    positive. dtype and shape are kept (a floating dtype).
+    even multiple of the spacing, which is the even mantissa. NaN stays NaN, zeros keep their sign.
+    dtype and shape are kept (a floating dtype).
     """
     magnitude = values.abs()
-    step = 0.5 * ((magnitude >= 2.0).to(values.dtype) + 1.0) * ((magnitude >= 4.0) + 1.0)
-    rounded = (torch.round(values / step) * step).clamp(-MAX, MAX)
-    return rounded + 0.0  # -0 + 0 is +0
+    step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
+    return (torch.round(values / step) * step).clamp(-MAX, MAX)
 
 
 def encode(values: Tensor) -> Tensor:
     """The code of the nearest E2M1 value of each element, uint8 of the same shape, never 8 (-0)."""
-    grid = round_to_grid(values.float())
+    grid = round_to_grid(values.float()).contiguous()
     bounds = torch.tensor(MAGNITUDES[1:], device=values.device)
     magnitude_code = torch.bucketize(grid.abs(), bounds, right=True).to(torch.uint8)
     return magnitude_code | ((grid < 0).to(torch.uint8) << 3)

@@ -107,14 +107,17 @@ def quantize(weight: Tensor, scales: Scales) -> Tensor:
 
 def dequantize(codes: Tensor, scales: Scales) -> Tensor:
     """The float32 weight `[N, K]` that codes uint8 `[N, K]` and scales stand for."""
-    columns = torch.arange(codes.shape[1], device=codes.device)
-    return e2m1.decode(codes) * scales.per_column(columns)
+    group = torch.arange(codes.shape[1], device=codes.device) // scales.group_size
+    values = e2m1.decode(codes) * power_of_two(scales.exponent)[:, group]
+    return values * (scales.factor[:, group] if scales.kind == "free" else scales.factor)
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """`2^exponent` as float32, exact on every device; exponents are held within [-126, 127]."""
-    biased = exponent.to(torch.int32).clamp(-126, 127) + 127
-    return (biased << 23).view(torch.float32)
+    """`2^exponent` as float32, exact on every device; exponents are held within [-149, 127]."""
+    exponent = exponent.to(torch.int32).clamp(-149, 127)
+    normal = (exponent.clamp_min(-126) + 127) << 23
+    subnormal = torch.ones_like(exponent) << (exponent + 149).clamp_max(22)
+    return torch.where(exponent < -126, subnormal, normal).view(torch.float32)
 
 
 def canonical(codes: Tensor, scales: Scales) -> Scales:

@@ -49,9 +49,7 @@ def load(
             skeleton.assign(model, {names.to_model[name]: tensor}, dtype)
     scratch = Scratch()
     for layer in checkpoint.layers:
-        bias = layer + layout.BIAS
-        bias_value = checkpoint.shards.read([bias])[bias] if bias in stored else None
-        module = QuantizedLinear(checkpoint.layer(layer), bias_value, scratch)
+        module = QuantizedLinear(checkpoint.layer(layer), checkpoint.bias(layer), scratch)
         place = names.to_model[layer + layout.WEIGHT].removesuffix(layout.WEIGHT)
         _replace(model, place, module.to(target))
     if dtype is not None:
