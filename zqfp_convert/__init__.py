@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zqfp_convert.convert import Conversion, convert
+    from zqfp_convert.conversion import Conversion, convert
     from zqfp_convert.errors import ZqfpError
     from zqfp_convert.recipe import Recipe
     from zqfp_convert.runtime.loader import load
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 __all__ = ["Conversion", "Recipe", "ZqfpError", "convert", "load"]
 
 _HOMES = {
-    "Conversion": "zqfp_convert.convert",
+    "Conversion": "zqfp_convert.conversion",
     "Recipe": "zqfp_convert.recipe",
     "ZqfpError": "zqfp_convert.errors",
-    "convert": "zqfp_convert.convert",
+    "convert": "zqfp_convert.conversion",
     "load": "zqfp_convert.runtime.loader",
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from zqfp_convert.calibration.text import Text, tokenizer_of
+from zqfp_convert.calibration.text import Text
 from zqfp_convert.checkpoint import hub, layout
 from zqfp_convert.checkpoint.source import Source
 from zqfp_convert.checkpoint.writer import check_free
@@ -20,6 +20,7 @@ from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
 from zqfp_convert.model.device import compute_dtype, free_memory, resolve_device
 from zqfp_convert.model.names import NameMap
+from zqfp_convert.model.tokenizer import tokenizer_of
 from zqfp_convert.recipe import Recipe
 
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # of a calibration batch

@@ -13,14 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from zqfp_convert.errors import OptionError, SourceError
+from zqfp_convert.errors import OptionError
 
 GENERATED_AT_ONCE = 32
 FILE_TYPES = (".txt", ".jsonl")
@@ -82,26 +77,6 @@ class Text:
                 str(self.file), f"not UTF-8 ({error.reason})", needed="UTF-8 text",
                 do="Re-encode the file.",
             ) from error  # fmt: skip
-
-
-def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder.
-
-    Raises:
-        SourceError: there is none that can be loaded without running the model's own code.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise SourceError(
-            str(folder),
-            f"no tokenizer can be loaded ({str(error).strip().splitlines()[0][:150]})",
-            needed="the model's tokenizer, to read calibration text with",
-            do="Download the tokenizer's files, or leave --calibration out.",
-        ) from error
-    return tokenizer  # type: ignore[no-any-return]
 
 
 def windows(

@@ -86,6 +86,13 @@ class PackedCheckpoint:
             self._bad_manifest(f"span {entry['span']} of {name}, which has {layer.scales().span}")
         return layer
 
+    def bits(self, name: str) -> float:
+        """Bits a weight of a layer, from the bytes of its tensors in the file, bias aside."""
+        rows, columns = self.manifest["layers"][name]["shape"]
+        names = [name + suffix for suffix in layout.PACKED_SUFFIXES]
+        held = self.shards.tensors
+        return 8 * sum(held[n].bytes for n in names if n in held) / (rows * columns)
+
     def bias(self, name: str) -> Tensor | None:
         """The bias of a layer, or None."""
         bias = name + layout.BIAS

@@ -28,6 +28,7 @@ from zqfp_convert.checkpoint.writer import Writer
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import weight_matrix
 from zqfp_convert.model.device import compute_dtype
+from zqfp_convert.model.tokenizer import tokenizer_of
 from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer, make_plan
 from zqfp_convert.quantize.hessian import Curvature, prepare
 from zqfp_convert.quantize.weight import QuantizedWeight, quantize_weight
@@ -178,7 +179,7 @@ class _Work:
             del whole
         else:
             self.report("reading calibration text", 0, plan.weights)
-            tokenizer = text.tokenizer_of(plan.source.folder)
+            tokenizer = tokenizer_of(plan.source.folder)
             windows = text.windows(
                 plan.text, tokenizer, recipe.samples, recipe.seq_len, recipe.seed
             )

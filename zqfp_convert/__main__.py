@@ -1,0 +1,6 @@
+"""`python -m zqfp_convert`."""
+
+from zqfp_convert.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The command line: one file a command. It asks, shows and reports; the work is done below."""

@@ -1,0 +1,192 @@
+"""`zqfp-convert MODEL OUT/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from zqfp_convert.cli import console
+
+if TYPE_CHECKING:
+    from zqfp_convert.conversion import Conversion
+    from zqfp_convert.plan import Plan
+
+QUALITY = "Quality and size"
+CALIBRATION = "Calibration"
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hub.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="[bold]best[/]: closest to the original; [bold]fast[/]: no calibration; "
+            "[bold]paper[/]: ZeroQuant-FP as printed.",
+            rich_help_panel=QUALITY,
+        ),
+    ] = "best",
+    scales: Annotated[
+        str | None,
+        typer.Option(
+            help="free, m1 (powers of two) or m2 (row scale times powers of two).",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    group_size: Annotated[
+        str | None,
+        typer.Option(help="32, 64, 128, 256 or row.", rich_help_panel=QUALITY),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the low-rank compensation; 0 for none.", rich_help_panel=QUALITY, min=0
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Leave layers alone: a glob on the end of their names, such as 'down_proj' or "
+            "'layers.0.*'. Repeat for more. [default: lm_head]",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="A .txt or .jsonl file, or a data set on the Hub. By default the model writes "
+            "its own text.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="How many windows of text.", rich_help_panel=CALIBRATION)
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens in each.", rich_help_panel=CALIBRATION)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of all that is random.", rich_help_panel=CALIBRATION)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: the first GPU]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a model on the Hub.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier checkpoint in OUT.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
+    ] = False,
+    as_json: console.Json = False,
+    quiet: console.Quiet = False,
+    debug: console.Debug = False,
+) -> None:
+    """Convert MODEL into a packed FP4 checkpoint in OUT (the command's name may be left out)."""
+    with console.errors(debug):
+        from zqfp_convert.conversion import run
+        from zqfp_convert.plan import make_plan
+        from zqfp_convert.recipe import Recipe
+
+        chosen = Recipe.named(
+            recipe,
+            scales=scales,
+            group_size=_group_size(group_size),
+            rank=rank,
+            ignore=ignore,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+        )
+        plan = make_plan(
+            model,
+            out,
+            recipe=chosen,
+            calibration=calibration,
+            device=device,
+            overwrite=overwrite,
+            revision=revision,
+        )
+        silent = quiet or as_json
+        if dry_run:
+            if as_json:
+                console.print_json(plan.to_json())
+            else:
+                _show_plan(plan, every_layer=True)
+            return
+        if not silent:
+            _show_plan(plan, every_layer=False)
+        with console.progress(silent) as report:
+            result = run(plan, report)
+        if as_json:
+            console.print_json(result.to_json())
+        elif not quiet:
+            _show_result(result)
+
+
+def _group_size(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdigit() else text
+
+
+def _show_plan(plan: Plan, *, every_layer: bool) -> None:
+    recipe = plan.recipe
+    layers = [layer for block in plan.layers for layer in block]
+    rows = {
+        "model": f"{plan.source.folder} ({type(plan.model).__name__})",
+        "output": str(plan.out),
+        "recipe": f"{recipe.name}: scales {recipe.scales}, group {recipe.group_size}, "
+        f"rank {recipe.rank}",
+        "layers": f"{len(layers)} linears in {len(plan.layers)} blocks, {plan.bits:.2f} bits a "
+        "weight",
+        "size": f"{console.size(plan.bytes_before)} to {console.size(plan.bytes_after)}",
+        "calibration": plan.calibration
+        + (f", {recipe.samples} x {recipe.seq_len} tokens" if recipe.needs_calibration else ""),
+        "device": str(plan.device),
+        "memory": f"about {console.size(plan.host_memory)} of host memory"
+        + (f", {console.size(plan.device_memory)} on the GPU" if plan.device_memory else ""),
+        "left alone": ", ".join(plan.left_alone) or "nothing",
+    }
+    if code := plan.source.code_files():
+        rows["not run"] = "code of the model's author: " + ", ".join(map(str, code))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in rows.items():
+        table.add_row(key, escape(value))
+    console.out.print(table)
+    if not every_layer:
+        return
+    kinds: dict[tuple[str, int, int], int] = {}
+    for layer in layers:
+        key = (layer.place, layer.rows, layer.columns)
+        kinds[key] = kinds.get(key, 0) + 1
+    shapes = Table("layer of a block", "N", "K", "how many", "bits a weight", box=None)
+    packed = {(layer.place, layer.rows, layer.columns): layer for layer in layers}
+    for (place, n, k), count in kinds.items():
+        bits = 8 * packed[place, n, k].packed_bytes / (n * k)
+        shapes.add_row(place, str(n), str(k), str(count), f"{bits:.3f}")
+    console.out.print(shapes)
+
+
+def _show_result(result: Conversion) -> None:
+    plan = result.plan
+    console.out.print(
+        f"\n[bold]{escape(str(result.out))}[/]: {console.size(plan.bytes_before)} to "
+        f"{console.size(result.bytes_after)}, {plan.bits:.2f} bits a weight, "
+        f"{result.seconds:.1f} s"
+    )
+    worst = Table("least exact layers", "error of weights", "error of outputs", box=None)
+    for name, entry in result.worst(3):
+        output = entry["output_error"]
+        shown = "not calibrated" if output is None else f"{output:.2%}"
+        worst.add_row(escape(name), f"{entry['weight_error']:.2%}", shown)
+    console.out.print(worst)
+    retried = result.to_json()["damping_retries"]
+    if retried:
+        console.out.print(f"More damping was needed for: {escape(', '.join(retried))}")
+    path = escape(repr(str(result.out)))
+    console.out.print(f"\nLoad it:  import zqfp_convert; model = zqfp_convert.load({path})")

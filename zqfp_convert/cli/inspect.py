@@ -1,0 +1,63 @@
+"""`zqfp-convert inspect OUT/`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from zqfp_convert.cli import console
+
+
+def command(
+    checkpoint: Annotated[str, typer.Argument(help="A packed checkpoint, or a name on the Hub.")],
+    as_json: console.Json = False,
+    debug: console.Debug = False,
+) -> None:
+    """Show a checkpoint's layers: bits a weight, errors, spans."""
+    with console.errors(debug):
+        from zqfp_convert.checkpoint import hub
+        from zqfp_convert.checkpoint.reader import PackedCheckpoint
+
+        packed = PackedCheckpoint(hub.fetch(checkpoint))
+        layers = {
+            name: {**packed.manifest["layers"][name], "bits": packed.bits(name)}
+            for name in packed.layers
+        }
+        if as_json:
+            described = {"quantization_config": packed.quantization, "layers": layers}
+            console.print_json({**described, "changed": packed.manifest["changed"]})
+            return
+        table = Table(box=None)
+        table.add_column("layer", overflow="fold")
+        for heading in ("N x K", "rank", "bits", "span", "raised", "weights", "outputs"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name, entry in layers.items():
+            output = entry["output_error"]
+            table.add_row(
+                escape(name),
+                "{} x {}".format(*entry["shape"]),
+                str(entry["rank"]),
+                f"{entry['bits']:.3f}",
+                "-" if entry["span"] is None else str(entry["span"]),
+                str(entry["raised_groups"]),
+                f"{entry['weight_error']:.2%}",
+                "-" if output is None else f"{output:.2%}",
+            )
+        console.out.print(table)
+        weights = sum(n * k for n, k in (entry["shape"] for entry in layers.values()))
+        bits = sum(e["bits"] * e["shape"][0] * e["shape"][1] for e in layers.values()) / weights
+        described = packed.quantization
+        producer, recipe = described["producer"], described["recipe"]
+        console.out.print(
+            f"{len(layers)} layers, {weights:,} weights at {bits:.3f} bits; scales "
+            f"{described['weights']['scales']}, groups of {described['weights']['group_size']}; "
+            f"recipe {recipe.get('name', 'unnamed')}, made by {producer['name']} "
+            f"{producer['version']}"
+        )
+        console.out.print(
+            f"left alone: {escape(', '.join(described['ignore']) or 'nothing')}; changed tensors: "
+            f"{len(packed.manifest['changed'])}"
+        )
