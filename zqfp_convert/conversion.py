@@ -26,7 +26,7 @@ from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.packed import pack
 from zqfp_convert.checkpoint.writer import Writer
 from zqfp_convert.model import skeleton
-from zqfp_convert.model.blocks import weight_matrix
+from zqfp_convert.model.blocks import bias_of, get_linear, is_transposed, put, weight_matrix
 from zqfp_convert.model.device import compute_dtype
 from zqfp_convert.model.tokenizer import tokenizer_of
 from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer, make_plan
@@ -214,8 +214,8 @@ class _Work:
             quantized, changes = self._calibrated(index, block)
             for change in changes:
                 place = prefix + change.name
-                layer, _, leaf = place.rpartition(".")
-                weight = plan.names.to_disk[layer + layout.WEIGHT].removesuffix(layout.WEIGHT)
+                owner, _, leaf = place.rpartition(".")
+                weight = plan.names.to_disk[owner + layout.WEIGHT].removesuffix(layout.WEIGHT)
                 name = plan.names.to_disk.get(place, f"{weight}.{leaf}")
                 tensors[name] = change.value.cpu()
                 self.changed[name] = change.kind
@@ -230,7 +230,8 @@ class _Work:
     ) -> tuple[dict[str, QuantizedWeight], list[Change]]:
         """Quantize a block's linears stage by stage, and move the streams through it."""
         plan, recipe = self.plan, self.plan.recipe
-        assert self.entrance is not None and self.student is not None
+        assert self.entrance is not None
+        assert self.student is not None
         if index == 0:
             self.entrance.try_first(block)
         calls = self.entrance.calls(index)
@@ -248,13 +249,14 @@ class _Work:
                 hessian, cross, damping=recipe.damping, activation_order=recipe.activation_order
             )
             for place in stage:
-                linear = student.get_submodule(place)
-                solved = self._solve(index, layers[place], weight_matrix(linear), curvature)  # type: ignore[arg-type]
-                simulated = solved.dequantize().to(weight_matrix(linear).dtype)  # type: ignore[arg-type]
-                _replace(student, place, SimulatedLinear(simulated, linear.bias))  # type: ignore[arg-type]
+                linear = get_linear(student, place)
+                weight = weight_matrix(linear)
+                solved = self._solve(index, layers[place], weight, curvature)
+                simulated = solved.dequantize().to(weight.dtype)
+                put(student, place, SimulatedLinear(simulated, bias_of(linear)))
                 quantized[place] = solved
         for place in layers.keys() - quantized.keys():  # linears that no token went through
-            weight = weight_matrix(block.get_submodule(place))  # type: ignore[arg-type]
+            weight = weight_matrix(get_linear(block, place))
             quantized[place] = self._solve(index, layers[place], weight, None)
         self.student.advance(student, calls)
         if self.teacher is not None:
@@ -284,8 +286,7 @@ class _Work:
     def _matrix(self, layer: PlannedLayer, block: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
         """The weight `[N, K]` of a layer, straight from the file."""
         stored = tensors[layer.disk + layout.WEIGHT]
-        transposed = weight_matrix(block.get_submodule(layer.place)).shape != stored.shape  # type: ignore[arg-type]
-        return stored.t() if transposed else stored
+        return stored.t() if is_transposed(get_linear(block, layer.place)) else stored
 
     def _packed(self, layer: PlannedLayer, solved: QuantizedWeight) -> dict[str, Tensor]:
         factors = solved.factors
@@ -329,8 +330,3 @@ def _quantization_config(plan: Plan, calibration: dict[str, Any] | None) -> dict
         "recipe": recipe.to_json(),
         "calibration": calibration,
     }
-
-
-def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(path), leaf, new)

@@ -83,7 +83,9 @@ class Plan:
     @property
     def bits(self) -> float:
         """Bits for each quantized weight, scales and low-rank factors included."""
-        return 8 * sum(layer.packed_bytes for block in self.layers for layer in block) / self.weights
+        return (
+            8 * sum(layer.packed_bytes for block in self.layers for layer in block) / self.weights
+        )
 
     @property
     def calibration(self) -> str:
@@ -349,5 +351,3 @@ def _check_room(plan: Plan) -> None:
                 if generated
                 else "Use fewer --samples or a shorter --seq-len, or another --device.",
             )
-
-

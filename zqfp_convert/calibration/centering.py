@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zqfp_convert.calibration.stages import Calls
 from zqfp_convert.calibration.stream import Call, Stream, inputs_of
-from zqfp_convert.model.blocks import weight_matrix
+from zqfp_convert.model.blocks import bias_of, get_linear, weight_matrix
 
 # Relative. Some models take a softmax or a norm in float32 whatever they are given, which leaves
 # 1e-7; a fold that is not exact is off by the mean itself.
@@ -54,7 +54,7 @@ def center_norms(
     consumers = _consumers(block, norms, quantized, calls(0), stream.hidden[0])
     means = _means(block, norms, stream, calls)
     changes: list[Change] = []
-    for name, norm in norms.items():
+    for name in norms:
         if consumers[name]:
             proof = calls(0), stream.hidden[0]
             changes += _fold(block, name, consumers[name], means[name], dtype, proof)
@@ -117,23 +117,25 @@ def _fold(
     proof: tuple[Call, Tensor],
 ) -> list[Change]:
     norm = block.get_submodule(name)
-    old = norm.bias.data
+    old = norm.get_parameter("bias").data
     new = (old.double() - mean).to(dtype).to(old.dtype)
     taken = old.double() - new.double()  # the mean, as the norm's bias can express it
-    biases = {}
-    for linear in linears:
-        module = block.get_submodule(linear)
-        moved = weight_matrix(module).double() @ taken  # type: ignore[arg-type]
-        biases[linear] = moved + (0.0 if module.bias is None else module.bias.double())
+    biases: dict[str, Tensor] = {}
+    had_bias: dict[str, bool] = {}
+    for path in linears:
+        linear = get_linear(block, path)
+        before = bias_of(linear)
+        had_bias[path] = before is not None
+        moved = weight_matrix(linear).double() @ taken
+        biases[path] = moved if before is None else moved + before.double()
     if not _same_function(block, name, new, biases, proof):
         return []
     changes = [Change(f"{name}.bias", new.to(dtype), "norm_changed")]
     norm.bias = nn.Parameter(new, requires_grad=False)
-    for linear, bias in biases.items():
-        module = block.get_submodule(linear)
-        kind = "bias_added" if module.bias is None else "bias_changed"
-        module.bias = nn.Parameter(bias.to(old.dtype), requires_grad=False)
-        changes.append(Change(f"{linear}.bias", bias.float(), kind))
+    for path, bias in biases.items():
+        get_linear(block, path).bias = nn.Parameter(bias.to(old.dtype), requires_grad=False)
+        kind = "bias_changed" if had_bias[path] else "bias_added"
+        changes.append(Change(f"{path}.bias", bias.float(), kind))
     return changes
 
 

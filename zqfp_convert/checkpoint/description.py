@@ -34,7 +34,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("quant_method") != layout.FORMAT:
         fail("no quantization_config of zqfp", "a checkpoint made by zqfp-convert")
     version = config.get("format_version")
-    if not _whole(version, 1):
+    if not isinstance(version, int) or not _whole(version, 1):
         fail(f"format_version {version!r}", "a whole number, 1 or more")
     if version > layout.FORMAT_VERSION:
         raise CheckpointError(
@@ -46,7 +46,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{version}.",
         )
     features = config.get("required_features")
-    if not _names(features):
+    if not isinstance(features, list) or not _names(features):
         fail(f"required_features {features!r}", "a list of distinct names")
     for feature in features:
         if feature not in layout.KNOWN_FEATURES:
@@ -109,7 +109,9 @@ def read_manifest(folder: Path, quantization: dict[str, Any]) -> dict[str, Any]:
     need(isinstance(shards, dict) and bool(shards), "no shards")
     need(isinstance(layers, dict), "no layers")
     need(isinstance(changed, dict), "no 'changed'")
-    assert isinstance(shards, dict) and isinstance(layers, dict) and isinstance(changed, dict)
+    assert isinstance(shards, dict)
+    assert isinstance(layers, dict)
+    assert isinstance(changed, dict)
     for file, entry in shards.items():
         sized = isinstance(entry, dict) and _whole(entry.get("size"), 0)
         digest = entry.get("sha256") if isinstance(entry, dict) else None

@@ -171,17 +171,14 @@ def pack(
     def home(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().cpu().contiguous()
 
-    packed, scale = home(nibbles.pack(codes)), home(
-        chosen.factor.bfloat16() if chosen.kind == "free" else exponent
-    )
-    assert packed is not None and scale is not None
+    scale = chosen.factor.bfloat16() if chosen.kind == "free" else exponent
     return PackedLayer(
         name,
         chosen.kind,
         chosen.group_size,
         codes.shape[1],
-        packed,
-        scale,
+        nibbles.pack(codes).cpu().contiguous(),
+        scale.cpu().contiguous(),
         home(chosen.factor[:, 0].bfloat16()) if chosen.kind == "m2" else None,
         home(A),
         home(B),

@@ -91,7 +91,8 @@ class PackedCheckpoint:
         rows, columns = self.manifest["layers"][name]["shape"]
         names = [name + suffix for suffix in layout.PACKED_SUFFIXES]
         held = self.shards.tensors
-        return 8 * sum(held[n].bytes for n in names if n in held) / (rows * columns)
+        count: int = rows * columns
+        return 8 * sum(held[n].bytes for n in names if n in held) / count
 
     def bias(self, name: str) -> Tensor | None:
         """The bias of a layer, or None."""
@@ -144,7 +145,11 @@ class PackedCheckpoint:
         for name in sorted(self.manifest["changed"]):
             if name not in self.shards.tensors:
                 raise CheckpointError(
-                    "missing-tensor", name, "no such tensor", needed="what 'changed' names", do=AGAIN
+                    "missing-tensor",
+                    name,
+                    "no such tensor",
+                    needed="what 'changed' names",
+                    do=AGAIN,
                 )
 
     def _check_layer(self, name: str) -> None:

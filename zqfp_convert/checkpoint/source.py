@@ -16,7 +16,16 @@ from zqfp_convert.checkpoint.shards import Shards, read_json
 from zqfp_convert.errors import SourceError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-OTHER_WEIGHTS = (".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".tflite", ".ot")
+OTHER_WEIGHTS = (
+    ".safetensors",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".tflite",
+    ".ot",
+)
 REWRITTEN = (layout.CONFIG_FILE, layout.INDEX_FILE, layout.MANIFEST_FILE)
 
 

@@ -162,8 +162,8 @@ def _show_plan(plan: Plan, *, every_layer: bool) -> None:
         return
     kinds: dict[tuple[str, int, int], int] = {}
     for layer in layers:
-        key = (layer.place, layer.rows, layer.columns)
-        kinds[key] = kinds.get(key, 0) + 1
+        kind = (layer.place, layer.rows, layer.columns)
+        kinds[kind] = kinds.get(kind, 0) + 1
     shapes = Table("layer of a block", "N", "K", "how many", "bits a weight", box=None)
     packed = {(layer.place, layer.rows, layer.columns): layer for layer in layers}
     for (place, n, k), count in kinds.items():

@@ -41,9 +41,9 @@ def _about(
 ) -> None:
     """Turn a language model into a packed FP4 checkpoint for the FP8 tensor cores of Hopper GPUs.
 
-    [bold]zqfp-convert MODEL OUT/[/]                    convert; all options: zqfp-convert convert -h
-    [bold]zqfp-convert MODEL OUT/ --dry-run[/]          only say what would be done
-    [bold]zqfp-convert MODEL OUT/ --recipe fast[/]      no calibration: seconds, less faithful
+    [bold]zqfp-convert MODEL OUT/[/]  convert (all options: zqfp-convert convert -h)
+    [bold]zqfp-convert MODEL OUT/ --dry-run[/]  only say what would be done
+    [bold]zqfp-convert MODEL OUT/ --recipe fast[/]  no calibration: seconds, less faithful
     [bold]zqfp-convert MODEL OUT/ --calibration T.txt[/]  calibrate on your own text
 
     MODEL is a folder or a name on the Hub. A folder named like a command is reached as ./inspect.

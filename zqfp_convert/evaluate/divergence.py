@@ -37,8 +37,8 @@ def compare(
     Windows do not overlap and see nothing of each other; the first token of each is not predicted.
     """
     loss = original_loss = kl = same = 0.0
-    for part in windows.split(batch):
-        ids = part.to(original.device)
+    for start in range(0, len(windows), batch):
+        ids = windows[start : start + batch].to(original.device)
         want = original(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
         have = converted(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
         following = ids[:, 1:, None]
@@ -48,5 +48,9 @@ def compare(
         same += float((want.argmax(-1) == have.argmax(-1)).double().sum())
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     return Divergence(
-        math.exp(loss / tokens), math.exp(original_loss / tokens), kl / tokens, same / tokens, tokens
+        math.exp(loss / tokens),
+        math.exp(original_loss / tokens),
+        kl / tokens,
+        same / tokens,
+        tokens,
     )

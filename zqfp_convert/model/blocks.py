@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zqfp_convert.errors import SourceError
 
-Linear = nn.Linear | Conv1D
+Linear: TypeAlias = "nn.Linear | Conv1D"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
     for path, module in decoder.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
-        size = sum(sum(w.weight.numel() for _, w in linears(block)) for block in module)
+        size = sum(weight_matrix(w).numel() for block in module for _, w in linears(block))
         alike = len({type(block) for block in module}) == 1
         if alike and size and (best is None or size > best[0]):
             best = (size, path, module)
@@ -87,6 +88,25 @@ def shape(linear: Linear) -> tuple[int, int]:
 def is_transposed(linear: Linear) -> bool:
     """Whether the checkpoint stores the weight as `[K, N]`."""
     return isinstance(linear, Conv1D)
+
+
+def get_linear(module: nn.Module, name: str) -> Linear:
+    """The linear of that name in a module."""
+    linear = module.get_submodule(name)
+    assert isinstance(linear, (nn.Linear, Conv1D)), type(linear)
+    return linear
+
+
+def bias_of(linear: Linear) -> Tensor | None:
+    """The bias `[N]` of a linear, or None."""
+    bias: Tensor | None = linear.bias
+    return bias
+
+
+def put(module: nn.Module, name: str, new: nn.Module) -> None:
+    """Put another module in the place of that name."""
+    path, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(path), leaf, new)
 
 
 def first_tensor(output: object) -> Tensor:

@@ -44,7 +44,7 @@ def build(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
     _compute_buffers(model, device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def assign(

@@ -26,4 +26,4 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
             needed="the model's tokenizer, to turn text into tokens",
             do="Download the tokenizer's files, or do without text (leave --calibration out).",
         ) from error
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer

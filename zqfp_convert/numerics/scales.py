@@ -141,20 +141,16 @@ def canonical(codes: Tensor, scales: Scales) -> Scales:
 def _grouped(values: Tensor, group_size: int) -> Tensor:
     """`[N, K]` to `[N, G, group_size]`, the last group filled up with zeros."""
     missing = -values.shape[-1] % group_size
-    return torch.nn.functional.pad(values, (0, missing)).unflatten(-1, (-1, group_size))
+    padded = torch.nn.functional.pad(values, (0, missing))
+    return padded.view(*values.shape[:-1], -1, group_size)
 
 
 def _log2(values: Tensor, rounding: Rounding) -> Tensor:
     """log2 of positive values, rounded to whole numbers: int32, exact at powers of two."""
     mantissa, exponent = torch.frexp(values)  # value = mantissa * 2^exponent, mantissa in [0.5, 1)
-    floor = exponent - 1
-    match rounding:
-        case "ceil":
-            return floor + (mantissa > 0.5)
-        case "nearest":
-            return floor + (mantissa > 0.5**0.5)
-        case _:
-            return floor
+    above = {"ceil": 0.5, "nearest": 0.5**0.5}.get(rounding)
+    floor: Tensor = exponent - 1
+    return floor if above is None else floor + (mantissa > above).int()
 
 
 def _bfloat16_up(values: Tensor) -> Tensor:
@@ -194,9 +190,7 @@ def _constrained(
     return Scales(kind, factor, exponent, group_size, int(too_low.sum()))
 
 
-def _searched(
-    weight: Tensor, kind: Kind, group_size: int, importance: Tensor | None
-) -> Scales:
+def _searched(weight: Tensor, kind: Kind, group_size: int, importance: Tensor | None) -> Scales:
     """Try mantissas `m = 2^(i/16)` and, for each group, the two exponents that can be best.
 
     With the exponent `floor(log2(absmax / m)) - 2` the group's largest weight lies in [4, 8) scale

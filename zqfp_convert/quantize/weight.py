@@ -96,5 +96,3 @@ def quantize_weight(weight: Tensor, curvature: Curvature | None, recipe: Recipe)
 def nearest(values: Tensor, scale: Tensor) -> Tensor:
     """The representable values nearest to `values` under `scale` (shapes that broadcast)."""
     return e2m1.round_to_grid(values / scale) * scale
-
-

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from zqfp_convert.checkpoint import hub, layout
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.errors import CheckpointError
 from zqfp_convert.model import skeleton
+from zqfp_convert.model.blocks import put
 from zqfp_convert.model.device import resolve_device
 from zqfp_convert.model.names import NameMap
 from zqfp_convert.runtime.linear import QuantizedLinear, Scratch
@@ -51,11 +51,11 @@ def load(
     for layer in checkpoint.layers:
         module = QuantizedLinear(checkpoint.layer(layer), checkpoint.bias(layer), scratch)
         place = names.to_model[layer + layout.WEIGHT].removesuffix(layout.WEIGHT)
-        _replace(model, place, module.to(target))
+        put(model, place, module.to(target))
     if dtype is not None:
         model.config.dtype = dtype
     model.tie_weights(missing_keys=set(names.unfilled), recompute_mapping=False)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def _check_complete(checkpoint: PackedCheckpoint, names: NameMap) -> None:
@@ -70,8 +70,3 @@ def _check_complete(checkpoint: PackedCheckpoint, names: NameMap) -> None:
             needed="a checkpoint that fits the model of its config.json",
             do="Install the transformers version that config.json names, or convert again.",
         )
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, module)

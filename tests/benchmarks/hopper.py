@@ -1,0 +1,159 @@
+"""Converts a Llama with 8 B-like layers on a GPU, loads it, and compares its two paths.
+
+    python tests/benchmarks/hopper.py [--layers 4] [--calibration TEXT]
+
+Method: random weights (hidden 4096, intermediate 14336, GQA 32/8), recipe `best`; wall time and
+peak memory of the whole conversion; then each quantized linear by itself on the same inputs,
+expanded against reference path, and the logits of the whole model by either path. Prints a table,
+then one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import zqfp_convert
+from zqfp_convert.runtime.linear import PATH_VARIABLE, QuantizedLinear
+
+DEMO = Path(zqfp_convert.__file__).parent / "demo" / "model"
+
+
+def write_model(folder: Path, layers: int, hidden: int, device: str) -> None:
+    """A Llama with random weights, one shard for each block, and a tokenizer to read text with."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=hidden * 7 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=hidden // 512,
+        max_position_embeddings=8192,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((DEMO / name).read_bytes())
+    with torch.device("meta"):
+        places = AutoModelForCausalLM.from_config(config).state_dict()
+    parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    torch.manual_seed(0)
+    for name, place in places.items():
+        value = torch.randn(place.shape, device=device) * hidden**-0.5
+        value = torch.ones_like(value) if name.endswith("norm.weight") else value
+        path = name.split(".")
+        parts[path[2] if path[1] == "layers" else "rest"][name] = value.bfloat16().cpu()
+    index = {}
+    for part, tensors in parts.items():
+        save_file(tensors, folder / f"{part}.safetensors")
+        index |= dict.fromkeys(tensors, f"{part}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def relative(have: torch.Tensor, want: torch.Tensor) -> float:
+    return float((have.float() - want.float()).norm() / want.float().norm())
+
+
+def by_path(path: str, run: torch.nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    os.environ[PATH_VARIABLE] = path
+    try:
+        out = run(*args)
+    finally:
+        del os.environ[PATH_VARIABLE]
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--recipe", default="best")
+    parser.add_argument("--device", default="cuda")
+    given = parser.parse_args()
+    cuda = given.device.startswith("cuda")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "model").mkdir()
+        write_model(folder / "model", given.layers, given.hidden, given.device)
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        marks: list[tuple[float, str]] = []
+        made = zqfp_convert.convert(
+            folder / "model",
+            folder / "out",
+            recipe=given.recipe,
+            calibration=given.calibration,
+            samples=given.samples,
+            seq_len=given.seq_len,
+            device=given.device,
+            progress=lambda text, done, total: marks.append((time.monotonic(), text)),
+        )
+        gpu_peak = torch.cuda.max_memory_allocated() if cuda else 0
+        host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        began = time.monotonic()
+        model = zqfp_convert.load(folder / "out", device=given.device)
+        load_seconds = time.monotonic() - began
+
+    paths = ("expanded", "reference") if cuda else ("reference", "reference")
+    table = Table("layer", "M", "expanded against reference", box=None)
+    linears: dict[str, dict[int, float]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and ".layers.0." in name:
+            linears[name] = {}
+            for tokens in (1, 17, 512):
+                x = torch.randn(tokens, module.in_features, device=given.device).bfloat16()
+                have, want = (by_path(path, module, x) for path in paths)
+                linears[name][tokens] = relative(have, want)
+                table.add_row(name, str(tokens), f"{linears[name][tokens]:.2e}")
+    ids = torch.randint(1000, (2, 256), device=given.device)
+    logits = [by_path(path, model, ids) for path in paths]
+    whole = relative(logits[0], logits[1])
+    same_top = float((logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean())
+    generated = model.generate(ids[:1, :16], max_new_tokens=16, do_sample=False)
+    console = Console(width=100)
+    console.print(table)
+    steps = [(later[0] - now[0], now[1]) for now, later in zip(marks, marks[1:], strict=False)]
+    result = {
+        "machine": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+        "layers": given.layers,
+        "recipe": given.recipe,
+        "samples": given.samples,
+        "seq_len": given.seq_len,
+        "seconds": round(made.seconds, 1),
+        "gpu_peak_gb": round(gpu_peak / 1e9, 2),
+        "gpu_planned_gb": round(made.plan.device_memory / 1e9, 2),
+        "host_peak_gb": round(host_peak / 1e9, 2),
+        "bits": round(made.plan.bits, 3),
+        "load_seconds": round(load_seconds, 1),
+        "logits": whole,
+        "same_top": same_top,
+        "generated": generated.shape[1],
+        "worst": dict(made.worst(3)),
+    }
+    for seconds, text in steps[:16]:
+        console.print(f"{seconds:7.2f} s  {text}")
+    console.print({key: value for key, value in result.items() if key != "worst"})
+    print(json.dumps({**result, "linears": linears}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Writing a checkpoint: nothing half-written is ever seen under its final name."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from dequantized import manifest, read_tensors
+from safetensors import SafetensorError
+
+from zqfp_convert.checkpoint import writer
+from zqfp_convert.checkpoint.writer import Writer, check_free, sha256
+from zqfp_convert.errors import OutputError
+
+A = {"a": torch.arange(6.0).view(2, 3)}
+B = {"b": torch.ones(4, dtype=torch.uint8), "c": torch.zeros(3, 2, dtype=torch.bfloat16).t()}
+LAYERS = {"x": {"shape": [2, 3]}}
+
+
+def write(out: Path, *shards: dict[str, torch.Tensor], overwrite: bool = False) -> Path:
+    with Writer(out, len(shards), overwrite=overwrite) as target:
+        for tensors in shards:
+            target.add_shard(tensors)
+            assert not out.exists() or overwrite
+        target.finish({"model_type": "Größe"}, LAYERS, {"a": "bias_added"})
+    return out
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_one_shard(tmp_path: Path) -> None:
+    out = write(tmp_path / "out", A)
+    assert files(out).keys() == {"model.safetensors", "config.json", "zqfp_manifest.json"}
+    assert torch.equal(read_tensors(out)["a"], A["a"])
+    notes = manifest(out)
+    assert notes["format"] == "zqfp"
+    assert notes["format_version"] == 1
+    assert notes["layers"] == LAYERS
+    assert notes["changed"] == {"a": "bias_added"}
+    data = (out / "model.safetensors").read_bytes()
+    entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert notes["shards"] == {"model.safetensors": entry}
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["model_type"] == "Größe"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_two_shards(tmp_path: Path) -> None:
+    out = write(tmp_path / "deep" / "down" / "out", A, B)
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert list(manifest(out)["shards"]) == names
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {"a": names[0], "b": names[1], "c": names[1]}
+    assert index["metadata"]["total_size"] == 24 + 4 + 12
+    assert torch.equal(read_tensors(out)["c"], B["c"])
+
+
+def test_same_bytes_twice(tmp_path: Path) -> None:
+    assert files(write(tmp_path / "one", A, B)) == files(write(tmp_path / "two", A, B))
+
+
+def test_copies_files(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "LICENSE").write_bytes(b"terms\r\n\xff")
+    (source / "sub" / "code.py").write_text("x = 1")
+    with Writer(tmp_path / "out", 1) as target:
+        target.add_shard(A)
+        target.copy(source, [Path("LICENSE"), Path("sub/code.py")])
+        target.finish({}, {}, {})
+    assert (tmp_path / "out" / "LICENSE").read_bytes() == b"terms\r\n\xff"
+    assert (tmp_path / "out" / "sub" / "code.py").read_text() == "x = 1"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_one_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
+    with pytest.raises(error), Writer(tmp_path / "out", 2) as target:
+        target.add_shard(A)
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_one_leaves_nothing(tmp_path: Path) -> None:
+    with Writer(tmp_path / "out", 2) as target:
+        target.add_shard(A)
+    assert not list(tmp_path.iterdir())
+
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    # what safetensors makes of the same
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_full_disk(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_file(*args: object, **kwargs: object) -> None:
+        raise error
+
+    with pytest.raises(OutputError, match="disk is full") as raised:  # noqa: PT012
+        with Writer(tmp_path / "out", 2) as target:
+            target.add_shard(A)
+            monkeypatch.setattr(writer, "save_file", save_file)
+            target.add_shard(B)
+    assert raised.value.where == str(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", ["rename", "json"])
+def test_a_failure_at_the_very_end(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves nothing, and does not stand in the way of the next try."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, "no")
+
+    with monkeypatch.context() as patch:
+        if step == "rename":
+            patch.setattr(Path, "rename", fail)
+        else:
+            patch.setattr(Writer, "_write_json", fail)
+        with pytest.raises((OSError, OutputError)):
+            write(tmp_path / "out", A)
+    assert not list(tmp_path.iterdir())
+    write(tmp_path / "out", A)
+
+
+def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
+    out = write(tmp_path / "out", A)
+    before = files(out)
+    with pytest.raises(OutputError, match="exists") as raised:
+        write(out, B)
+    assert raised.value.where == str(out)
+    assert "--overwrite" in raised.value.do
+    assert files(out) == before
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OutputError, match="exists"):
+        check_free(tmp_path / "empty", overwrite=False)
+
+
+def test_overwriting(tmp_path: Path) -> None:
+    out = write(tmp_path / "out", A)
+    write(out, B, overwrite=True)
+    assert read_tensors(out).keys() == B.keys()
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty", A, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
+
+
+def test_what_is_to_be_overwritten_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    out = write(tmp_path / "out", A)
+    before = files(out)
+    with pytest.raises(ValueError, match="stop"), Writer(out, 2, overwrite=True) as target:
+        target.add_shard(B)
+        assert files(out) == before
+        raise ValueError("stop")
+    assert files(out) == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_is_not_ours_is_never_overwritten(kind: str, tmp_path: Path) -> None:
+    out, precious = tmp_path / "out", tmp_path / "precious"
+    if kind == "link":
+        write(precious, A)
+        out.symlink_to(precious)
+    elif kind == "file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / "precious").write_text("mine")
+    with pytest.raises(OutputError, match="not a zqfp checkpoint") as raised:
+        write(out, A, overwrite=True)
+    assert raised.value.where == str(out)
+    assert not (tmp_path / "out.partial").exists()
+    assert out.exists()
+
+
+def test_a_neighbour_called_old_is_left_alone(tmp_path: Path) -> None:
+    out = write(tmp_path / "out", A)
+    neighbour = tmp_path / "out.old"
+    neighbour.mkdir()
+    (neighbour / "precious").write_text("mine")
+    write(out, B, overwrite=True)
+    assert read_tensors(out).keys() == B.keys()
+    assert (neighbour / "precious").read_text() == "mine"
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_earlier_partial_folder_of_ours_goes(tmp_path: Path) -> None:
+    killed = Writer(tmp_path / "out", 2)
+    killed.add_shard(A)
+    assert (tmp_path / "out.partial" / "model-00001-of-00002.safetensors").exists()
+    out = write(tmp_path / "out", B)
+    assert read_tensors(out).keys() == B.keys()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_partial_folder_of_others_stays(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "precious").write_text("mine")
+    with pytest.raises(OutputError, match="not left by this program") as raised:
+        write(tmp_path / "out", A)
+    assert raised.value.where == str(partial)
+    assert (partial / "precious").read_text() == "mine"
+
+
+def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="is a file") as raised:
+        write(tmp_path / "file" / "out", A)
+    assert raised.value.where == str(tmp_path / "file")
+
+
+@pytest.mark.parametrize("out", ["/", "."])
+def test_no_name(out: str) -> None:
+    with pytest.raises(OutputError, match="no folder name"):
+        check_free(Path(out), overwrite=True)
+
+
+def test_sha256(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(bytes(range(256)) * 40_000)
+    assert sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,57 @@
+"""What all tests share: no network, one thread, tiny models that are made once a session."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("ZQFP_PATH", None)
+sys.path.insert(0, str(Path(__file__).parents[1] / "formats"))  # zqfp1_reader is a plain file
+
+import pytest
+import torch
+import transformers
+from architectures import write_model, write_tokenizer
+
+import zqfp_convert
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+Maker = Callable[..., Path]
+
+# Little calibration and small groups: it takes seconds, and has more tokens than any layer inputs.
+QUICK = {"device": "cpu", "samples": 12, "seq_len": 32, "group_size": 32}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """`tiny_model(arch)` is the folder of a random model with a tokenizer; do not change it."""
+    made: dict[str, Path] = {}
+
+    def make(arch: str = "llama") -> Path:
+        if arch not in made:
+            made[arch] = write_model(tmp_path_factory.mktemp("source") / arch, arch)
+            write_tokenizer(made[arch])
+        return made[arch]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def converted(tiny_model: Maker, tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """`converted(arch, recipe)` is the packed checkpoint of that tiny model; do not change it."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(arch: str = "llama", recipe: str = "fast") -> Path:
+        if (arch, recipe) not in made:
+            out = tmp_path_factory.mktemp("packed") / f"{arch}-{recipe}"
+            zqfp_convert.convert(tiny_model(arch), out, recipe=recipe, **QUICK)
+            made[arch, recipe] = out
+        return made[arch, recipe]
+
+    return make

@@ -1,0 +1,244 @@
+"""Statistics and factorizations against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from zqfp_convert.quantize.hessian import (
+    Curvature,
+    HessianSum,
+    aim_at_original,
+    prepare,
+    relative_error,
+)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(tokens: int, features: int, seed: int = 0) -> Tensor:
+    """Inputs with a decaying spectrum, and features of different sizes."""
+    mix = normal(features, features, seed=seed) * torch.logspace(0, -1.5, features)[:, None]
+    sizes = torch.exp(normal(features, seed=seed + 1))
+    return normal(tokens, features, seed=seed + 2) @ mix * sizes
+
+
+def hessian_of(inputs: Tensor) -> Tensor:
+    return (inputs.double().t() @ inputs.double() / len(inputs)).float()
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    H = hessian.double()
+    return H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+
+
+def close(have: Tensor, wanted: Tensor, tolerance: float = 1e-4) -> bool:
+    return bool((have.double() - wanted).norm() <= tolerance * wanted.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hessian_is_the_mean_over_all_tokens(dtype: torch.dtype) -> None:
+    seen, original = correlated(60, 17).to(dtype), correlated(60, 17, seed=5).to(dtype)
+    total = HessianSum(17, cross=True, device="cpu")
+    total.add(seen[:24].view(2, 3, 4, 17), original[:24].view(2, 3, 4, 17))
+    total.add(seen[24:25], original[24:25])
+    total.add(seen[25:], original[25:])
+    assert total.tokens == 60
+    hessian, cross = total.mean()
+    assert cross is not None
+    assert hessian.dtype == cross.dtype == torch.float32
+    assert close(hessian, seen.double().t() @ seen.double() / 60, 1e-6)
+    assert close(cross, original.double().t() @ seen.double() / 60, 1e-6)
+    assert (cross - cross.t()).norm() > 0.1 * cross.norm()  # so a transposed one would show
+
+
+def test_without_cross() -> None:
+    total = HessianSum(5, cross=False, device="cpu")
+    total.add(normal(8, 5))
+    hessian, cross = total.mean()
+    assert cross is None
+    assert close(hessian, normal(8, 5).double().t() @ normal(8, 5).double() / 8, 1e-6)
+
+
+def test_cross_needs_the_original() -> None:
+    with pytest.raises(AssertionError):
+        HessianSum(5, cross=True, device="cpu").add(normal(8, 5))
+
+
+def test_no_tokens() -> None:
+    hessian, cross = HessianSum(5, cross=True, device="cpu").mean()
+    assert cross is not None
+    assert not hessian.any()
+    assert not cross.any()
+
+
+@pytest.mark.parametrize("features", [1, 2, 33, 130])
+@pytest.mark.parametrize("activation_order", [False, True])
+@pytest.mark.parametrize("damping", [0.01, 0.2])
+def test_factor_is_the_cholesky_factor_of_the_inverse(
+    features: int, activation_order: bool, damping: float
+) -> None:
+    hessian = hessian_of(correlated(3 * features, features))
+    before = hessian.clone()
+    curvature = prepare(hessian, None, damping=damping, activation_order=activation_order)
+    assert torch.equal(hessian, before)
+    assert torch.equal(curvature.hessian, before)
+    order = curvature.order
+    inverse = torch.linalg.inv(damped(hessian, damping)[order][:, order])
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    assert close(curvature.factor, upper / upper.diagonal()[:, None])
+    assert (curvature.factor.diagonal() == 1).all()
+    assert not curvature.factor.tril(-1).any()
+    assert curvature.factor.dtype == torch.float32
+    assert curvature.drift is None
+    assert (curvature.damping, curvature.retries) == (damping, 0)
+
+
+def test_order() -> None:
+    hessian = torch.diag(torch.tensor([1.0, 3.0, 0.0, 3.0, 2.0, 0.0]))
+    natural = prepare(hessian, None, damping=0.01, activation_order=False)
+    by_activation = prepare(hessian, None, damping=0.01, activation_order=True)
+    assert natural.order.tolist() == list(range(6))
+    assert by_activation.order.tolist() == [1, 3, 4, 0, 2, 5]  # descending; equals as they lie
+
+
+@pytest.mark.parametrize("activation_order", [False, True])
+@pytest.mark.parametrize("damping", [0.01, 0.3])
+def test_drift(activation_order: bool, damping: float) -> None:
+    seen = correlated(200, 40)
+    hessian = hessian_of(seen)
+    cross = (correlated(200, 40, seed=9).double().t() @ seen.double() / 200).float()
+    drift = prepare(hessian, cross, damping=damping, activation_order=activation_order).drift
+    assert drift is not None
+    wanted = (cross - hessian).double() @ torch.linalg.inv(damped(hessian, damping))
+    assert close(drift, wanted)
+    assert not close(drift, wanted.t(), 0.5)
+
+
+def test_drift_of_the_same_inputs_is_zero() -> None:
+    hessian = hessian_of(correlated(100, 20))
+    drift = prepare(hessian, hessian.clone(), damping=0.01, activation_order=True).drift
+    assert drift is not None
+    assert not drift.any()
+
+
+def least_damping(hessian: Tensor, damping: float) -> tuple[float, int]:
+    """The first of damping, 10 damping, 100 damping … that makes it positive definite."""
+    retries = 0
+    while torch.linalg.eigvalsh(damped(hessian, damping)).min() <= 0:
+        damping, retries = damping * 10, retries + 1
+    return damping, retries
+
+
+@pytest.mark.parametrize("activation_order", [False, True])
+@pytest.mark.parametrize("negative", [0.005, 0.05, 0.5, 30.0])
+def test_retries_of_an_indefinite_hessian_are_reported(
+    activation_order: bool, negative: float
+) -> None:
+    rotation = torch.linalg.qr(normal(24, 24)).Q
+    eigenvalues = torch.linspace(1, 3, 24)
+    eigenvalues[0] = -negative
+    eigenvalues *= 24 / eigenvalues.sum()  # mean diagonal 1
+    hessian = rotation * eigenvalues @ rotation.t()
+    hessian = (hessian + hessian.t()) / 2
+    used, retries = least_damping(hessian, 0.01)
+    curvature = prepare(hessian, None, damping=0.01, activation_order=activation_order)
+    assert curvature.retries == retries
+    assert curvature.damping == pytest.approx(used)
+    assert torch.equal(curvature.hessian, hessian)
+    order = curvature.order
+    inverse = torch.linalg.inv(damped(hessian, used)[order][:, order])
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    assert close(curvature.factor, upper / upper.diagonal()[:, None], 1e-3)
+
+
+def test_the_indefinite_cases_do_retry() -> None:
+    assert least_damping(torch.diag(torch.tensor([2.0, -0.005])), 0.01)[1] == 0
+    assert least_damping(torch.diag(torch.tensor([2.0, -0.05])), 0.01)[1] == 1
+    assert least_damping(torch.diag(torch.tensor([2.0, -0.9])), 0.01)[1] == 3
+
+
+def test_drift_uses_the_damping_of_the_retry() -> None:
+    hessian = torch.diag(torch.tensor([2.0, -0.05, 1.0, 1.0]))
+    cross = hessian + normal(4, 4)
+    curvature = prepare(hessian, cross, damping=0.01, activation_order=True)
+    assert curvature.retries == 1
+    assert curvature.drift is not None
+    wanted = (cross - hessian).double() @ torch.linalg.inv(damped(hessian, 0.1))
+    assert close(curvature.drift, wanted)
+
+
+def test_a_singular_hessian_with_next_to_no_damping() -> None:
+    direction = normal(16)
+    hessian = torch.outer(direction, direction)
+    curvature = prepare(hessian, None, damping=1e-12, activation_order=False)
+    assert curvature.retries > 0
+    assert curvature.damping == pytest.approx(1e-12 * 10**curvature.retries)
+    assert curvature.factor.isfinite().all()
+
+
+@pytest.mark.parametrize("activation_order", [False, True])
+def test_an_all_zero_hessian(activation_order: bool) -> None:
+    zero = torch.zeros(9, 9)
+    curvature = prepare(zero, zero.clone(), damping=0.01, activation_order=activation_order)
+    assert torch.equal(curvature.factor, torch.eye(9))
+    assert curvature.order.tolist() == list(range(9))
+    assert curvature.drift is not None
+    assert not curvature.drift.any()
+    assert curvature.retries == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_infinity_are_the_programs_fault(bad: float) -> None:
+    hessian = torch.eye(4)
+    hessian[1, 1] = bad
+    with pytest.raises(AssertionError, match="NaN or infinity"):
+        prepare(hessian, None, damping=0.01, activation_order=False)
+
+
+def test_asymmetry_1_is_least_squares() -> None:
+    original = correlated(400, 24)
+    seen = original + 0.3 * correlated(400, 24, seed=7)
+    weight = normal(10, 24, seed=3)
+    total = HessianSum(24, cross=True, device="cpu")
+    total.add(seen, original)
+    hessian, cross = total.mean()
+    drift = prepare(hessian, cross, damping=1e-7, activation_order=True).drift
+    assert drift is not None
+    outputs = original.double() @ weight.double().t()
+    best = torch.linalg.lstsq(seen.double(), outputs).solution.t()
+    assert close(aim_at_original(weight, drift, 1.0), best, 1e-2)
+    assert not close(weight, best, 0.05)
+    assert torch.equal(aim_at_original(weight, drift, 0.0), weight)
+    halfway = (weight + aim_at_original(weight, drift, 1.0)) / 2
+    assert close(aim_at_original(weight, drift, 0.5), halfway.double(), 1e-6)
+
+
+def test_relative_error() -> None:
+    error, weight = normal(6, 12), normal(6, 12, seed=1) * 3
+    hessian = hessian_of(correlated(50, 12))
+    E, W, H = error.double(), weight.double(), hessian.double()
+    with_hessian = (torch.trace(E @ H @ E.t()) / torch.trace(W @ H @ W.t())).sqrt().item()
+    assert relative_error(error, weight, hessian) == pytest.approx(with_hessian, rel=1e-5)
+    assert relative_error(error, weight, None) == pytest.approx((E.norm() / W.norm()).item())
+    assert relative_error(weight, weight, hessian) == pytest.approx(1)
+
+
+def test_relative_error_where_there_is_nothing() -> None:
+    zero, one = torch.zeros(2, 3), torch.ones(2, 3)
+    assert relative_error(zero, zero, None) == 0
+    assert relative_error(one, zero, torch.eye(3)) == 0
+    assert relative_error(one, one, torch.zeros(3, 3)) == 0
+    assert relative_error(zero, one, torch.eye(3)) == 0
+
+
+def test_curvature_is_immutable() -> None:
+    curvature = prepare(torch.eye(2), None, damping=0.01, activation_order=False)
+    assert isinstance(curvature, Curvature)
+    with pytest.raises(AttributeError):
+        curvature.damping = 1.0  # type: ignore[misc]

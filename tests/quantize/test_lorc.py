@@ -1,0 +1,185 @@
+"""Low-rank compensation: the optimum against float64's singular value decomposition."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from zqfp_convert.quantize import lorc
+
+Form = Literal["e4m3", "bf16"]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated_hessian(features: int, seed: int = 0) -> Tensor:
+    mix = normal(features, features, seed=seed) * torch.logspace(0, -2, features)[:, None]
+    inputs = (normal(4 * features, features, seed=seed + 1) @ mix).double()
+    inputs *= torch.exp(normal(features, seed=seed + 2))
+    return (inputs.t() @ inputs / len(inputs)).float()
+
+
+def rounding_error(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Nearly white, as the errors of rounding are, some rows and columns larger than others."""
+    sizes = torch.exp(0.5 * normal(rows, 1, seed=seed + 1) + 0.5 * normal(columns, seed=seed + 2))
+    return (torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) - 0.5) * sizes
+
+
+def energy(error: Tensor, hessian: Tensor | None) -> float:
+    """`tr(E H E^T)`."""
+    E = error.double()
+    return float((E * E).sum() if hessian is None else ((E @ hessian.double()) * E).sum())
+
+
+def least_energy(error: Tensor, hessian: Tensor | None, rank: int) -> float:
+    """What the best factors leave: the tail of the singular values of `E H^(1/2)`."""
+    M = error.double()
+    if hessian is not None:
+        values, vectors = torch.linalg.eigh(hessian.double())
+        M = M @ (vectors * values.clamp_min(0).sqrt()) @ vectors.t()
+    return float(torch.linalg.svdvals(M)[rank:].square().sum())
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96), (40, 40), (9, 64), (64, 9)])
+@pytest.mark.parametrize("rank", [1, 4, 8])
+@pytest.mark.parametrize("metric", ["none", "hessian"])
+def test_the_factors_are_the_best(shape: tuple[int, int], rank: int, metric: str) -> None:
+    error = rounding_error(*shape)
+    hessian = correlated_hessian(shape[1]) if metric == "hessian" else None
+    B, A = lorc.fit(error, hessian, rank)
+    assert B.shape == (shape[0], rank)
+    assert A.shape == (rank, shape[1])
+    assert B.dtype == A.dtype == torch.float32
+    best = least_energy(error, hessian, rank)
+    left = energy(error - B @ A, hessian)
+    assert best * (1 - 1e-4) <= left <= best * 1.01
+    assert torch.allclose(B.t() @ B, torch.eye(rank), atol=1e-4)
+
+
+def test_the_metric_matters() -> None:
+    error, hessian = rounding_error(64, 96), correlated_hessian(96)
+    B, A = lorc.fit(error, hessian, 8)
+    plain_B, plain_A = lorc.fit(error, None, 8)
+    assert energy(error - B @ A, hessian) < 0.9 * energy(error - plain_B @ plain_A, hessian)
+    assert energy(error - B @ A, None) > 1.02 * energy(error - plain_B @ plain_A, None)
+
+
+def test_leading_ranks_come_first() -> None:
+    error, hessian = rounding_error(64, 96), correlated_hessian(96)
+    B, A = lorc.fit(error, hessian, 8)
+    for rank in range(1, 8):
+        left = energy(error - B[:, :rank] @ A[:rank], hessian)
+        assert left <= least_energy(error, hessian, rank) * 1.02
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+@pytest.mark.parametrize("metric", ["none", "hessian"])
+def test_a_full_rank_gives_everything_back(shape: tuple[int, int], metric: str) -> None:
+    error = rounding_error(*shape)
+    hessian = correlated_hessian(shape[1]) if metric == "hessian" else None
+    B, A = lorc.fit(error, hessian, min(shape))
+    assert energy(error - B @ A, hessian) < 1e-6 * energy(error, hessian)
+
+
+@pytest.mark.parametrize("metric", ["none", "hessian"])
+def test_an_error_of_low_rank_is_given_back(metric: str) -> None:
+    error = normal(50, 3) @ normal(3, 70, seed=1)
+    hessian = correlated_hessian(70) if metric == "hessian" else None
+    B, A = lorc.fit(error, hessian, 5)
+    assert energy(error - B @ A, hessian) < 1e-6 * energy(error, hessian)
+
+
+@pytest.mark.parametrize("form", ["e4m3", "bf16"])
+@pytest.mark.parametrize("metric", ["none", "hessian", "zero"])
+def test_no_error_needs_no_factors(metric: str, form: Form) -> None:
+    hessians = {"none": None, "hessian": correlated_hessian(30), "zero": torch.zeros(30, 30)}
+    factors = lorc.encode(*lorc.fit(torch.zeros(20, 30), hessians[metric], 4), form)
+    assert not factors.product().any()
+    product = lorc.encode(*lorc.fit(rounding_error(20, 30), hessians[metric], 4), form).product()
+    assert product.isfinite().all()
+
+
+def test_the_same_input_gives_the_same_factors() -> None:
+    error, hessian = rounding_error(40, 60), correlated_hessian(60)
+    first = lorc.fit(error, hessian, 4)
+    torch.manual_seed(123)  # the global generator plays no part
+    second = lorc.fit(error, hessian, 4)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_arguments_stay_as_they_are() -> None:
+    error, hessian = rounding_error(40, 60), correlated_hessian(60)
+    copies = error.clone(), hessian.clone()
+    lorc.encode(*lorc.fit(error, hessian, 4), "e4m3")
+    assert torch.equal(error, copies[0])
+    assert torch.equal(hessian, copies[1])
+
+
+def test_encoding_costs_little() -> None:
+    error, hessian = rounding_error(96, 128), correlated_hessian(128)
+    B, A = lorc.fit(error, hessian, 8)
+    exact = energy(error - B @ A, hessian)
+    product = energy(B @ A, hessian)
+    for form, share in (("e4m3", 2e-3), ("bf16", 2e-5)):
+        factors = lorc.encode(B, A, form)  # type: ignore[arg-type]
+        assert energy(factors.product() - B @ A, hessian) < share * product
+        assert energy(error - factors.product(), hessian) < exact + share * product
+
+
+def test_forms() -> None:
+    B, A = lorc.fit(rounding_error(20, 30), None, 4)
+    e4m3, bf16 = lorc.encode(B, A, "e4m3"), lorc.encode(B, A, "bf16")
+    assert e4m3.A.dtype == e4m3.B.dtype == torch.float8_e4m3fn
+    assert bf16.A.dtype == bf16.B.dtype == torch.bfloat16
+    assert (e4m3.A.shape, e4m3.B.shape) == (bf16.A.shape, bf16.B.shape) == ((4, 30), (20, 4))
+    assert e4m3.scale is not None
+    assert e4m3.scale.dtype == torch.float32
+    assert e4m3.scale.shape == (4,)
+    assert bf16.scale is None
+    assert torch.equal(bf16.A, A.bfloat16())
+    assert torch.equal(bf16.B, B.bfloat16())
+
+
+@pytest.mark.parametrize("form", ["e4m3", "bf16"])
+def test_the_product_is_b_times_scale_times_a(form: Form) -> None:
+    B, A = normal(20, 4), normal(4, 30, seed=1) * torch.logspace(0, -6, 4)[:, None]
+    factors = lorc.encode(B, A, form)
+    scale = torch.ones(4) if factors.scale is None else factors.scale
+    wanted = factors.B.double() @ torch.diag(scale.double()) @ factors.A.double()
+    assert factors.product().dtype == torch.float32
+    assert torch.allclose(factors.product().double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_each_rank_has_its_scale() -> None:
+    """Ranks of very different sizes lose no range."""
+    B, A = normal(20, 3), normal(3, 30, seed=1)
+    sizes = torch.tensor([1.0, 1e-9, 1e9])
+    for r, factors in enumerate(
+        lorc.encode(B[:, [r]] * sizes[r], A[[r]] / 7, "e4m3") for r in range(3)
+    ):
+        together = lorc.encode(B * sizes, A / 7, "e4m3")
+        assert factors.scale is not None
+        assert together.scale is not None
+        assert together.scale[r] == factors.scale[0]
+        assert torch.equal(together.A[r].float(), factors.A[0].float())
+        assert torch.equal(together.B[:, r].float(), factors.B[:, 0].float())
+
+
+def test_factors_that_are_e4m3_already_stay_exact() -> None:
+    numbers = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # to 448
+    generator = torch.Generator().manual_seed(0)
+    A = numbers[torch.randint(0x7F, (3, 40), generator=generator)]
+    B = numbers[torch.randint(0x7F, (20, 3), generator=generator)]
+    A[:, 7], B[5] = 448.0, -448.0
+    factors = lorc.encode(B * 2.0**-9, A * torch.tensor([[1.0], [0.125], [4.0]]), "e4m3")
+    assert torch.equal(factors.A.float(), A)
+    assert torch.equal(factors.B.float(), B)
+    assert factors.scale is not None
+    assert factors.scale.tolist() == [2.0**-9, 2.0**-12, 2.0**-7]
+    again = lorc.encode(factors.B.float(), factors.A.float() * factors.scale[:, None], "e4m3")
+    assert torch.equal(again.product(), factors.product())
