@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from zqfp_convert.recipe import Recipe
     from zqfp_convert.runtime.loader import load
 
+__version__ = "0.1.0"
+
 __all__ = ["Conversion", "Recipe", "ZqfpError", "convert", "load"]
 
 _HOMES = {

@@ -10,13 +10,13 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zqfp_convert import __version__
 from zqfp_convert.calibration import text
 from zqfp_convert.calibration.centering import Change, center_norms
 from zqfp_convert.calibration.simulated import SimulatedLinear
@@ -317,7 +317,7 @@ def _quantization_config(plan: Plan, calibration: dict[str, Any] | None) -> dict
     return {
         "quant_method": layout.FORMAT,
         "format_version": layout.FORMAT_VERSION,
-        "producer": {"name": "zqfp-convert", "version": version("zqfp-convert")},
+        "producer": {"name": "zqfp-convert", "version": __version__},
         "required_features": ["lorc"] if lorc else [],
         "weights": {
             "format": "e2m1",

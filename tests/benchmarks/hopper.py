@@ -11,6 +11,7 @@ then one JSON line.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -130,7 +131,7 @@ def main() -> None:
     generated = model.generate(ids[:1, :16], max_new_tokens=16, do_sample=False)
     console = Console(width=100)
     console.print(table)
-    steps = [(later[0] - now[0], now[1]) for now, later in zip(marks, marks[1:], strict=False)]
+    steps = [(later[0] - now[0], now[1]) for now, later in itertools.pairwise(marks)]
     result = {
         "machine": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,

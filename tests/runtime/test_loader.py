@@ -128,10 +128,8 @@ def test_a_shape_that_the_model_does_not_have(packed: Path) -> None:
     config = json.loads((packed / "config.json").read_text())
     config["intermediate_size"] = 96
     (packed / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError) as raised:
+    with pytest.raises(CheckpointError, match=r"mlp\.\w+_proj"):
         zqfp_convert.load(packed, device="cpu")
-    assert raised.value.rule == "wrong-shape"
-    assert "mlp" in str(raised.value)
 
 
 LOAD = """

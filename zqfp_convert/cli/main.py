@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from zqfp_convert import __version__
 from zqfp_convert.cli import convert, demo, generate, inspect, verify
 
 app = typer.Typer(
@@ -28,7 +28,7 @@ OWN_OPTIONS = ("-h", "--help", "--version", "--install-completion", "--show-comp
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"zqfp-convert {version('zqfp-convert')}")
+        typer.echo(f"zqfp-convert {__version__}")
         raise typer.Exit
 
 
