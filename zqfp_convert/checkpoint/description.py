@@ -32,7 +32,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     config = whole.get(layout.CONFIG_KEY)
     if not isinstance(config, dict) or config.get("quant_method") != layout.FORMAT:
-        fail("no quantization_config of zqfp", "a checkpoint made by zqfp-convert")
+        raise CheckpointError(
+            "bad-config",
+            str(path),
+            "no quantization_config of zqfp",
+            needed="a checkpoint made by zqfp-convert",
+            do="Give one, or make one of this model first: zqfp-convert MODEL OUT/.",
+        )
     version = config.get("format_version")
     if not isinstance(version, int) or not _whole(version, 1):
         fail(f"format_version {version!r}", "a whole number, 1 or more")

@@ -15,7 +15,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from zqfp_convert.errors import ZqfpError
 
-out = Console(highlight=False)
+PIPED_WIDTH = 160  # columns of a table that goes to a file or a program
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]

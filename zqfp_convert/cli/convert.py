@@ -51,7 +51,7 @@ def command(
         list[str] | None,
         typer.Option(
             help="Leave layers alone: a glob on the end of their names, such as 'down_proj' or "
-            "'layers.0.*'. Repeat for more. [default: lm_head]",
+            "'layers.0.*'. Repeat for more. \\[default: lm_head]",
             rich_help_panel=QUALITY,
         ),
     ] = None,
@@ -73,7 +73,7 @@ def command(
         int | None, typer.Option(help="Of all that is random.", rich_help_panel=CALIBRATION)
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: the first GPU]")
+        str | None, typer.Option(help="cpu, cuda, cuda:1 … \\[default: the first GPU]")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a model on the Hub.")] = None,
     overwrite: Annotated[

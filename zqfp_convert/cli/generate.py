@@ -18,7 +18,7 @@ def command(
     ] = 0.8,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: the first GPU]")
+        str | None, typer.Option(help="cpu, cuda, cuda:1 … \\[default: the first GPU]")
     ] = None,
     debug: console.Debug = False,
 ) -> None:
