@@ -331,8 +331,8 @@ def _check_room(plan: Plan) -> None:
     if free < needed:
         raise OutputError(
             str(folder),
-            f"{free / 1e9:.1f} GB of free disk space",
-            needed=f"{needed / 1e9:.1f} GB for the checkpoint",
+            f"{free / 1e6:,.0f} MB of free disk space",
+            needed=f"{needed / 1e6:,.0f} MB for the checkpoint",
             do="Make room, or give an output folder on another disk.",
         )
     generated = plan.recipe.needs_calibration and plan.text is None
@@ -344,8 +344,8 @@ def _check_room(plan: Plan) -> None:
         if memory is not None and estimate > memory:
             raise SourceError(
                 f"memory of {device}",
-                f"{memory / 1e9:.1f} GB free",
-                needed=f"about {estimate / 1e9:.1f} GB"
+                f"{memory / 1e6:,.0f} MB free",
+                needed=f"about {estimate / 1e6:,.0f} MB"
                 + (" (the whole model, to write its own calibration text)" if generated else ""),
                 do="Give --calibration FILE, so that the model is streamed block by block."
                 if generated

@@ -6,15 +6,19 @@ alone: no dates, no times.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,9 +46,10 @@ class Writer:
         self.partial = out.with_name(out.name + PARTIAL)
         self._count, self._weight_map, self._total = shards, dict[str, str](), 0
         self._shards: dict[str, dict[str, int | str]] = {}
-        _discard_partial(self.partial)
-        self.partial.mkdir(parents=True)
-        (self.partial / MARKER).touch()
+        with _writing(out):
+            _discard_partial(self.partial)
+            self.partial.mkdir(parents=True)
+            (self.partial / MARKER).touch()
 
     def __enter__(self) -> Writer:
         return self
@@ -57,21 +62,15 @@ class Writer:
     ) -> None:
         if (self.partial / MARKER).exists():
             _discard_partial(self.partial)
-        if isinstance(error, OSError) and error.errno == 28:  # ENOSPC
-            raise OutputError(
-                str(self.out),
-                "the disk is full",
-                needed="room for the whole checkpoint",
-                do="Make room, or give an output folder on another disk.",
-            ) from error
 
     def add_shard(self, tensors: dict[str, Tensor]) -> None:
         """Write the next shard, flushed to the disk."""
         file = layout.shard_file(len(self._shards) + 1, self._count)
         path = self.partial / file
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, path, metadata={"format": "pt"})
-        _sync(path)
+        with _writing(self.out):
+            save_file(contiguous, path, metadata={"format": "pt"})
+            _sync(path)
         self._shards[file] = {"size": path.stat().st_size, "sha256": sha256(path)}
         for name, tensor in contiguous.items():
             assert name not in self._weight_map, name
@@ -82,42 +81,44 @@ class Writer:
         """Carry files over, given relative to the folder `source`."""
         for file in files:
             target = self.partial / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / file, target)
-            _sync(target)
+            with _writing(self.out):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / file, target)
+                _sync(target)
 
     def finish(
         self, config: dict[str, Any], layers: dict[str, Any], changed: dict[str, str]
     ) -> None:
         """Write configuration, index and manifest, and give the folder its final name."""
         assert len(self._shards) == self._count
-        if self._count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": self._weight_map}
-            self._write_json(layout.INDEX_FILE, {**index, "weight_map": dict(sorted(
-                self._weight_map.items()))})  # fmt: skip
-        manifest = {
-            "format": layout.FORMAT,
-            "format_version": layout.FORMAT_VERSION,
-            "shards": self._shards,
-            "layers": layers,
-            "changed": changed,
-        }
-        self._write_json(layout.MANIFEST_FILE, manifest)
-        self._write_json(layout.CONFIG_FILE, config)
-        (self.partial / MARKER).unlink()
-        _sync(self.partial)
-        if self.out.exists():  # overwrite: keep the old one until the new one has its name
-            old = self.out.with_name(self.out.name + ".old")
-            self.out.rename(old)
-            self.partial.rename(self.out)
-            shutil.rmtree(old)
-        else:
-            self.partial.rename(self.out)
-        _sync(self.out.parent)
+        with _writing(self.out):
+            if self._count > 1:
+                weight_map = dict(sorted(self._weight_map.items()))
+                index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+                self._write_json(layout.INDEX_FILE, index)
+            manifest = {
+                "format": layout.FORMAT,
+                "format_version": layout.FORMAT_VERSION,
+                "shards": self._shards,
+                "layers": layers,
+                "changed": changed,
+            }
+            self._write_json(layout.MANIFEST_FILE, manifest)
+            self._write_json(layout.CONFIG_FILE, config)
+            _sync(self.partial)
+            if self.out.exists():  # overwrite: keep the old one until the new one has its name
+                old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", dir=self.out.parent))
+                self.out.rename(old / self.out.name)
+                self.partial.rename(self.out)
+                shutil.rmtree(old)
+            else:
+                self.partial.rename(self.out)
+            (self.out / MARKER).unlink()
+            _sync(self.out.parent)
 
     def _write_json(self, file: str, value: object) -> None:
         path = self.partial / file
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=file == layout.CONFIG_FILE)
         path.write_text(text + "\n", encoding="utf-8")
         _sync(path)
 
@@ -166,6 +167,21 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Says what is wrong where something cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+        raise OutputError(
+            str(out),
+            "the disk is full" if full else f"cannot be written ({error})",
+            needed="room for the whole checkpoint" if full else "a folder that can be written",
+            do="Make room, or give an output folder on another disk.",
+        ) from error
 
 
 def _discard_partial(partial: Path) -> None:

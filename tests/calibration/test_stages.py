@@ -1,0 +1,115 @@
+"""In which order a block's linears are solved, and which statistics each of them sees."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, configuration, random_model, token_ids
+from dequantized import seen
+from torch import Tensor, nn
+
+from zqfp_convert.calibration.stages import statistics, trace
+from zqfp_convert.calibration.stream import Call, Entrance, Stream
+from zqfp_convert.errors import SourceError
+from zqfp_convert.model.blocks import Blocks, find_blocks, linears
+
+LIKE_LLAMA = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+LIKE_NEOX = [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]
+STAGES = {
+    "phi3": [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]],
+    "opt": [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
+    "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
+    "gpt_neox": LIKE_NEOX,
+    "bloom": LIKE_NEOX,
+    # In parallel blocks attention and feed-forward share their input.
+    "falcon": [["query_key_value", "dense_h_to_4h"], ["dense"], ["dense_4h_to_h"]],
+    "cohere": [["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ["o_proj"], ["down_proj"]],
+}
+
+
+def block_of(arch: str, batches: list[Tensor]) -> tuple[Blocks, Entrance, Stream]:
+    blocks = find_blocks(random_model(configuration(arch)))
+    entrance = Entrance(blocks, batches)
+    return blocks, entrance, Stream(entrance.first())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@torch.no_grad()
+def test_order(arch: str) -> None:
+    blocks, entrance, stream = block_of(arch, [token_ids()])
+    names = [name for name, _ in linears(blocks.modules[0])]
+    for given in (names, names[::-1]):
+        stages = trace(blocks.modules[0], given, entrance.calls(0)(0), stream.hidden[0])
+        leaves = [[name.rpartition(".")[2] for name in stage] for stage in stages]
+        assert leaves == STAGES.get(arch, LIKE_LLAMA)
+
+
+@torch.no_grad()
+def test_linears_that_are_not_named_or_do_not_run_are_left_out() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.never = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x))
+
+    call = Call((), {})
+    block = Block()
+    assert trace(block, ["never", "b", "a"], call, torch.randn(1, 2, 3)) == [["a"], ["b"]]
+    assert trace(block, ["b"], call, torch.randn(1, 2, 3)) == [["b"]]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "falcon"])
+@torch.no_grad()
+def test_statistics(arch: str) -> None:
+    """H and C by their definition, behind a changed prefix and beside the original."""
+    blocks, entrance, teacher_stream = block_of(arch, [token_ids(2), token_ids(1, seed=9)])
+    teacher, calls = blocks.modules[0], entrance.calls(0)
+    student = copy.deepcopy(teacher)
+    names = [name for name, _ in linears(teacher)]
+    stages = trace(student, names, calls(0), teacher_stream.hidden[0])
+    generator = torch.Generator().manual_seed(3)
+    noise = [0.1 * torch.randn(h.shape, generator=generator) for h in teacher_stream.hidden]
+    student_stream = Stream([h + n for h, n in zip(teacher_stream.hidden, noise, strict=True)])
+    student.get_submodule(stages[0][0]).weight.data *= 1.1
+
+    def inputs(block: nn.Module, stream: Stream, name: str) -> Tensor:
+        found: list[Tensor] = []
+        hook = block.get_submodule(name).register_forward_pre_hook(
+            lambda m, args: found.append(args[0].flatten(0, -2).clone())
+        )
+        for index, hidden in enumerate(stream.hidden):
+            calls(index).run(block, hidden)
+        hook.remove()
+        return torch.cat(found)
+
+    for stage in stages:
+        hessian, cross = statistics(
+            stage, student, student_stream, teacher, teacher_stream, calls
+        )
+        for name in stage:
+            x = seen(inputs(student, student_stream, name)).double()
+            original = inputs(teacher, teacher_stream, name).double()
+            assert len(x) == 3 * 24
+            torch.testing.assert_close(hessian.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+            assert cross is not None
+            want = original.T @ x / len(x)
+            torch.testing.assert_close(cross.double(), want, rtol=1e-4, atol=1e-6)
+            assert not torch.allclose(cross, hessian, rtol=1e-3, atol=1e-6)
+        alone, nothing = statistics(stage, student, student_stream, None, None, calls)
+        assert torch.equal(alone, hessian)
+        assert nothing is None
+
+
+@torch.no_grad()
+def test_activations_that_are_not_finite() -> None:
+    blocks, entrance, stream = block_of("llama", [token_ids()])
+    stream.hidden[0][0, 3] = float("inf")
+    with pytest.raises(SourceError, match="NaN or infinity") as raised:
+        statistics(
+            ["self_attn.q_proj"], blocks.modules[0], stream, None, None, entrance.calls(0)
+        )
+    assert "self_attn.q_proj" in raised.value.where

@@ -1,0 +1,210 @@
+"""Calibration tokens: from files, from the model itself, and what can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import VOCABULARY, configuration, random_model
+
+from zqfp_convert.calibration import text
+from zqfp_convert.calibration.text import Text
+from zqfp_convert.errors import OptionError
+
+
+class Letters:
+    """A tokenizer of one token for each letter."""
+
+    def __call__(self, document: str, **options: object) -> dict[str, list[int]]:
+        assert options["add_special_tokens"] is False
+        return {"input_ids": [ord(letter) for letter in document]}
+
+
+def write(path: Path, content: str) -> Text:
+    path.write_text(content, encoding="utf-8")
+    return Text.named(path)
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.txt", "One.\n\nÜber zwei.\n")
+    assert source.name == "a.txt"
+    assert list(source.documents()) == ["One.\n\nÜber zwei.\n"]
+
+
+def test_each_line_of_a_jsonl_file_is_one(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "a\nb", "id": 1}), "", json.dumps({"text": "ü"}), "  "]
+    assert list(write(tmp_path / "a.jsonl", "\n".join(lines)).documents()) == ["a\nb", "ü"]
+
+
+@pytest.mark.parametrize("line", ["{", '{"txt": "a"}', '["text"]', '"text"', "7"])
+def test_a_bad_line_is_named(line: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", f'{{"text": "a"}}\n{line}\n')
+    with pytest.raises(OptionError) as raised:
+        list(source.documents())
+    assert raised.value.where == f"{tmp_path / 'a.jsonl'}, line 2"
+
+
+@pytest.mark.parametrize("value", ["null", "5", '["a"]'])
+def test_a_text_that_is_no_text(value: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", f'{{"text": {value}}}\n')
+    with pytest.raises(OptionError, match="line 1"):
+        list(source.documents())
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_not_utf8(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes('{"text": "Grüße"}'.encode("latin-1"))
+    with pytest.raises(OptionError, match="UTF-8") as raised:
+        list(Text.named(tmp_path / name).documents())
+    assert raised.value.where == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a", "a.txt.gz"])
+def test_unknown_suffix(name: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"\.jsonl") as raised:
+        write(tmp_path / name, "text")
+    assert raised.value.where == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["none.txt", "none.jsonl", "./none", "/none", "~/none"])
+def test_no_such_file(name: str) -> None:
+    with pytest.raises(OptionError, match="no such file") as raised:
+        Text.named(name)
+    assert raised.value.where == name
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="a folder"):
+        Text.named(tmp_path)
+
+
+def test_anything_else_is_a_data_set() -> None:
+    assert Text.named("someone/texts:en") == Text("someone/texts:en", None)
+
+
+def test_a_data_set_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(OptionError, match=r"zqfp-convert\[datasets\]") as raised:
+        list(Text.named("someone/texts").documents())
+    assert raised.value.where == "someone/texts"
+
+
+def test_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(*args: object, **options: object) -> Iterator[dict[str, str]]:
+        asked.append((*args, options["split"], options["streaming"]))
+        return iter([{"text": "a"}, {"text": "b"}])
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    assert list(Text.named("someone/texts:en").documents()) == ["a", "b"]
+    assert asked == [("someone/texts", "en", "train", True)]
+
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("down")
+
+    module.load_dataset = fail  # type: ignore[attr-defined]
+    with pytest.raises(OptionError, match="down") as raised:
+        list(Text.named("someone/texts").documents())
+    assert raised.value.where == "someone/texts"
+
+
+LETTERS = "".join(chr(1000 + i) for i in range(1000))
+
+
+def test_windows(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.txt", LETTERS)
+    windows = text.windows(source, Letters(), 20, 30, seed=0)
+    assert windows.shape == (20, 30)
+    assert windows.dtype == torch.int64
+    first = windows[:, :1]
+    assert torch.equal(windows, first + torch.arange(30))  # each a piece of the text
+    assert (first[1:] - first[:-1] >= 30).all()  # none overlaps another
+    assert torch.equal(windows, text.windows(source, Letters(), 20, 30, seed=0))
+    assert not torch.equal(windows, text.windows(source, Letters(), 20, 30, seed=1))
+
+
+def test_as_many_windows_as_there_are(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.txt", LETTERS)
+    assert text.windows(source, Letters(), 500, 30, seed=0).shape == (33, 30)
+    assert torch.equal(
+        text.windows(source, Letters(), 1, 1000, seed=0), 1000 + torch.arange(1000)[None]
+    )
+    with pytest.raises(OptionError, match="1000 tokens") as raised:
+        text.windows(source, Letters(), 1, 1001, seed=0)
+    assert raised.value.where == "a.txt"
+
+
+def test_documents_are_joined(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": letters}) for letters in ("abc", "defg", "hij")]
+    source = write(tmp_path / "a.jsonl", "\n".join(lines))
+    windows = text.windows(source, Letters(), 1, 10, seed=0)
+    assert "".join(map(chr, windows[0])) == "abcdefghij"
+
+
+def test_no_more_text_is_read_than_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = 0
+
+    def endless(name: str) -> Iterator[str]:
+        nonlocal read
+        while True:
+            read += 1
+            yield LETTERS
+
+    monkeypatch.setattr(text, "_data_set", endless)
+    assert text.windows(Text("x", None), Letters(), 2, 10, seed=0).shape == (2, 10)
+    assert read < 10
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return random_model(configuration("llama"))
+
+
+def test_generated(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "GENERATED_AT_ONCE", 3)
+    torch.manual_seed(11)
+    want = torch.rand(3)
+    torch.manual_seed(11)
+    windows = text.generate(model, 7, 12, seed=0)
+    assert torch.equal(torch.rand(3), want)  # nobody else's random numbers are touched
+    assert windows.shape == (7, 12)
+    assert windows.dtype == torch.int64
+    assert windows.device.type == "cpu"
+    assert (windows[:, 0] == 1).all()  # the begin-of-text token
+    assert 0 <= int(windows.min())
+    assert int(windows.max()) < VOCABULARY
+    assert len({tuple(row) for row in windows.tolist()}) == 7
+    assert torch.equal(windows, text.generate(model, 7, 12, seed=0))
+    assert not torch.equal(windows, text.generate(model, 7, 12, seed=1))
+    assert model.training is False
+
+
+def test_generated_text_follows_the_models_own_distribution(model: torch.nn.Module) -> None:
+    """A head that likes two tokens alike gets both; settings of the model do not narrow it."""
+    sharp = random_model(configuration("llama"))
+    sharp.generation_config.do_sample = False
+    sharp.generation_config.top_k = 1
+    sharp.lm_head.weight.data.zero_()
+    windows = text.generate(sharp, 16, 20, seed=0)
+    assert len(windows[:, 1:].unique()) > 150  # of 384 alike
+
+
+def test_it_goes_on_past_ends_of_text() -> None:
+    ends = random_model(configuration("llama", eos_token_id=[2, 5]))
+    ends.generation_config.eos_token_id = list(range(300))
+    assert text.generate(ends, 2, 40, seed=0).shape == (2, 40)
+
+
+def test_without_a_begin_of_text_token() -> None:
+    model = random_model(configuration("llama", bos_token_id=None, eos_token_id=7))
+    assert (text.generate(model, 3, 4, seed=0)[:, 0] == 7).all()
+    model = random_model(configuration("llama", bos_token_id=None, eos_token_id=None))
+    assert len(text.generate(model, 16, 4, seed=0)[:, 0].unique()) > 4
