@@ -381,9 +381,7 @@ def test_a_tokenizer_of_another_vocabulary(source: Path, out: Path, tmp_path: Pa
     (tmp_path / "a.txt").write_text("abc " * 100)
     write_model(tmp_path / "small", vocab_size=64)
     write_tokenizer(tmp_path / "small")
-    refused(
-        tmp_path / "small", out, "tokenizer", recipe="best", calibration=tmp_path / "a.txt"
-    )
+    refused(tmp_path / "small", out, "tokenizer", recipe="best", calibration=tmp_path / "a.txt")
 
 
 # Options
@@ -416,13 +414,13 @@ def test_a_tokenizer_of_another_vocabulary(source: Path, out: Path, tmp_path: Pa
         ("low_rank", "pca"),
         ("device", "nonsense"),
         ("device", "cuda:99"),
-        ("device", "meta"),
-        ("no_such_option", 1),
+        ("no_such_option", 0),
     ],
 )
 def test_option_values(option: str, value: object, source: Path, out: Path) -> None:
-    error = refused(source, out, option, str(value).rstrip("0").rstrip("."), **{option: value})
+    error = refused(source, out, option, **{option: value})
     assert isinstance(error, zqfp_convert.errors.OptionError)
+    assert option == "no_such_option" or str(value) in error.found
 
 
 def test_options_that_do_not_go_together(source: Path, out: Path) -> None:

