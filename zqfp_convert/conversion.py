@@ -238,7 +238,7 @@ class _Work:
         layers = {layer.place: layer for layer in plan.layers[index]}
         changes: list[Change] = []
         if recipe.center_norms and layers:
-            changes = center_norms(block, set(layers), self.student, calls, plan.model.dtype)
+            changes = center_norms(block, set(layers), self.student, calls, plan.dtype)
         student = copy.deepcopy(block)
         teacher = block if self.teacher is not None else None
         stages = trace(student, layers, calls(0), self.student.hidden[0]) if layers else []
@@ -304,7 +304,7 @@ class _Work:
     ) -> None:
         """Give a module, which has `prefix` in the model, the tensors of these names on disk."""
         plan = self.plan
-        dtype = compute_dtype(plan.device, plan.model.dtype)
+        dtype = compute_dtype(plan.device, plan.dtype)
         for name in disk:
             value = tensors[name] if tensors else plan.source.shards.read([name])[name]
             place = plan.names.to_model[name].removeprefix(prefix)

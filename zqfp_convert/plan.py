@@ -49,7 +49,7 @@ class Plan:
 
     Attributes:
         source, out, recipe, device: as asked for; the recipe's `seq_len` fits the model.
-        model: the skeleton; blocks, names: its parts.
+        model: the skeleton; blocks, names: its parts; dtype: what its weights are stored in.
         text: of calibration; None where the model writes it itself, or none is needed.
         layers: for each block, the linears that will be quantized.
         left_alone: linears that stay as they are, with the reason.
@@ -64,6 +64,7 @@ class Plan:
     device: torch.device
     overwrite: bool
     model: PreTrainedModel
+    dtype: torch.dtype
     blocks: Blocks
     names: NameMap
     text: Text | None
@@ -173,6 +174,7 @@ def make_plan(
         device=target,
         overwrite=overwrite,
         model=network,
+        dtype=network.dtype,
         blocks=blocks,
         names=names,
         text=text,
@@ -285,7 +287,7 @@ def _positions(model: PreTrainedModel) -> int:
 def _memory(plan: Plan) -> tuple[int, int]:
     """Estimated peaks in host and device memory; on the CPU both are one and in the first."""
     shards, model = plan.source.shards.tensors, plan.model
-    width = compute_dtype(plan.device, model.dtype).itemsize
+    width = compute_dtype(plan.device, plan.dtype).itemsize
     block_numbers = [
         sum(_count(shards[name].shape) for name in plan.block_tensors(index))
         for index in range(len(plan.layers))

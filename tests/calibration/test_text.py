@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import VOCABULARY, configuration, random_model
+from transformers import GenerationConfig
 
 from zqfp_convert.calibration import text
 from zqfp_convert.calibration.text import Text
@@ -187,20 +188,42 @@ def test_generated(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> N
     assert model.training is False
 
 
-def test_generated_text_follows_the_models_own_distribution(model: torch.nn.Module) -> None:
-    """A head that likes two tokens alike gets both; settings of the model do not narrow it."""
-    sharp = random_model(configuration("llama"))
-    sharp.generation_config.do_sample = False
-    sharp.generation_config.top_k = 1
-    sharp.lm_head.weight.data.zero_()
-    windows = text.generate(sharp, 16, 20, seed=0)
-    assert len(windows[:, 1:].unique()) > 150  # of 384 alike
+def test_generated_text_follows_the_models_own_distribution() -> None:
+    """A head that likes all tokens nearly alike gets nearly all."""
+    flat = random_model(configuration("llama"))
+    flat.lm_head.weight.data *= 1e-3
+    windows = text.generate(flat, 16, 20, seed=0)
+    assert len(windows[:, 1:].unique()) > 150  # of 384
+
+
+@pytest.mark.parametrize(
+    "habits",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.1, "min_p": 0.9},
+        {"repetition_penalty": 10.0},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(200))},
+        {"eos_token_id": list(range(300))},
+        {"max_length": 5},
+        {"num_beams": 2},
+    ],
+    ids=lambda habits: " ".join(habits),
+)
+def test_how_the_model_is_used_to_write_does_not_count(
+    model: torch.nn.Module, habits: dict[str, object]
+) -> None:
+    want = text.generate(model, 3, 16, seed=0)
+    other = random_model(configuration("llama"))
+    other.generation_config = GenerationConfig(**habits)
+    assert torch.equal(text.generate(other, 3, 16, seed=0), want)
 
 
 def test_it_goes_on_past_ends_of_text() -> None:
-    ends = random_model(configuration("llama", eos_token_id=[2, 5]))
-    ends.generation_config.eos_token_id = list(range(300))
-    assert text.generate(ends, 2, 40, seed=0).shape == (2, 40)
+    ends = random_model(configuration("llama", eos_token_id=list(range(300))))
+    windows = text.generate(ends, 4, 40, seed=0)
+    assert windows.shape == (4, 40)
+    assert 0.5 < float((windows[:, 1:] < 300).float().mean()) < 1  # ends are not held back either
 
 
 def test_without_a_begin_of_text_token() -> None:

@@ -325,6 +325,15 @@ def test_groups_below_the_span_are_raised_and_counted(
     assert quantized[0].tolist() == [large, large] + [wanted * chosen.per_group()[0, 1].item()] * 2
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("kind", ["m1", "m2"])
+def test_zero_groups_are_not_raised(kind: Kind, rounding: Rounding) -> None:
+    weight = torch.tensor([[6.0, 6.0, 0.0, 0.0, 3.0, 3.0], [0.0] * 6])
+    chosen = scales.choose(weight, kind, rounding, 2)
+    assert chosen.raised == 0
+    assert chosen.exponent.tolist() == [[0, 0, -1], [0, 0, 0]]
+
+
 @pytest.mark.parametrize("rounding", ["ceil", "floor", "nearest"])
 @pytest.mark.parametrize("kind", ["m1", "m2"])
 def test_raised_groups_are_counted(kind: Kind, rounding: Rounding) -> None:

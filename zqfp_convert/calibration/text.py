@@ -127,12 +127,12 @@ def generate(model: PreTrainedModel, samples: int, seq_len: int, seed: int) -> T
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        min_new_tokens=seq_len - 1,
         max_new_tokens=seq_len - 1,
         eos_token_id=None,
         pad_token_id=0,
         use_cache=True,
     )
+    habits, model.generation_config = model.generation_config, settings  # else they are mixed in
     devices = [model.device] if model.device.type == "cuda" else []
     parts = []
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
@@ -143,18 +143,21 @@ def generate(model: PreTrainedModel, samples: int, seq_len: int, seed: int) -> T
                 prompt = torch.full((count, 1), first)
             else:
                 prompt = torch.randint(vocabulary, (count, 1))
-            written = model.generate(prompt.to(model.device), generation_config=settings)
-            parts.append(written.cpu())
+            parts.append(model.generate(prompt.to(model.device)).cpu())
+    model.generation_config = habits
     return torch.cat(parts).clone()
 
 
 def _text_of(line: str, file: Path, number: int) -> str:
     try:
-        return str(json.loads(line)["text"])
+        found = json.loads(line)["text"]
+        if not isinstance(found, str):
+            raise TypeError(type(found))
+        return found
     except (ValueError, KeyError, TypeError) as error:
         raise OptionError(
             f"{file}, line {number}",
-            "no JSON object with a 'text'",
+            "no JSON object with a text in 'text'",
             needed='lines such as {"text": "..."}',
             do="Mend the file.",
         ) from error

@@ -80,15 +80,13 @@ def prepare(
         order = torch.arange(len(diagonal), device=hessian.device)
     reverse = order.flip(0)
     lower, used, retries = _damped_cholesky(hessian[reverse][:, reverse], damping)
-    identity = torch.eye(len(diagonal), device=hessian.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    factor = inverse.flip(0, 1)
-    factor = factor / factor.diagonal()[:, None]
     drift = None
     if cross is not None:
-        reversed_drift = torch.cholesky_solve((cross - hessian).t()[reverse], lower)
         drift = torch.empty_like(hessian)
-        drift[:, reverse] = reversed_drift.t()
+        drift[:, reverse] = torch.cholesky_solve((cross - hessian).t()[reverse], lower).t()
+    identity = torch.eye(len(diagonal), device=hessian.device)
+    factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    factor /= factor.diagonal().clone()[:, None]
     return Curvature(hessian, order, factor, drift, used, retries)
 
 
