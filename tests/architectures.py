@@ -5,6 +5,7 @@ Biases and norms are random too: a bias that gets lost shows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
+Maker = Callable[..., Path]
+
+# Small groups and little calibration, yet more tokens than any layer has inputs; few rounds.
+QUICK: dict[str, Any] = {
+    "device": "cpu",
+    "samples": 12,
+    "seq_len": 32,
+    "group_size": 32,
+    "low_rank_rounds": 1,
+}
 VOCABULARY = 384
 LAYERS = 2
 LIKE_LLAMA: dict[str, Any] = {

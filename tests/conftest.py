@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,24 +13,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "formats"))  # zqfp1_reader i
 import pytest
 import torch
 import transformers
-from architectures import write_model, write_tokenizer
+from architectures import QUICK, Maker, write_model, write_tokenizer
 
 import zqfp_convert
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-
-Maker = Callable[..., Path]
-
-# Small groups and little calibration, yet more tokens than any layer has inputs; few rounds.
-QUICK = {
-    "device": "cpu",
-    "samples": 12,
-    "seq_len": 32,
-    "group_size": 32,
-    "low_rank_rounds": 1,
-}
 
 
 @pytest.fixture(autouse=True)

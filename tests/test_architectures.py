@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, TIED, WITH_LAYER_NORMS, token_ids, write_model
-from conftest import QUICK, Maker
+from architectures import (
+    ARCHITECTURES,
+    QUICK,
+    TIED,
+    WITH_LAYER_NORMS,
+    Maker,
+    token_ids,
+    write_model,
+)
 from dequantized import dense, manifest, read_tensors
 from torch import Tensor, nn
 

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from architectures import random_model, token_ids, write_model, write_tokenizer
-from conftest import QUICK, Maker
+from architectures import QUICK, Maker, random_model, token_ids, write_model, write_tokenizer
 from dequantized import manifest, read_tensors
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file

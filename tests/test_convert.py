@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 import zqfp1_reader
-from architectures import ARCHITECTURES, token_ids, write_model, write_tokenizer
-from conftest import QUICK, Maker
+from architectures import ARCHITECTURES, QUICK, Maker, token_ids, write_model, write_tokenizer
 from dequantized import manifest, quantization_config, read_tensors
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM

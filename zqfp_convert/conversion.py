@@ -185,6 +185,7 @@ class _Work:
             )
         others = [name for names in plan.other_shards for name in names]
         self._fill(plan.model, "", [name for name in others if name in plan.names.to_model])
+        plan.model.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
         at_once = TOKENS_AT_ONCE[plan.device.type]
         batches = batches_of(windows, at_once, plan.device)
         self.entrance = Entrance(plan.blocks, batches)

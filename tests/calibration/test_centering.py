@@ -10,13 +10,14 @@ import pytest
 import torch
 from architectures import (
     ARCHITECTURES,
+    QUICK,
     WITH_LAYER_NORMS,
+    Maker,
     configuration,
     random_model,
     token_ids,
     write_model,
 )
-from conftest import QUICK, Maker
 from dequantized import read_tensors
 from torch import Tensor, nn
 

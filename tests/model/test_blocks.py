@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, LAYERS, configuration, write_model
-from conftest import Maker
+from architectures import ARCHITECTURES, LAYERS, Maker, configuration, write_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, TIED, random_model, token_ids, write_model
-from conftest import QUICK, Maker
+from architectures import ARCHITECTURES, QUICK, TIED, Maker, random_model, token_ids, write_model
 from dequantized import manifest, read_tensors
 from safetensors.torch import save_file
 from torch import Tensor

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, configuration, token_ids, write_model
-from conftest import Maker
+from architectures import ARCHITECTURES, Maker, configuration, token_ids, write_model
 from dequantized import read_tensors
 from torch import nn
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import token_ids
-from conftest import Maker
+from architectures import Maker, token_ids
 from dequantized import manifest, read_tensors
 from safetensors.torch import save_file
 from torch import Tensor
