@@ -99,7 +99,6 @@ def test_free_scales_with_a_rounding_that_was_asked_for(rounding: str) -> None:
         ("low_rank_rounds", -1),
         ("low_rank_rounds", 0.5),
         ("factors", "fp16"),
-        ("ignore", "lm_head"),
         ("samples", 0),
         ("samples", 1.5),
         ("seq_len", 1),

@@ -25,6 +25,7 @@ from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.packed import pack
 from zqfp_convert.checkpoint.writer import Writer
+from zqfp_convert.errors import SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import bias_of, get_linear, is_transposed, put, weight_matrix
 from zqfp_convert.model.device import compute_dtype
@@ -116,11 +117,11 @@ def convert(
     Raises:
         ZqfpError: with what stands in the way; `out` has not been made, or is what it was before.
     """
-    chosen = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe, **choices)
+    named = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe)
     plan = make_plan(
         model,
         out,
-        recipe=chosen,
+        recipe=named.changed(**choices),
         calibration=calibration,
         device=device,
         overwrite=overwrite,
@@ -186,6 +187,7 @@ class _Work:
         others = [name for names in plan.other_shards for name in names]
         self._fill(plan.model, "", [name for name in others if name in plan.names.to_model])
         plan.model.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
+        _check_tokens(plan, windows)
         at_once = TOKENS_AT_ONCE[plan.device.type]
         batches = batches_of(windows, at_once, plan.device)
         self.entrance = Entrance(plan.blocks, batches)
@@ -310,6 +312,17 @@ class _Work:
             value = tensors[name] if tensors else plan.source.shards.read([name])[name]
             place = plan.names.to_model[name].removeprefix(prefix)
             skeleton.assign(module, {place: value.to(plan.device)}, dtype)
+
+
+def _check_tokens(plan: Plan, windows: Tensor) -> None:
+    embedded = plan.model.get_input_embeddings().weight.shape[0]
+    if int(windows.max()) >= embedded:
+        raise SourceError(
+            str(plan.source.folder),
+            f"the tokenizer gives token {int(windows.max())}, the model embeds {embedded}",
+            needed="the tokenizer that belongs to the model",
+            do="Download the model and its tokenizer again, from one place.",
+        )
 
 
 def _quantization_config(plan: Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:

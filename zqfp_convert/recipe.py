@@ -57,8 +57,19 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        patterns = (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
+        object.__setattr__(self, "ignore", patterns)
         for field, admitted in _ADMITTED.items():
-            _require(field, getattr(self, field), getattr(self, field) in admitted, admitted)
+            value = getattr(self, field)
+            same = [choice for choice in admitted if choice == value]
+            _require(field, value, bool(same) and type(same[0]) is type(value), admitted)
+        for field in ("sweeps", "rank", "low_rank_rounds", "samples", "seq_len", "seed"):
+            _require(
+                field, getattr(self, field), type(getattr(self, field)) is int, "a whole number"
+            )
+        for field in ("damping", "asymmetry"):
+            number = isinstance(getattr(self, field), (int, float))
+            _require(field, getattr(self, field), number, "a number")
         rule: dict[str, tuple[bool, str]] = {
             "damping": (0 < self.damping < 1, "a number between 0 and 1"),
             "asymmetry": (0 <= self.asymmetry <= 1, "a number from 0 to 1"),
@@ -86,23 +97,31 @@ class Recipe:
         Raises:
             OptionError: an unknown name or choice, or a value that is not admitted.
         """
-        if name not in _NAMED:
-            _require("recipe", name, False, tuple(_NAMED))
-        fields = {field.name for field in dataclasses.fields(cls)} - {"name"}
+        _require("recipe", name, name in _NAMED, tuple(_NAMED))
+        return cls(name=name, **_NAMED[name]).changed(**choices)
+
+    def changed(self, **choices: Any) -> Recipe:
+        """The same recipe with some of its choices replaced (`None` keeps the recipe's).
+
+        Free scales know no rounding to powers of two: with them `ceil` and `floor` give way to
+        `nearest`, unless a rounding is named too.
+
+        Raises:
+            OptionError: an unknown choice, or a value that is not admitted.
+        """
+        fields = {field.name for field in dataclasses.fields(self)} - {"name"}
         for choice in choices:
             _require("recipe option", choice, choice in fields, tuple(sorted(fields)))
         given = {key: value for key, value in choices.items() if value is not None}
-        if "ignore" in given:
-            given["ignore"] = tuple(given["ignore"])
-        base = dict(_NAMED[name])
-        if given.get("scales") == "free" and base.get("scale_rounding") in ("ceil", "floor"):
-            base["scale_rounding"] = "nearest"
-        return cls(name=name, **{**base, **given})
+        if given.get("scales") == "free" and self.scale_rounding in ("ceil", "floor"):
+            given.setdefault("scale_rounding", "nearest")
+        return dataclasses.replace(self, **given)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether any part of the recipe looks at activations."""
-        return self.solver == "gptq" or (self.rank > 0 and self.low_rank == "hessian")
+        looks = self.solver == "gptq" or self.sweeps > 0 or self.asymmetry > 0 or self.center_norms
+        return looks or (self.rank > 0 and self.low_rank == "hessian")
 
     def ignores(self, layer: str) -> bool:
         """Whether a pattern of `ignore` matches the layer's dotted name or a dotted end of it.

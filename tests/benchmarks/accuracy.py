@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def main() -> None:
             "seconds": made.seconds,
         }
         baseline = measured.original_perplexity
+        print(f"{case}: KL {measured.kl:.4f}, {made.seconds:.0f} s", file=sys.stderr)
     show(given.model.name, baseline, rows)
 
 

@@ -228,13 +228,25 @@ def test_paper_is_gptq_and_a_decomposition_of_what_it_left() -> None:
     assert torch.equal(quantized.dequantize(), rounded + factors.product())
 
 
-def test_asymmetry_aims_at_the_original() -> None:
+def test_the_factors_of_best_fit_what_its_last_sweep_left() -> None:
+    weight, curvature = normal(40, 96), curvature_for(96)
+    for rounds in (0, 1, 4):
+        recipe = Recipe.named("best", low_rank_rounds=rounds, group_size=32)
+        quantized = quantize_weight(weight, curvature, recipe)
+        left = weight - scales.dequantize(quantized.codes, quantized.scales)
+        factors = lorc.encode(*lorc.fit(left, curvature.hessian, 8), "e4m3")
+        assert quantized.factors is not None
+        assert torch.equal(quantized.factors.product(), factors.product())
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_asymmetry_aims_at_the_original(rank: int) -> None:
     weight = weight_of(20, 96)
     curvature = curvature_for(96, drifted=True)
     assert curvature.drift is not None
     plain = prepare(curvature.hessian, None, damping=0.01, activation_order=True)
     for asymmetry in (0.0, 0.5, 1.0):
-        recipe = Recipe.named("best", asymmetry=asymmetry, group_size=32)
+        recipe = Recipe.named("best", asymmetry=asymmetry, group_size=32, rank=rank)
         target = aim_at_original(weight, curvature.drift, asymmetry)
         aimed = quantize_weight(weight, curvature, recipe)
         assert torch.equal(aimed.codes, quantize_weight(target, plain, recipe).codes)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zqfp_convert.errors import SourceError
 from zqfp_convert.model.blocks import Blocks, first_tensor
 
 
@@ -72,6 +73,7 @@ class Entrance:
 
     def _record(self, wanted: int, batch: int) -> tuple[Call, Tensor]:
         found: list[tuple[Call, Tensor]] = []
+        passed: list[Tensor] = []
 
         def stub(index: int) -> Callable[..., object]:
             def forward(*args: Any, **kwargs: Any) -> object:
@@ -79,6 +81,15 @@ class Entrance:
                     hidden, rest = args[0], args[1:]
                 else:
                     hidden, rest = kwargs.pop("hidden_states"), ()
+                if passed and passed[-1] is not hidden:
+                    raise SourceError(
+                        f"{type(self._blocks.decoder).__name__}, {self._blocks.name(index)}",
+                        "a block that is not fed what the block before it returns",
+                        needed="a decoder that hands hidden states from block to block",
+                        do="This architecture cannot be calibrated yet; --recipe fast needs no "
+                        "calibration.",
+                    )
+                passed.append(hidden)
                 if index == wanted:
                     found.append((Call(rest, kwargs), hidden))
                     raise _Reached

@@ -7,9 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
 
@@ -55,7 +53,7 @@ def fetch(model: str | Path, revision: str | None = None) -> Path:
             needed="a model folder, or a repository's name on the Hub (USER/NAME)",
             do="Check the spelling; for a private repository run 'hf auth login'.",
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of the transport, of many unrelated kinds
         raise SourceError(
             name,
             f"cannot be downloaded, and is not whole in the cache ({type(error).__name__})",

@@ -69,7 +69,8 @@ class Shards:
             CheckpointError: a shard is missing, truncated or lies outside the folder, or a tensor
                 is not where the index says.
         """
-        index = read_index(folder) if (folder / layout.INDEX_FILE).is_file() else None
+        single = (folder / layout.SINGLE_SHARD).is_file()  # goes before an index, as elsewhere
+        index = None if single else read_index(folder)
         files = [layout.SINGLE_SHARD] if index is None else sorted(set(index.values()))
         tensors: dict[str, TensorInfo] = {}
         for file in files:

@@ -101,7 +101,8 @@ def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method is None and isinstance(quantization, dict):
-        method = next((key for key in quantization if key.startswith("load_in_")), None)
+        early = any(key.startswith("load_in_") for key in quantization)
+        method = "bitsandbytes" if early else None  # which did not write its name at first
     raise SourceError(
         str(folder / layout.CONFIG_FILE),
         f"the model is already quantized ({method or 'unknown method'})",

@@ -85,7 +85,7 @@ def shape(linear: Linear) -> tuple[int, int]:
     return rows, columns
 
 
-def is_transposed(linear: Linear) -> bool:
+def is_transposed(linear: nn.Module) -> bool:
     """Whether the checkpoint stores the weight as `[K, N]`."""
     return isinstance(linear, Conv1D)
 
@@ -118,7 +118,8 @@ def first_tensor(output: object) -> Tensor:
 
 def _refuse_experts(model: str, block: nn.Module) -> None:
     for name, module in block.named_modules():
-        fused = any(p.ndim == 3 for p in module._parameters.values() if p is not None)
+        parameters = [p for p in module._parameters.values() if p is not None]
+        fused = any(p.ndim == 3 and min(p.shape) > 1 for p in parameters)
         convolution = isinstance(module, nn.Conv1d)
         listed = isinstance(module, nn.ModuleList) and any(True for _ in linears(module))
         if (fused and not convolution) or listed:

@@ -26,4 +26,11 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
             needed="the model's tokenizer, to turn text into tokens",
             do="Download the tokenizer's files, or do without text (leave --calibration out).",
         ) from error
+    if len(tokenizer) == 0:  # what some versions make of a folder without tokenizer files
+        raise SourceError(
+            str(folder),
+            "no tokenizer",
+            needed="the model's tokenizer, to turn text into tokens",
+            do="Download the tokenizer's files, or do without text (leave --calibration out).",
+        )
     return tokenizer

@@ -21,12 +21,13 @@ def round_to_grid(values: Tensor) -> Tensor:
     """
     magnitude = values.abs()
     step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
+    step = step.to(values.dtype)
     return (torch.round(values / step) * step).clamp(-MAX, MAX)
 
 
 def encode(values: Tensor) -> Tensor:
     """The code of the nearest E2M1 value of each element, uint8 of the same shape, never 8 (-0)."""
-    grid = round_to_grid(values.float()).contiguous()
+    grid = round_to_grid(values).float().contiguous()
     bounds = torch.tensor(MAGNITUDES[1:], device=values.device)
     magnitude_code = torch.bucketize(grid.abs(), bounds, right=True).to(torch.uint8)
     return magnitude_code | ((grid < 0).to(torch.uint8) << 3)

@@ -18,7 +18,8 @@ Kind = Literal["free", "m1", "m2"]
 Rounding = Literal["ceil", "floor", "nearest", "search"]
 
 MAX_SPAN = 11
-MIN_FACTOR = 2.0**-100  # rows smaller than this are as good as zero, and stay normal numbers
+MIN_FACTOR = 2.0**-100  # groups whose largest weight is smaller count as zeros
+MAX_FACTOR = 2.0**125  # six times it is still a float32
 MANTISSAS = 16  # of the searched scales, 2^(i/16)
 SEARCH_ROWS = 2048  # rows searched at a time, to bound the memory
 
@@ -84,7 +85,7 @@ def choose(
     weight = weight.float()
     if rounding == "search":
         return _searched(weight, kind, group_size, importance)
-    absmax = _grouped(weight, group_size).abs().amax(-1)  # [N, G]
+    absmax = _absmax(_grouped(weight, group_size))  # [N, G]
     ideal = absmax / e2m1.MAX
     match kind:
         case "free":
@@ -94,7 +95,8 @@ def choose(
             return _constrained("m1", torch.ones_like(ideal[:, :1]), exponent, absmax, group_size)
         case "m2":
             largest = ideal.amax(1, keepdim=True)
-            exponent = -_log2(largest / ideal, rounding)
+            ratio = largest / torch.maximum(ideal, largest * 2.0**-40)  # far below any span
+            exponent = -_log2(ratio, rounding)
             factor = _bfloat16_up(largest) if rounding == "floor" else largest
             return _constrained("m2", factor, exponent, absmax, group_size)
 
@@ -145,6 +147,12 @@ def _grouped(values: Tensor, group_size: int) -> Tensor:
     return padded.view(*values.shape[:-1], -1, group_size)
 
 
+def _absmax(groups: Tensor) -> Tensor:
+    """The largest magnitude in each group, 0 where it is next to nothing."""
+    largest = groups.abs().amax(-1)
+    return torch.where(largest < MIN_FACTOR, 0.0, largest)
+
+
 def _log2(values: Tensor, rounding: Rounding) -> Tensor:
     """log2 of positive values, rounded to whole numbers: int32, exact at powers of two."""
     mantissa, exponent = torch.frexp(values)  # value = mantissa * 2^exponent, mantissa in [0.5, 1)
@@ -161,7 +169,7 @@ def _bfloat16_up(values: Tensor) -> Tensor:
 
 
 def _free(ideal: Tensor, group_size: int) -> Scales:
-    value = ideal.clamp_min(MIN_FACTOR).bfloat16().float()
+    value = ideal.clamp(MIN_FACTOR, MAX_FACTOR).bfloat16().float()
     value = torch.where(ideal > 0, value, 1.0)
     return Scales("free", value, torch.zeros_like(value, dtype=torch.int16), group_size)
 
@@ -179,11 +187,12 @@ def _constrained(
     factor = factor.masked_fill(zero_row, 1.0)
     if kind == "m2":  # move the largest exponent into the row scale
         factor = factor * power_of_two(largest)
-        factor = factor.clamp_min(MIN_FACTOR).bfloat16().float()
+        factor = factor.clamp(MIN_FACTOR, MAX_FACTOR).bfloat16().float()
         exponent = torch.where(empty, exponent, exponent - largest)
         largest = torch.zeros_like(largest)
     else:
-        largest = largest.clamp_min(-100)
+        largest = largest.clamp(-100, 125)
+        exponent = exponent.clamp_max(125)
     too_low = ~empty & (exponent < largest - MAX_SPAN)
     exponent = torch.maximum(exponent, largest - MAX_SPAN)
     exponent = torch.where(empty, largest, exponent)
@@ -191,7 +200,7 @@ def _constrained(
 
 
 def _searched(weight: Tensor, kind: Kind, group_size: int, importance: Tensor | None) -> Scales:
-    """Try mantissas `m = 2^(i/16)` and, for each group, the two exponents that can be best.
+    """Try mantissas `m = 2^(i/16)` and, for each group, two exponents.
 
     With the exponent `floor(log2(absmax / m)) - 2` the group's largest weight lies in [4, 8) scale
     steps (it may clip at 6), with one more in [2, 4).
@@ -201,7 +210,7 @@ def _searched(weight: Tensor, kind: Kind, group_size: int, importance: Tensor | 
     mantissas = [1.0] if kind == "m1" else [2.0 ** (i / MANTISSAS) for i in range(MANTISSAS)]
     mantissa_values = torch.tensor(mantissas, device=weight.device).bfloat16().float()
     grouped_importance = _grouped(importance.float()[None], group_size)  # [1, G, group_size]
-    absmax = _grouped(weight, group_size).abs().amax(-1)  # [N, G]
+    absmax = _absmax(_grouped(weight, group_size))  # [N, G]
     factors, exponents = [], []
     for start in range(0, weight.shape[0], SEARCH_ROWS):
         groups = _grouped(weight[start : start + SEARCH_ROWS], group_size)

@@ -25,7 +25,7 @@ def descend(
 
     For one column with the others fixed the minimum of the quadratic is at
     `q_j + (E H)_j / H_jj`, and its best representable value is the nearest one. Columns with
-    `H_jj = 0` saw no input and are left alone.
+    `H_jj = 0` (or next to it) saw no input and are left alone.
 
     Args:
         target: float32 `[N, K]`.
@@ -37,7 +37,8 @@ def descend(
         Q after the passes, float32 `[N, K]`, on the grid.
     """
     H = hessian
-    step = torch.where(H.diagonal() > 0, 1.0 / H.diagonal(), 0.0)
+    step = 1.0 / H.diagonal()
+    step = torch.where(step.isfinite(), step, 0.0)
     columns = torch.arange(len(H), device=H.device)
     goal, Q = target.t(), rounded.t().contiguous()  # [K, N]
     for _ in range(sweeps):

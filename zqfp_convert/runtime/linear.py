@@ -48,8 +48,16 @@ class QuantizedLinear(nn.Module):
     input_offset: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, layer: PackedLayer, bias: Tensor | None, scratch: Scratch) -> None:
+    def __init__(
+        self,
+        layer: PackedLayer,
+        bias: Tensor | None,
+        scratch: Scratch,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`dtype` is that of the model around, and of `weight` for code that asks for it."""
         super().__init__()
+        self.dtype = dtype
         self.name, self.kind, self.group_size = layer.name, layer.kind, layer.group_size
         self.in_features, self.out_features = layer.columns, layer.rows
         self.register_buffer("weight_packed", layer.packed)
@@ -77,6 +85,17 @@ class QuantizedLinear(nn.Module):
             self.lorc_scale,
             self.input_offset,
         )
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight `[N, K]` it stands for, LoRC included, made anew at each call.
+
+        For models that read the weight of a linear themselves instead of calling it.
+        """
+        layer = self.packed()
+        compensation = layer.lorc_product()
+        weight = layer.dequantize()
+        return (weight if compensation is None else weight + compensation).to(self.dtype)
 
     def path(self, x: Tensor) -> Path:
         """The way to multiply for an input.

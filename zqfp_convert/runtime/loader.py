@@ -11,7 +11,7 @@ from zqfp_convert.checkpoint import hub, layout
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.errors import CheckpointError
 from zqfp_convert.model import skeleton
-from zqfp_convert.model.blocks import put
+from zqfp_convert.model.blocks import is_transposed, put
 from zqfp_convert.model.device import resolve_device
 from zqfp_convert.model.names import NameMap
 from zqfp_convert.runtime.linear import QuantizedLinear, Scratch
@@ -41,7 +41,7 @@ def load(
     stored = [name for name in checkpoint.shards.tensors if layout.layer_of(name) is None]
     biases = {layer + layout.BIAS for layer in checkpoint.layers}
     names = NameMap(model, [*stored, *(layer + layout.WEIGHT for layer in checkpoint.layers)])
-    _check_complete(checkpoint, names)
+    _check_fit(checkpoint, model, names)
 
     for name in set(stored) - biases:
         if name in names.to_model:
@@ -49,7 +49,8 @@ def load(
             skeleton.assign(model, {names.to_model[name]: tensor}, dtype)
     scratch = Scratch()
     for layer in checkpoint.layers:
-        module = QuantizedLinear(checkpoint.layer(layer), checkpoint.bias(layer), scratch)
+        packed, bias = checkpoint.layer(layer), checkpoint.bias(layer)
+        module = QuantizedLinear(packed, bias, scratch, dtype or model.dtype)
         place = names.to_model[layer + layout.WEIGHT].removesuffix(layout.WEIGHT)
         put(model, place, module.to(target))
     if dtype is not None:
@@ -58,7 +59,8 @@ def load(
     return model.eval()
 
 
-def _check_complete(checkpoint: PackedCheckpoint, names: NameMap) -> None:
+def _check_fit(checkpoint: PackedCheckpoint, model: PreTrainedModel, names: NameMap) -> None:
+    """Hold the checkpoint's tensors to the places and shapes of the model."""
     weights = [layer + layout.WEIGHT for layer in checkpoint.layers]
     lost = [name for name in weights if name not in names.to_model]
     missing = lost or names.missing
@@ -70,3 +72,21 @@ def _check_complete(checkpoint: PackedCheckpoint, names: NameMap) -> None:
             needed="a checkpoint that fits the model of its config.json",
             do="Install the transformers version that config.json names, or convert again.",
         )
+    places = model.state_dict()
+    for name, place in names.to_model.items():
+        wanted = tuple(places[place].shape)
+        layer = name.removesuffix(layout.WEIGHT)
+        if layer in checkpoint.manifest["layers"]:
+            rows, columns = checkpoint.manifest["layers"][layer]["shape"]
+            linear = model.get_submodule(place.removesuffix(layout.WEIGHT))
+            found: tuple[int, ...] = (columns, rows) if is_transposed(linear) else (rows, columns)
+        else:
+            found = checkpoint.shards.tensors[name].shape
+        if found != wanted:
+            raise CheckpointError(
+                "wrong-shape",
+                name,
+                f"{list(found)}",
+                needed=f"{list(wanted)}, by config.json",
+                do="Convert the model again: weights and config.json do not belong together.",
+            )
