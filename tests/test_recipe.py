@@ -54,6 +54,20 @@ def test_choices_replace_those_of_the_recipe_and_none_keeps_them() -> None:
     assert recipe.scales == "m1"
 
 
+def test_a_single_pattern_is_one_pattern() -> None:
+    assert Recipe.named("best", ignore="lm_head") == Recipe.named("best", ignore=["lm_head"])
+
+
+def test_a_recipe_can_be_changed() -> None:
+    paper = Recipe.named("paper")
+    changed = paper.changed(rank=4, group_size=None)
+    assert changed == Recipe.named("paper", rank=4)
+    assert paper.rank == 8
+    assert paper.changed() == paper
+    with pytest.raises(OptionError, match="rank"):
+        paper.changed(rank=-1)
+
+
 def test_free_scales_take_no_power_of_two_from_the_recipe() -> None:
     assert Recipe.named("paper", scales="free").scale_rounding == "nearest"
     assert Recipe.named("fast", scales="free").scale_rounding == "nearest"

@@ -69,13 +69,14 @@ def choose(
     """Choose the scales of a weight.
 
     Roundings of the ideal scale `S = absmax / 6` of each group:
-        free: `nearest` keeps S; `search` tries 16 scales an octave between S / 1.34 and 1.5 S.
+        free: `nearest` keeps S; `search` tries 32 scales from 3/4 S to 3 S.
         m1: `2^ceil(log2 S)` never clips, `floor` clips, `nearest` is nearest in log2 and may.
         m2: the row scale is the row's largest S; a group has it over `2^r(log2(S_max / S))`:
             r = `floor` never clips; `ceil` (ZeroQuant-FP as printed) shrinks scales, and clips;
             `nearest` may clip.
-        m1 and m2 with `search`: the exponents (m2: and for each row one of 16 mantissas of the row
-            scale) that minimise `sum_k importance_k (w_k - quantized_k)^2`.
+        m1 and m2 with `search`: of two exponents for each group (m2: and 16 mantissas of the row
+            scale) those with the least `sum_k importance_k (w_k - quantized_k)^2`. Exponents that
+            would clip the largest weight to less than 3/4 of itself are not among them.
 
     Args:
         weight: `[N, K]`, any floating dtype, finite.

@@ -38,7 +38,7 @@ def descend(
     """
     H = hessian
     step = 1.0 / H.diagonal()
-    step = torch.where(step.isfinite(), step, 0.0)
+    step = torch.where((H.diagonal() > 0) & step.isfinite(), step, 0.0)
     columns = torch.arange(len(H), device=H.device)
     goal, Q = target.t(), rounded.t().contiguous()  # [K, N]
     for _ in range(sweeps):
