@@ -33,7 +33,6 @@ CASES: dict[str, dict[str, Any]] = {
     "paper, M1": {"recipe": "paper"},
     "paper, M2": {"recipe": "paper", "scales": "m2"},
     "paper, M1, group 128": {"recipe": "paper", "group_size": 128},
-    "paper, M2, group 128": {"recipe": "paper", "scales": "m2", "group_size": 128},
     "best, M1": {"recipe": "best", "scales": "m1"},
     "best, M2": {"recipe": "best"},
     "best, M2, rank 0": {"recipe": "best", "rank": 0},

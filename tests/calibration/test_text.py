@@ -231,3 +231,15 @@ def test_without_a_begin_of_text_token() -> None:
     assert (text.generate(model, 3, 4, seed=0)[:, 0] == 7).all()
     model = random_model(configuration("llama", bos_token_id=None, eos_token_id=None))
     assert len(text.generate(model, 16, 4, seed=0)[:, 0].unique()) > 4
+
+
+def test_the_first_token_counts_where_it_is_the_padding_too() -> None:
+    """Two models that differ only in what token 0 embeds as go on differently from token 0."""
+    one = random_model(configuration("llama", bos_token_id=0))
+    other = random_model(configuration("llama", bos_token_id=0))
+    assert torch.equal(text.generate(one, 4, 24, seed=0), text.generate(other, 4, 24, seed=0))
+    with torch.no_grad():
+        other.get_input_embeddings().weight[0] += 3 * torch.randn_like(
+            other.get_input_embeddings().weight[0]
+        )
+    assert not torch.equal(text.generate(one, 4, 24, seed=0), text.generate(other, 4, 24, seed=0))

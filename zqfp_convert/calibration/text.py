@@ -143,7 +143,9 @@ def generate(model: PreTrainedModel, samples: int, seq_len: int, seed: int) -> T
                 prompt = torch.full((count, 1), first)
             else:
                 prompt = torch.randint(vocabulary, (count, 1))
-            parts.append(model.generate(prompt.to(model.device)).cpu())
+            prompt = prompt.to(model.device)
+            mask = torch.ones_like(prompt)  # else a first token that is also the padding is hidden
+            parts.append(model.generate(prompt, attention_mask=mask).cpu())
     model.generation_config = habits
     return torch.cat(parts).clone()
 
