@@ -515,3 +515,37 @@ def test_errors_say_where_what_and_what_to_do() -> None:
     for kind in ("OptionError", "SourceError", "OutputError", "CheckpointError"):
         assert issubclass(getattr(zqfp_convert.errors, kind), ZqfpError)
     assert dataclasses.is_dataclass(zqfp_convert.Recipe)
+
+
+def test_what_is_read_lies_in_the_output(tmp_path: Path) -> None:
+    """Overwriting would take the source away with the old checkpoint."""
+    first = write_model(tmp_path / "first")
+    zqfp_convert.convert(first, tmp_path / "out", recipe="fast", device="cpu")
+    source = write_model(tmp_path / "out" / "source")
+    with pytest.raises(ZqfpError, match="which is to be read|would be lost"):
+        zqfp_convert.convert(source, tmp_path / "out", recipe="fast", device="cpu", overwrite=True)
+    assert (source / "model.safetensors").is_file()
+
+
+def test_overwriting_spares_what_is_not_ours(tmp_path: Path) -> None:
+    source, target = write_model(tmp_path / "source"), tmp_path / "out"
+    zqfp_convert.convert(source, target, recipe="fast", device="cpu")
+    zqfp_convert.convert(source, target, recipe="fast", device="cpu", overwrite=True)
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(ZqfpError, match=r"notes\.txt"):
+        zqfp_convert.convert(source, target, recipe="fast", device="cpu", overwrite=True)
+    assert (target / "notes.txt").read_text() == "mine"
+    assert (target / "config.json").is_file()
+
+
+def test_out_of_memory_on_the_way(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. And so on")
+
+    monkeypatch.setattr("zqfp_convert.conversion.quantize_weight", fail)
+    refused(source, out, "memory of cpu", "out of memory", "--samples")
+
+
+@pytest.mark.parametrize("device", ["meta", "nonsense", "cuda:99"])
+def test_devices_that_cannot_be_had(device: str, source: Path, out: Path) -> None:
+    refused(source, out, "device", device.split(":")[0], device=device)

@@ -50,6 +50,7 @@ class Conversion:
         changed: tensors that differ from the source's, with the kind of change.
         bytes_after: of all weights on disk.
         seconds: wall time.
+        calibration: text, number and length of the windows used; None where none were needed.
     """
 
     out: Path
@@ -58,6 +59,7 @@ class Conversion:
     changed: dict[str, str]
     bytes_after: int
     seconds: float
+    calibration: dict[str, Any] | None
 
     def worst(self, count: int = 5) -> list[tuple[str, dict[str, Any]]]:
         """The layers with the largest error of their outputs (of their weights, where unknown)."""
@@ -84,6 +86,7 @@ class Conversion:
             },
             "left_alone": self.plan.left_alone,
             "changed": len(self.changed),
+            "calibration": self.calibration,
             "seconds": round(self.seconds, 3),
         }
 
@@ -130,9 +133,23 @@ def convert(
     return run(plan, progress)
 
 
-@torch.no_grad()
 def run(plan: Plan, progress: Progress | None = None) -> Conversion:
-    """Carry out a plan. Raises what `convert` raises."""
+    """Carry out a plan, once. Raises what `convert` raises."""
+    try:
+        return _run(plan, progress)
+    except torch.OutOfMemoryError as error:
+        raise SourceError(
+            f"memory of {plan.device}",
+            str(error).split(".")[0],
+            needed=f"about {plan.device_memory / 1e6:,.0f} MB, by the plan's estimate",
+            do="Use fewer --samples, a shorter --seq-len, or another --device.",
+        ) from error
+    finally:
+        skeleton.empty(plan.model)
+
+
+@torch.no_grad()
+def _run(plan: Plan, progress: Progress | None) -> Conversion:
     began = time.monotonic()
     report = progress or (lambda text, done, total: None)
     report("checking weights", 0, plan.weights)
@@ -152,7 +169,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Conversion:
         writer.finish(config, work.entries, work.changed)
     after = sum(path.stat().st_size for path in plan.out.glob("*.safetensors"))
     seconds = time.monotonic() - began
-    return Conversion(plan.out, plan, work.entries, work.changed, after, seconds)
+    return Conversion(plan.out, plan, work.entries, work.changed, after, seconds, calibration)
 
 
 @dataclass
@@ -258,7 +275,7 @@ class _Work:
                 simulated = solved.dequantize().to(weight.dtype)
                 put(student, place, SimulatedLinear(simulated, bias_of(linear)))
                 quantized[place] = solved
-        for place in layers.keys() - quantized.keys():  # linears that no token went through
+        for place in [place for place in layers if place not in quantized]:  # no token went there
             weight = weight_matrix(get_linear(block, place))
             quantized[place] = self._solve(index, layers[place], weight, None)
         self.student.advance(student, calls)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from zqfp_convert.calibration.text import Text
+from zqfp_convert.calibration.text import GENERATED_AT_ONCE, Text
 from zqfp_convert.checkpoint import hub, layout
 from zqfp_convert.checkpoint.source import Source
 from zqfp_convert.checkpoint.writer import check_free
@@ -92,7 +92,7 @@ class Plan:
     def calibration(self) -> str:
         """Where calibration text comes from."""
         if not self.recipe.needs_calibration:
-            return "none"
+            return "none" if self.text is None else "none (the recipe does not use the text)"
         return "self-generated" if self.text is None else self.text.name
 
     def block_tensors(self, index: int) -> list[str]:
@@ -141,6 +141,14 @@ def make_plan(
     check_free(destination, overwrite=overwrite)
     text = Text.named(calibration) if calibration is not None else None
     source = Source(hub.fetch(model, revision))
+    for read in (source.folder, text.file if text is not None else None):
+        if read is not None and read.resolve().is_relative_to(destination.resolve()):
+            raise OutputError(
+                str(destination),
+                f"holds {read}, which is to be read",
+                needed="a folder apart from the model and the calibration text",
+                do="Give another OUT.",
+            )
     if destination.resolve().is_relative_to(source.folder.resolve()):
         raise OutputError(
             str(destination),
@@ -310,14 +318,25 @@ def _memory(plan: Plan) -> tuple[int, int]:
         widest = max(layer.columns for layer in every)
         work += streams * max(block_numbers) * width
         work += streams * recipe.samples * recipe.seq_len * hidden * width
-        work += 5 * 4 * widest**2
+        work += 7 * 4 * widest**2
         work += 6 * TOKENS_AT_ONCE[plan.device.type] * widest * 4
         outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
         work += outside
         if plan.text is None:
             whole = sum(block_numbers) * width + outside
-            work = max(work, int(1.2 * whole))
+            work = max(work, int(1.2 * whole) + _cache_bytes(plan, width))
     return (host + work, 0) if plan.device.type == "cpu" else (host, work)
+
+
+def _cache_bytes(plan: Plan, width: int) -> int:
+    """Keys, values and logits of the windows that the model writes at once."""
+    config = plan.model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    extent = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+    together = min(GENERATED_AT_ONCE, plan.recipe.samples)
+    keys_and_values = 2 * len(plan.layers) * groups * extent * plan.recipe.seq_len * width
+    return int(together * (keys_and_values + 8 * int(getattr(config, "vocab_size", 0))))
 
 
 def _count(extents: tuple[int, ...]) -> int:

@@ -122,6 +122,10 @@ def _compare(packed: PackedCheckpoint, layer: PackedLayer, source: Source) -> fl
 def _compare_others(packed: PackedCheckpoint, source: Source) -> int:
     changed = packed.manifest["changed"]
     count = 0
+    held = {*packed.shards.tensors, *(layer + layout.WEIGHT for layer in packed.layers)}
+    for name in source.shards.tensors:
+        if name not in held:
+            raise _another_model(name, "a tensor that the checkpoint lacks")
     for name in packed.shards.tensors:
         if layout.layer_of(name) is not None or name in changed:
             continue
@@ -138,7 +142,7 @@ def _another_model(name: str, found: str) -> CheckpointError:
     return CheckpointError(
         "another-model",
         name,
-        f"{found} in the model that it is compared with",
+        f"{found}, compared with the model",
         needed="the model that this checkpoint was made from",
         do="Give that model to --against.",
     )

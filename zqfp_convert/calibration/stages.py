@@ -61,7 +61,10 @@ def statistics(
         total.add(seen, original)
     assert total is not None
     hessian, cross_moment = total.mean()
-    if not bool(hessian.isfinite().all()):
+    finite = bool(hessian.isfinite().all())
+    if cross_moment is not None:
+        finite = finite and bool(cross_moment.isfinite().all())
+    if not finite:
         raise SourceError(
             name,
             "NaN or infinity among its calibration activations",

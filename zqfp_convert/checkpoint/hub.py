@@ -14,7 +14,11 @@ from huggingface_hub.errors import (
 from zqfp_convert.checkpoint.source import PICKLED
 from zqfp_convert.errors import SourceError
 
-NOT_NEEDED = [f"*{suffix}" for suffix in (*PICKLED, ".h5", ".msgpack", ".gguf", ".onnx", ".ot")]
+NOT_NEEDED = [
+    *(f"*{suffix}" for suffix in (*PICKLED, ".h5", ".msgpack", ".gguf", ".onnx", ".ot")),
+    "original/*",  # second copies of the weights, in their authors' own layouts
+    "consolidated*",
+]
 
 
 def fetch(model: str | Path, revision: str | None = None) -> Path:

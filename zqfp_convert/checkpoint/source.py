@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.shards import Shards, read_json
 from zqfp_convert.errors import SourceError
@@ -26,6 +24,7 @@ OTHER_WEIGHTS = (
     ".tflite",
     ".ot",
 )
+CHUNK = 1 << 20  # numbers looked at together, to bound the memory
 REWRITTEN = (layout.CONFIG_FILE, layout.INDEX_FILE, layout.MANIFEST_FILE)
 
 
@@ -79,7 +78,11 @@ class Source:
 
         def finite(name: str) -> bool:
             tensor = self.shards.read([name])[name]
-            return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
+            if not tensor.is_floating_point():
+                return True
+            flat = tensor.reshape(-1)
+            parts = (flat[start : start + CHUNK] for start in range(0, len(flat), CHUNK))
+            return all(bool(part.float().isfinite().all()) for part in parts)
 
         names = sorted(self.shards.tensors)
         with ThreadPoolExecutor(4) as pool:

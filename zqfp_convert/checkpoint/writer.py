@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.shards import read_json
 from zqfp_convert.errors import OutputError
 
 PARTIAL = ".partial"
@@ -46,6 +47,7 @@ class Writer:
         self.partial = out.with_name(out.name + PARTIAL)
         self._count, self._weight_map, self._total = shards, dict[str, str](), 0
         self._shards: dict[str, dict[str, int | str]] = {}
+        self._files: list[str] = []
         with _writing(out):
             _discard_partial(self.partial)
             self.partial.mkdir(parents=True)
@@ -86,6 +88,7 @@ class Writer:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / file, target)
                 _sync(target)
+            self._files.append(file.as_posix())
 
     def finish(
         self, config: dict[str, Any], layers: dict[str, Any], changed: dict[str, str]
@@ -103,6 +106,7 @@ class Writer:
                 "shards": self._shards,
                 "layers": layers,
                 "changed": changed,
+                "files": self._files,
             }
             self._write_json(layout.MANIFEST_FILE, manifest)
             self._write_json(layout.CONFIG_FILE, config)
@@ -110,7 +114,11 @@ class Writer:
             if self.out.exists():  # overwrite: keep the old one until the new one has its name
                 old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", dir=self.out.parent))
                 self.out.rename(old / self.out.name)
-                self.partial.rename(self.out)
+                try:
+                    self.partial.rename(self.out)
+                except OSError:
+                    (old / self.out.name).rename(self.out)
+                    raise
                 shutil.rmtree(old)
             else:
                 self.partial.rename(self.out)
@@ -152,12 +160,30 @@ def check_free(out: Path, *, overwrite: bool) -> None:
             str(out), "exists", needed="a new folder", do="Give another OUT, or add --overwrite."
         )
     ours = (out / layout.MANIFEST_FILE).is_file() and not out.is_symlink()
-    if not ours and not (out.is_dir() and not any(out.iterdir())):
+    if ours:
+        _refuse_foreign_files(out)
+    elif not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(
             str(out),
             f"exists and is not a zqfp checkpoint (no {layout.MANIFEST_FILE})",
             needed="a zqfp checkpoint or an empty folder, to overwrite it",
             do="Give another OUT, or remove it yourself.",
+        )
+
+
+def _refuse_foreign_files(out: Path) -> None:
+    """A checkpoint is overwritten whole; what somebody else put into its folder is not ours."""
+    manifest = read_json(out / layout.MANIFEST_FILE, "bad-manifest")
+    known = {layout.CONFIG_FILE, layout.INDEX_FILE, layout.MANIFEST_FILE, MARKER}
+    known |= {*manifest.get("shards", ()), *manifest.get("files", ())}
+    inside = (path for path in sorted(out.rglob("*")) if path.is_symlink() or not path.is_dir())
+    foreign = [path for path in inside if path.relative_to(out).as_posix() not in known]
+    if foreign:
+        raise OutputError(
+            str(foreign[0]),
+            "would be lost with the checkpoint that is to be overwritten",
+            needed="only the checkpoint's own files in its folder",
+            do="Move it away, or give another OUT.",
         )
 
 

@@ -28,14 +28,19 @@ Report = Callable[[str, int, int], None]
 
 
 @contextmanager
-def errors(debug: bool) -> Iterator[None]:
-    """Turns a user's error into a message and exit code 2, and Ctrl-C into exit code 130."""
+def errors(debug: bool, as_json: bool = False) -> Iterator[None]:
+    """Turns a user's error into a message and exit code 2, and Ctrl-C into exit code 130.
+
+    With `as_json` the message is on standard output too, as `{"error": …}`.
+    """
     _hush_libraries()
     try:
         yield
     except ZqfpError as error:
         if debug:
             raise
+        if as_json:
+            print_json({"error": str(error)})
         err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:

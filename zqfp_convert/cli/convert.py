@@ -87,7 +87,7 @@ def command(
     debug: console.Debug = False,
 ) -> None:
     """Convert MODEL into a packed FP4 checkpoint in OUT (the command's name may be left out)."""
-    with console.errors(debug):
+    with console.errors(debug, as_json):
         from zqfp_convert.conversion import run
         from zqfp_convert.plan import make_plan
         from zqfp_convert.recipe import Recipe
@@ -185,6 +185,16 @@ def _show_result(result: Conversion) -> None:
         shown = "not calibrated" if output is None else f"{output:.2%}"
         worst.add_row(escape(name), f"{entry['weight_error']:.2%}", shown)
     console.out.print(worst)
+    used = result.calibration
+    if used is not None:
+        tokens = used["samples"] * used["seq_len"]
+        console.out.print(f"calibrated on {used['samples']} windows, {tokens:,} tokens")
+        widest = max(layer.columns for block in plan.layers for layer in block)
+        if tokens < widest:
+            console.out.print(
+                f"[bold yellow]Few tokens:[/] the widest layer has {widest:,} inputs, so its "
+                "statistics are poor; give more text."
+            )
     retried = result.to_json()["damping_retries"]
     if retried:
         console.out.print(f"More damping was needed for: {escape(', '.join(retried))}")

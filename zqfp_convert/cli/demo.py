@@ -21,7 +21,7 @@ def command(
     debug: console.Debug = False,
 ) -> None:
     """Convert the small model that the package carries, and show what it is worth."""
-    with console.errors(debug):
+    with console.errors(debug, as_json):
         from zqfp_convert.demo.run import demo
 
         began = time.monotonic()

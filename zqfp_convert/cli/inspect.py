@@ -17,7 +17,7 @@ def command(
     debug: console.Debug = False,
 ) -> None:
     """Show a checkpoint's layers: bits a weight, errors, spans."""
-    with console.errors(debug):
+    with console.errors(debug, as_json):
         from zqfp_convert.checkpoint import hub
         from zqfp_convert.checkpoint.reader import PackedCheckpoint
 

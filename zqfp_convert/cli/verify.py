@@ -19,7 +19,7 @@ def command(
     debug: console.Debug = False,
 ) -> None:
     """Prove a checkpoint: hashes, the format's rules, an exact cast to FP8 for every group."""
-    with console.errors(debug):
+    with console.errors(debug, as_json):
         from zqfp_convert.verify import verify
 
         with console.progress(quiet or as_json) as report:

@@ -20,6 +20,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     try:
         wanted = torch.device(device)
         torch.empty(0, device=wanted)
+        if wanted.type not in ("cpu", "cuda"):
+            raise RuntimeError("neither the CPU nor a CUDA device")
     except (RuntimeError, AssertionError) as error:
         raise OptionError(
             "device",

@@ -7,6 +7,8 @@ row, is applied to the product.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ def available(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+@cache
 def shift_table(device: torch.device | str = "cpu") -> Tensor:
     """E4M3 of every code times 2^(6 - d), for d from 0 to 11: uint8 `[12, 16]`, exact."""
     values = torch.tensor(MAGNITUDES + tuple(-value for value in MAGNITUDES))
