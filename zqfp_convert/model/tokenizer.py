@@ -26,7 +26,8 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
             needed="the model's tokenizer, to turn text into tokens",
             do="Download the tokenizer's files, or do without text (leave --calibration out).",
         ) from error
-    if len(tokenizer) == 0:  # what some versions make of a folder without tokenizer files
+    # what some versions make of a folder without tokenizer files knows special tokens at most
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise SourceError(
             str(folder),
             "no tokenizer",
