@@ -522,7 +522,7 @@ def test_what_is_read_lies_in_the_output(tmp_path: Path) -> None:
     first = write_model(tmp_path / "first")
     zqfp_convert.convert(first, tmp_path / "out", recipe="fast", device="cpu")
     source = write_model(tmp_path / "out" / "source")
-    with pytest.raises(ZqfpError, match="which is to be read|would be lost"):
+    with pytest.raises(ZqfpError, match=r"which is to be read|would be lost"):
         zqfp_convert.convert(source, tmp_path / "out", recipe="fast", device="cpu", overwrite=True)
     assert (source / "model.safetensors").is_file()
 

@@ -10,24 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import VALUES, correlated_hessian, nearest, normal, on_grid
 from torch import Tensor
 
 from zqfp_convert.quantize.descent import descend
 
-VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-MIDDLE = (VALUES[1:] + VALUES[:-1]) / 2
 ROWS = 12
-
-
-def on_grid(values: np.ndarray) -> np.ndarray:
-    """The nearest E2M1 values, ties to even, in float64."""
-    low, high = (np.searchsorted(MIDDLE, np.abs(values), side) for side in ("left", "right"))
-    return np.sign(values) * VALUES[np.where(low % 2 == 0, low, high)]
-
-
-def nearest(values: Tensor, scale: Tensor) -> Tensor:
-    grid = on_grid((values / scale).double().numpy())
-    return torch.from_numpy(grid).float() * scale
 
 
 def naive(
@@ -41,17 +29,6 @@ def naive(
                 best = Q[:, j] + (W - Q) @ H[:, j] / H[j, j]
                 Q[:, j] = on_grid(best / S[:, j]) * S[:, j]
     return Q
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def correlated_hessian(features: int, seed: int = 0) -> Tensor:
-    mix = normal(features, features, seed=seed) * torch.logspace(0, -1, features)[:, None]
-    inputs = (normal(4 * features, features, seed=seed + 1) @ mix).double()
-    inputs *= torch.exp(normal(features, seed=seed + 2))
-    return (inputs.t() @ inputs / len(inputs)).float()
 
 
 def scales_for(rows: int, features: int) -> Tensor:

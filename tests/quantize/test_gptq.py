@@ -7,25 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from problems import correlated_hessian, nearest, normal, on_grid
 from torch import Tensor
 
 from zqfp_convert.quantize.gptq import BLOCK, gptq
 from zqfp_convert.quantize.hessian import prepare
 
-VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-MIDDLE = (VALUES[1:] + VALUES[:-1]) / 2
 ROWS = 16
-
-
-def on_grid(values: np.ndarray) -> np.ndarray:
-    """The nearest E2M1 values, ties to even, in float64."""
-    low, high = (np.searchsorted(MIDDLE, np.abs(values), side) for side in ("left", "right"))
-    return np.sign(values) * VALUES[np.where(low % 2 == 0, low, high)]
-
-
-def nearest(values: Tensor, scale: Tensor) -> Tensor:
-    grid = on_grid((values / scale).double().numpy())
-    return torch.from_numpy(grid).float() * scale
 
 
 def naive(
@@ -42,17 +30,6 @@ def naive(
         W[:, k] = rounded
         inverse = inverse[1:, 1:] - np.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
     return W
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def correlated_hessian(features: int, seed: int = 0) -> Tensor:
-    mix = normal(features, features, seed=seed) * torch.logspace(0, -1, features)[:, None]
-    inputs = (normal(4 * features, features, seed=seed + 1) @ mix).double()
-    inputs *= torch.exp(normal(features, seed=seed + 2))
-    return (inputs.t() @ inputs / len(inputs)).float()
 
 
 def scales_for(weight: Tensor, group_size: int = 32) -> Tensor:

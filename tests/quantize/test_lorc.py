@@ -6,22 +6,12 @@ from typing import Literal
 
 import pytest
 import torch
+from problems import correlated_hessian, normal
 from torch import Tensor
 
 from zqfp_convert.quantize import lorc
 
 Form = Literal["e4m3", "bf16"]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def correlated_hessian(features: int, seed: int = 0) -> Tensor:
-    mix = normal(features, features, seed=seed) * torch.logspace(0, -2, features)[:, None]
-    inputs = (normal(4 * features, features, seed=seed + 1) @ mix).double()
-    inputs *= torch.exp(normal(features, seed=seed + 2))
-    return (inputs.t() @ inputs / len(inputs)).float()
 
 
 def rounding_error(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -50,7 +40,7 @@ def least_energy(error: Tensor, hessian: Tensor | None, rank: int) -> float:
 @pytest.mark.parametrize("metric", ["none", "hessian"])
 def test_the_factors_are_the_best(shape: tuple[int, int], rank: int, metric: str) -> None:
     error = rounding_error(*shape)
-    hessian = correlated_hessian(shape[1]) if metric == "hessian" else None
+    hessian = correlated_hessian(shape[1], decades=2.0) if metric == "hessian" else None
     B, A = lorc.fit(error, hessian, rank)
     assert B.shape == (shape[0], rank)
     assert A.shape == (rank, shape[1])
@@ -62,7 +52,7 @@ def test_the_factors_are_the_best(shape: tuple[int, int], rank: int, metric: str
 
 
 def test_the_metric_matters() -> None:
-    error, hessian = rounding_error(64, 96), correlated_hessian(96)
+    error, hessian = rounding_error(64, 96), correlated_hessian(96, decades=2.0)
     B, A = lorc.fit(error, hessian, 8)
     plain_B, plain_A = lorc.fit(error, None, 8)
     assert energy(error - B @ A, hessian) < 0.9 * energy(error - plain_B @ plain_A, hessian)
@@ -70,7 +60,7 @@ def test_the_metric_matters() -> None:
 
 
 def test_leading_ranks_come_first() -> None:
-    error, hessian = rounding_error(64, 96), correlated_hessian(96)
+    error, hessian = rounding_error(64, 96), correlated_hessian(96, decades=2.0)
     B, A = lorc.fit(error, hessian, 8)
     for rank in range(1, 8):
         left = energy(error - B[:, :rank] @ A[:rank], hessian)
@@ -81,7 +71,7 @@ def test_leading_ranks_come_first() -> None:
 @pytest.mark.parametrize("metric", ["none", "hessian"])
 def test_a_full_rank_gives_everything_back(shape: tuple[int, int], metric: str) -> None:
     error = rounding_error(*shape)
-    hessian = correlated_hessian(shape[1]) if metric == "hessian" else None
+    hessian = correlated_hessian(shape[1], decades=2.0) if metric == "hessian" else None
     B, A = lorc.fit(error, hessian, min(shape))
     assert energy(error - B @ A, hessian) < 1e-6 * energy(error, hessian)
 
@@ -89,7 +79,7 @@ def test_a_full_rank_gives_everything_back(shape: tuple[int, int], metric: str) 
 @pytest.mark.parametrize("metric", ["none", "hessian"])
 def test_an_error_of_low_rank_is_given_back(metric: str) -> None:
     error = normal(50, 3) @ normal(3, 70, seed=1)
-    hessian = correlated_hessian(70) if metric == "hessian" else None
+    hessian = correlated_hessian(70, decades=2.0) if metric == "hessian" else None
     B, A = lorc.fit(error, hessian, 5)
     assert energy(error - B @ A, hessian) < 1e-6 * energy(error, hessian)
 
@@ -97,7 +87,11 @@ def test_an_error_of_low_rank_is_given_back(metric: str) -> None:
 @pytest.mark.parametrize("form", ["e4m3", "bf16"])
 @pytest.mark.parametrize("metric", ["none", "hessian", "zero"])
 def test_no_error_needs_no_factors(metric: str, form: Form) -> None:
-    hessians = {"none": None, "hessian": correlated_hessian(30), "zero": torch.zeros(30, 30)}
+    hessians = {
+        "none": None,
+        "hessian": correlated_hessian(30, decades=2.0),
+        "zero": torch.zeros(30, 30),
+    }
     factors = lorc.encode(*lorc.fit(torch.zeros(20, 30), hessians[metric], 4), form)
     assert not factors.product().any()
     product = lorc.encode(*lorc.fit(rounding_error(20, 30), hessians[metric], 4), form).product()
@@ -105,7 +99,7 @@ def test_no_error_needs_no_factors(metric: str, form: Form) -> None:
 
 
 def test_the_same_input_gives_the_same_factors() -> None:
-    error, hessian = rounding_error(40, 60), correlated_hessian(60)
+    error, hessian = rounding_error(40, 60), correlated_hessian(60, decades=2.0)
     first = lorc.fit(error, hessian, 4)
     torch.manual_seed(123)  # the global generator plays no part
     second = lorc.fit(error, hessian, 4)
@@ -113,7 +107,7 @@ def test_the_same_input_gives_the_same_factors() -> None:
 
 
 def test_arguments_stay_as_they_are() -> None:
-    error, hessian = rounding_error(40, 60), correlated_hessian(60)
+    error, hessian = rounding_error(40, 60), correlated_hessian(60, decades=2.0)
     copies = error.clone(), hessian.clone()
     lorc.encode(*lorc.fit(error, hessian, 4), "e4m3")
     assert torch.equal(error, copies[0])
@@ -121,7 +115,7 @@ def test_arguments_stay_as_they_are() -> None:
 
 
 def test_encoding_costs_little() -> None:
-    error, hessian = rounding_error(96, 128), correlated_hessian(128)
+    error, hessian = rounding_error(96, 128), correlated_hessian(128, decades=2.0)
     B, A = lorc.fit(error, hessian, 8)
     exact = energy(error - B @ A, hessian)
     product = energy(B @ A, hessian)
