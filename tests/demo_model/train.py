@@ -1,7 +1,8 @@
 """Train a small Llama and its byte-level BPE tokenizer on text files; write a Hugging Face folder.
 
 The model that the package ships was made with:
-    python tests/demo_model/train.py TEXT... --out zqfp_convert/demo/model --minutes 3
+    python tests/demo_model/train.py TEXT... --out zqfp_convert/demo/model \\
+        --minutes 4 --seq-len 1024 --batch 32
 
 TEXT is plain .txt or .xz. The last 1 % of the tokens is held out; the folder is read back and
 measured on it. The weights saved are a moving average, in bf16.
