@@ -121,11 +121,9 @@ def _fold(
     new = (old.double() - mean).to(dtype).to(old.dtype)
     taken = old.double() - new.double()  # the mean, as the norm's bias can express it
     biases: dict[str, Tensor] = {}
-    had_bias: dict[str, bool] = {}
     for path in linears:
         linear = get_linear(block, path)
         before = bias_of(linear)
-        had_bias[path] = before is not None
         moved = weight_matrix(linear).double() @ taken
         biases[path] = moved if before is None else moved + before.double()
     if not _same_function(block, name, new, biases, proof):
@@ -133,8 +131,9 @@ def _fold(
     changes = [Change(f"{name}.bias", new.to(dtype), "norm_changed")]
     norm.bias = nn.Parameter(new, requires_grad=False)
     for path, bias in biases.items():
-        get_linear(block, path).bias = nn.Parameter(bias.to(old.dtype), requires_grad=False)
-        kind = "bias_changed" if had_bias[path] else "bias_added"
+        linear = get_linear(block, path)
+        kind = "bias_added" if bias_of(linear) is None else "bias_changed"
+        linear.bias = nn.Parameter(bias.to(old.dtype), requires_grad=False)
         changes.append(Change(f"{path}.bias", bias.float(), kind))
     return changes
 

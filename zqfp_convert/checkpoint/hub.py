@@ -60,7 +60,8 @@ def fetch(model: str | Path, revision: str | None = None) -> Path:
     except Exception as error:  # of the transport, of many unrelated kinds
         raise SourceError(
             name,
-            f"cannot be downloaded, and is not whole in the cache ({type(error).__name__})",
-            needed="a connection to the Hub, or a cached copy",
-            do="Check the network and HF_HUB_OFFLINE, or give a folder.",
+            f"no such folder here; cannot be downloaded, and is not whole in the cache "
+            f"({type(error).__name__})",
+            needed="a model folder, or a name on the Hub and a connection to it",
+            do="Check the path; for a name on the Hub check the network and HF_HUB_OFFLINE.",
         ) from error

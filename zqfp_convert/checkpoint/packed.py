@@ -93,14 +93,19 @@ class PackedLayer:
         """The float32 weight `[N, K]`, without low-rank compensation."""
         return scales.dequantize(self.codes(), self.scales())
 
-    def lorc_product(self) -> Tensor | None:
-        """`B diag(s) A`, float32 `[N, K]`, or None."""
+    def lorc_factors(self) -> tuple[Tensor, Tensor] | None:
+        """`diag(s) A [r, K]` and `B [N, r]` in float32, or None."""
         if self.lorc_A is None or self.lorc_B is None:
             return None
         A = self.lorc_A.float()
         if self.lorc_scale is not None:
             A = A * self.lorc_scale[:, None]
-        return self.lorc_B.float() @ A
+        return A, self.lorc_B.float()
+
+    def lorc_product(self) -> Tensor | None:
+        """`B diag(s) A`, float32 `[N, K]`, or None."""
+        factors = self.lorc_factors()
+        return None if factors is None else factors[1] @ factors[0]
 
     def check(self) -> None:
         """Hold the layer to every rule of the format on values.

@@ -126,13 +126,9 @@ class QuantizedLinear(nn.Module):
         """`[..., K]` to `[..., N]` in the dtype of x."""
         if self.path(x) == "expanded":
             return self._expanded(x)
-        lorc = None
-        if self.lorc_A is not None and self.lorc_B is not None:
-            A = self.lorc_A.float()
-            A = A if self.lorc_scale is None else A * self.lorc_scale[:, None]
-            lorc = (A, self.lorc_B.float())
-        weight = self.packed().dequantize()
-        return reference.linear(x, weight, lorc, self.bias, self.input_offset)
+        layer = self.packed()
+        factors = layer.lorc_factors()
+        return reference.linear(x, layer.dequantize(), factors, self.bias, self.input_offset)
 
     def _expanded(self, x: Tensor) -> Tensor:
         rows = self.out_features + -self.out_features % expanded.ALIGNMENT
