@@ -38,7 +38,8 @@ def quantize(values: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
         scale: float32, shape of `values` with size 1 at `dim`.
     """
     values = values.float()
-    scale = values.abs().amax(dim, keepdim=True).clamp_min(MIN_ABSMAX) / MAX
+    absmax = values.abs().amax(dim, keepdim=True).clamp_min(MIN_ABSMAX)
+    scale = absmax / torch.full_like(absmax, MAX)  # on GPUs torch multiplies by a number's inverse
     return encode(values / scale), scale
 
 

@@ -1,0 +1,233 @@
+// What the kernels share: Hopper's barriers, bulk copies, clusters and tensor-core operands.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEVICE __device__ __forceinline__
+
+// Rows and columns of a chunk: the weights that a warpgroup multiplies from one stage.
+constexpr int CHUNK_ROWS = 64;
+constexpr int CHUNK_COLUMNS = 128;
+
+DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+// ---- Launches that overlap: a kernel may start before the one ahead of it has ended.
+
+// Lets the next kernel start. It waits for our results by itself.
+DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Until the kernel ahead has ended and its results can be seen. Before this, read constants only.
+DEVICE void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// ---- Barriers in shared memory.
+
+DEVICE void barrier_init(u32 barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+DEVICE void barrier_init_visible() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+DEVICE void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+DEVICE void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives at the barrier of the same address in another block of the cluster.
+DEVICE void barrier_arrive_at(u32 barrier, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+// `cluster`: the arrivals come from other blocks too.
+DEVICE void barrier_wait(u32 barrier, u32 parity, bool cluster = false) {
+  u32 done = 0;
+  while (!done) {
+    if (cluster)
+      asm volatile(
+          "{\n.reg .pred p;\n"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, p;\n}"
+          : "=r"(done)
+          : "r"(barrier), "r"(parity)
+          : "memory");
+    else
+      asm volatile(
+          "{\n.reg .pred p;\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, p;\n}"
+          : "=r"(done)
+          : "r"(barrier), "r"(parity)
+          : "memory");
+  }
+}
+
+// Threads of one warpgroup (or several): barriers 1 to 15, 0 is __syncthreads.
+DEVICE void sync_threads(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Whole warpgroups hand registers to one another; the sum stays what the launch has.
+template <int COUNT>
+DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// ---- Bulk copies from global to shared memory; bytes and addresses are multiples of 16.
+
+DEVICE void copy(u32 to, const void *from, u32 bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// To the same address in every block of the cluster named by the mask.
+DEVICE void copy_to_all(u32 to, const void *from, u32 bytes, u32 barrier, u16 mask) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(mask)
+      : "memory");
+}
+
+// ---- Clusters.
+
+DEVICE u32 cluster_rank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+DEVICE u32 cluster_size() {
+  u32 size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+DEVICE u32 address_at(u32 address, u32 rank) {
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+DEVICE void store_at(u32 there, float4 v) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there), "f"(v.x),
+               "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
+DEVICE void store_at(u32 there, float v) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(v) : "memory");
+}
+
+// ---- Shared and global memory.
+
+DEVICE uint4 load_shared4(u32 address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+DEVICE uint2 load_shared2(u32 address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
+DEVICE u32 load_shared(u32 address) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+
+DEVICE u32 load_shared_half(u32 address) {
+  u16 v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
+  return v;
+}
+
+DEVICE float4 load_shared_float4(u32 address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+DEVICE void store_shared(u32 address, u32 v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
+// Data of the kernel ahead: not through the read-only cache, and not before wait_for_inputs.
+DEVICE float load_result(const float *p) {
+  float v;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+  return v;
+}
+
+// ---- E2M1 to E4M3.
+
+// The E4M3 bytes of the magnitudes 0, .5, 1, 1.5 and 2, 3, 4, 6 times 2^(lift - 5): a step of the
+// exponent adds 8 to every byte but that of 0.
+struct Table {
+  u32 low, high;
+};
+
+DEVICE Table table(u32 lift) {
+  return {0x14100800u + lift * 0x08080800u, 0x24201C18u + lift * 0x08080808u};
+}
+
+// Eight weights of a row. `word` has the magnitudes of the first four in the low three bits of its
+// nibbles 0 to 3, of the last four in nibbles 4 to 7; the signs of the first four are its bits 7,
+// 15, 23 and 31, those of the last four bits 3, 11, 19 and 27.
+DEVICE void to_e4m3(u32 word, Table t, u32 &first, u32 &last) {
+  u32 select = word & 0x77777777u;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(first) : "r"(t.low), "r"(t.high), "r"(select));
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(last) : "r"(t.low), "r"(t.high), "r"(select >> 16));
+  first |= word & 0x80808080u;
+  last |= (word << 4) & 0x80808080u;
+}
+
+// ---- Tensor cores.
+
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// An operand in shared memory, K-major, in atoms of 8 rows: of 128 bytes (swizzled over 128) or
+// of 32 bytes (swizzled over 32).
+DEVICE u64 operand_128(u32 address) {
+  return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+DEVICE u64 operand_32(u32 address) {
+  return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(256 >> 4) << 32 | (u64)3 << 62;
+}

@@ -1,0 +1,287 @@
+// Activations to E4M3 with one scale for each token, and z = s (A x^) for low-rank compensation.
+//
+// A block takes 8 tokens; the blocks of a cluster share out their features. A lane has 8 neighbouring
+// features of token lane / 4 at a time, which is also what a tensor-core operand wants, in an order
+// of features that A is read in too.
+//
+// Given by the compiler's command line: WARPS, HELD (pieces of 8 features that a lane keeps in
+// registers between finding the scale and using it; 0: it reads them again), AHEAD (whether it holds
+// A too, from before the kernel ahead has ended), BLOCKS (on a multiprocessor), RANK_STEPS (of 8),
+// HALF (float16 activations), TILED (codes as multiply.cu wants them, else row by row).
+#include "common.cuh"
+
+struct Problem {
+  const u16 *x;              // [M, K] bfloat16 or float16, rows x_stride apart
+  const u16 *offset;         // [K] bfloat16, or null
+  const u16 *inner_factor;   // A: [RANK_STEPS * 8, depth * 128] bfloat16
+  const float *inner_scale;  // s: [RANK_STEPS * 8]
+  u8 *codes;                 // [depth, M, 128] swizzled, or [M, code_stride]
+  float *token_scale;        // [M]
+  u16 *inner;                // z: [RANK_STEPS, M, 16] bfloat16, high parts and low parts
+  long long x_stride, code_stride;
+  int tokens, columns, depth;  // M, K, ceil(K / 128)
+};
+
+constexpr int LANES = RANK_STEPS > 0 ? RANK_STEPS : 1;
+
+// As torch: NaN wins.
+DEVICE float larger(float a, float b) {
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+}
+
+DEVICE float widen(u32 half) {
+  float out;
+  if (HALF)
+    asm("{\n.reg .b16 h;\ncvt.u16.u32 h, %1;\ncvt.f32.f16 %0, h;\n}" : "=f"(out) : "r"(half));
+  else
+    out = __uint_as_float(half << 16);
+  return out;
+}
+
+DEVICE u32 bfloat16x2(float first, float second) {
+  u32 out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(second), "f"(first));
+  return out;
+}
+
+// Two values to E4M3 bytes (nearest even, saturating, NaN stays), the first in the low byte.
+DEVICE u32 to_codes(float first, float second) {
+  u16 out;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(out) : "f"(second), "f"(first));
+  return out;
+}
+
+// The bfloat16 values of two E4M3 bytes: exact.
+DEVICE u32 codes_to_bfloat16(u32 codes) {
+  u32 halves;
+  asm("{\n.reg .b16 c;\ncvt.u16.u32 c, %1;\ncvt.rn.f16x2.e4m3x2 %0, c;\n}"
+      : "=r"(halves)
+      : "r"(codes));
+  float first, second;
+  asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}"
+      : "=f"(first), "=f"(second)
+      : "r"(halves));
+  return bfloat16x2(first, second);
+}
+
+// sums[16 ranks, 8 tokens] += A[16, 16] x[16, 8]; only 8 ranks are used.
+DEVICE void project(float (&sums)[4], u32 a0, u32 a2, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a0), "r"(0), "r"(a2), "r"(0), "r"(b0), "r"(b1));
+}
+
+// v / scale in IEEE arithmetic, whatever is zero. `inverse` is 1 / scale, correctly rounded, so a
+// residual corrects the product (Markstein); where that may leave float32's range, the slow way.
+DEVICE float divide(float v, float scale, float inverse, bool quick) {
+  if (!quick) return __fdiv_rn(v, scale);
+  float quotient = __fmul_rn(v, inverse);
+  return __fmaf_rn(__fmaf_rn(-quotient, scale, v), inverse, quotient);
+}
+
+struct Piece {
+  float v[8];
+};
+
+struct Reader {
+  const Problem &p;
+  int token;
+  bool vectors;  // rows start on 16 bytes and K is a multiple of 8
+
+  DEVICE uint4 raw(int k) const {
+    uint4 out = make_uint4(0, 0, 0, 0);
+    if (token >= p.tokens || k >= p.columns) return out;
+    const u16 *from = p.x + token * p.x_stride + k;
+    if (vectors) {
+      asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+                   : "l"(from));
+    } else {
+      u16 one[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        one[i] = 0;
+        if (k + i < p.columns)
+          asm volatile("ld.global.u16 %0, [%1];" : "=h"(one[i]) : "l"(from + i));
+      }
+      out.x = one[0] | (u32)one[1] << 16, out.y = one[2] | (u32)one[3] << 16;
+      out.z = one[4] | (u32)one[5] << 16, out.w = one[6] | (u32)one[7] << 16;
+    }
+    return out;
+  }
+
+  DEVICE Piece values(uint4 raw, int k) const {
+    u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+    Piece out;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      out.v[i] = widen(i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xFFFF);
+      if (p.offset && k + i < p.columns)
+        out.v[i] -= __uint_as_float((u32)p.offset[k + i] << 16);
+    }
+    return out;
+  }
+};
+
+DEVICE float largest(const Piece &piece, float so_far) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) so_far = larger(so_far, fabsf(piece.v[i]));
+  return so_far;
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantize(
+    const __grid_constant__ Problem p) {
+  __shared__ float warp_largest[WARPS][8], block_largest[16][8];
+  __shared__ float warp_inner[LANES][WARPS][64], block_inner[16][LANES][64];
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int blocks = cluster_size(), rank = cluster_rank();
+  int first_token = blockIdx.x / blocks * 8;
+  Reader reader{p, first_token + lane / 4, p.columns % 8 == 0 && p.x_stride % 8 == 0 &&
+                                               ((u64)p.x & 15) == 0};
+  int slices = p.depth * 4;  // of 32 features
+  int begin = slices * rank / blocks + warp, end = slices * (rank + 1) / blocks;
+  int column = lane % 4 * 8;
+  int factor_stride = p.depth * 128;
+  launch_dependents();
+
+  constexpr int KEPT = HELD > 0 ? HELD : 1;
+  uint4 kept[KEPT], factor[KEPT];
+  const u16 *factors = p.inner_factor + (u64)(lane / 4) * factor_stride + column;
+  if (AHEAD) {  // constants: before the kernel ahead has ended
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i)
+      if (begin + i * WARPS < end) factor[i] = __ldg((const uint4 *)(factors + (begin + i * WARPS) * 32));
+  }
+  wait_for_inputs();
+
+  float most = 0;
+  if (HELD > 0) {
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+      int slice = begin + i * WARPS;
+      kept[i] = slice < end ? reader.raw(slice * 32 + column) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+      int slice = begin + i * WARPS;
+      if (slice < end) most = largest(reader.values(kept[i], slice * 32 + column), most);
+    }
+  } else {
+#pragma unroll 4
+    for (int slice = begin; slice < end; slice += WARPS)
+      most = largest(reader.values(reader.raw(slice * 32 + column), slice * 32 + column), most);
+  }
+  most = larger(most, __shfl_xor_sync(~0u, most, 1));
+  most = larger(most, __shfl_xor_sync(~0u, most, 2));
+  if (lane % 4 == 0) warp_largest[warp][lane / 4] = most;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) most = larger(most, warp_largest[w][lane / 4]);
+  if (blocks > 1) {
+    if (warp == 0 && lane % 4 == 0)
+      for (int b = 0; b < blocks; ++b)
+        store_at(address_at(shared_address(&block_largest[rank][lane / 4]), b), most);
+    cluster_sync();
+    for (int b = 0; b < blocks; ++b) most = larger(most, block_largest[b][lane / 4]);
+  }
+  float scale = __fdiv_rn(larger(most, 0x1p-100f), 448.0f);
+  float inverse = __frcp_rn(scale);
+  bool quick = scale >= 0x1p-60f && scale <= 0x1p+120f;
+  bool there = reader.token < p.tokens;
+  if (there && rank == 0 && warp == 0 && lane % 4 == 0) p.token_scale[reader.token] = scale;
+
+  float sums[LANES][4];
+#pragma unroll
+  for (int r = 0; r < LANES; ++r) sums[r][0] = sums[r][1] = sums[r][2] = sums[r][3] = 0;
+  if (!there) scale = inverse = quick = 1;  // nobody's token takes the slow way
+  auto finish = [&](uint4 raw, uint4 kept_factor, int slice) {
+    int k = slice * 32 + column;
+    Piece piece = reader.values(raw, k);
+    u32 codes[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      codes[i] = to_codes(divide(piece.v[i * 2], scale, inverse, quick),
+                          divide(piece.v[i * 2 + 1], scale, inverse, quick));
+    // What lies beyond K is 0 also in a token of NaN: 0 / NaN would not be.
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (k + i * 2 >= p.columns) codes[i] = 0;
+      if (k + i * 2 + 1 >= p.columns) codes[i] &= 0xFF;
+    }
+    if (there) {
+      uint2 out = make_uint2(codes[0] | codes[1] << 16, codes[2] | codes[3] << 16);
+      int inside = k % CHUNK_COLUMNS, m = reader.token;
+      if (TILED) {
+        u64 row = (u64)(k / CHUNK_COLUMNS) * p.tokens + m;
+        *(uint2 *)(p.codes + row * CHUNK_COLUMNS + ((inside / 16 ^ (m & 7)) * 16 + inside % 16)) = out;
+      } else if (k < p.code_stride) {  // a multiple of 16
+        *(uint2 *)(p.codes + m * p.code_stride + k) = out;
+      }
+    }
+    if (RANK_STEPS > 0) {
+      u32 x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = codes_to_bfloat16(codes[i]);
+#pragma unroll
+      for (int r = 0; r < RANK_STEPS; ++r) {
+        uint4 a = AHEAD
+                      ? kept_factor
+                      : __ldg((const uint4 *)(factors + (u64)r * 8 * factor_stride + slice * 32));
+        project(sums[r], a.x, a.y, x[0], x[1]);
+        project(sums[r], a.z, a.w, x[2], x[3]);
+      }
+    }
+  };
+  if (HELD > 0) {
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i)
+      if (begin + i * WARPS < end) finish(kept[i], factor[i], begin + i * WARPS);
+  } else {
+#pragma unroll 2
+    for (int slice = begin; slice < end; slice += WARPS)
+      finish(reader.raw(slice * 32 + column), make_uint4(0, 0, 0, 0), slice);
+  }
+
+  if (RANK_STEPS > 0) {
+#pragma unroll
+    for (int r = 0; r < RANK_STEPS; ++r) {
+      // Rank lane / 4, tokens lane % 4 * 2 and the next.
+      warp_inner[r][warp][lane * 2] = sums[r][0];
+      warp_inner[r][warp][lane * 2 + 1] = sums[r][1];
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < RANK_STEPS * 64; e += WARPS * 32) {
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) sum += warp_inner[e / 64][w][e % 64];
+      store_at(address_at(shared_address(&block_inner[rank][e / 64][e % 64]), 0), sum);
+    }
+    if (blocks > 1)
+      cluster_sync();
+    else
+      __syncthreads();
+    for (int e = threadIdx.x; rank == 0 && e < RANK_STEPS * 64; e += WARPS * 32) {
+      int step = e / 64, r = e % 64 / 8, m = first_token + e % 8;
+      if (m >= p.tokens) continue;
+      float sum = 0;
+      for (int b = 0; b < blocks; ++b) sum += block_inner[b][step][e % 64];
+      // The scale of this element's token, which other lanes have.
+      float token_most = 0;
+      if (blocks > 1)
+        for (int b = 0; b < blocks; ++b) token_most = larger(token_most, block_largest[b][e % 8]);
+      else
+        for (int w = 0; w < WARPS; ++w) token_most = larger(token_most, warp_largest[w][e % 8]);
+      float token_scale = __fdiv_rn(larger(token_most, 0x1p-100f), 448.0f);
+      float z = sum * token_scale * p.inner_scale[step * 8 + r];
+      u32 high = bfloat16x2(z, 0) & 0xFFFF;
+      u32 low = bfloat16x2(z - __uint_as_float(high << 16), 0) & 0xFFFF;
+      u16 *to = p.inner + ((u64)step * p.tokens + m) * 16;
+      int swap = m >> 2 & 1;
+      to[(0 ^ swap) * 8 + r] = high;
+      to[(1 ^ swap) * 8 + r] = low;
+    }
+  }
+}

@@ -1,0 +1,110 @@
+"""Activations to E4M3 with a scale for each token, and z of low-rank compensation, at once."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from zqfp_convert.runtime.kernels.hopper import layout
+from zqfp_convert.runtime.kernels.hopper.driver import Kernel
+
+TOKENS = 8  # of a block
+SLICE = 32  # features that a warp takes at a time
+MOST_HELD = 8  # pieces that a lane keeps in registers
+MOST_WARPS = 16
+LARGEST_CLUSTER = 8
+MULTIPROCESSORS = 132  # of an H100 or H200
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
+        ("inner_factor", ctypes.c_void_p),
+        ("inner_scale", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("token_scale", ctypes.c_void_p),
+        ("inner", ctypes.c_void_p),
+        ("x_stride", ctypes.c_longlong),
+        ("code_stride", ctypes.c_longlong),
+        ("tokens", ctypes.c_int),
+        ("columns", ctypes.c_int),
+        ("depth", ctypes.c_int),
+    )
+
+
+@cache
+def _kernel(
+    device: int, warps: int, held: int, ahead: bool, steps: int, half: bool, tiled: bool
+) -> Kernel:
+    constants = {
+        "AHEAD": ahead,
+        "BLOCKS": 1024 // (warps * 32),
+        "WARPS": warps,
+        "HELD": held,
+        "RANK_STEPS": steps,
+        "HALF": half,
+        "TILED": tiled,
+    }
+    return Kernel("quantize", constants)
+
+
+def quantize(
+    x: Tensor,
+    offset: Tensor | None,
+    inner_factor: Tensor | None,
+    inner_scale: Tensor | None,
+    codes: Tensor,
+    token_scale: Tensor,
+    inner: Tensor | None,
+) -> None:
+    """Quantize activations; the bytes are those of `numerics.fp8.quantize`.
+
+    Args:
+        x: `[M, K]`, bfloat16 or float16, features contiguous.
+        offset: bfloat16 `[K]`, subtracted from x first, or None.
+        inner_factor: A, bfloat16 `[steps * 8, ceil(K / 128) * 128]`, or None.
+        inner_scale: s, float32 `[steps * 8]`, with A.
+        codes: written: uint8 `[ceil(K / 128), M, 128]` in the order of the fused product, or
+            `[M, K']` row by row, K' a multiple of 16 (zeros beyond K).
+        token_scale: written: float32 `[M]`.
+        inner: written: z, bfloat16 `[steps, M, 16]`, 8 high parts and 8 low parts; or None.
+    """
+    tokens, columns = x.shape
+    depth = -(-columns // layout.COLUMNS)
+    tiled = codes.dim() == 3
+    steps = 0 if inner is None else inner.shape[0]
+    problem = _Problem(
+        x.data_ptr(),
+        None if offset is None else offset.data_ptr(),
+        None if inner_factor is None else inner_factor.data_ptr(),
+        None if inner_scale is None else inner_scale.data_ptr(),
+        codes.data_ptr(),
+        token_scale.data_ptr(),
+        None if inner is None else inner.data_ptr(),
+        x.stride(0),
+        0 if tiled else codes.stride(0),
+        tokens,
+        columns,
+        depth,
+    )
+    blocks = -(-tokens // TOKENS)
+    slices = depth * layout.COLUMNS // SLICE
+    # Few tokens: more blocks for each. Many: as few as can hold their part of K in registers.
+    cluster = 1
+    while cluster < LARGEST_CLUSTER and (
+        (blocks * cluster < MULTIPROCESSORS and slices >= 16 * cluster)
+        or slices > cluster * MOST_WARPS * MOST_HELD
+    ):
+        cluster *= 2
+    share = -(-slices // cluster)  # slices of a block
+    warps = MOST_WARPS if share >= 64 else 8
+    pieces = -(-share // warps)
+    held = next((n for n in (1, 2, 4, MOST_HELD) if n >= pieces), 0)
+    ahead = 0 < held <= 4 and steps == 1
+    half = x.dtype == torch.float16
+    kernel = _kernel(x.device.index or 0, warps, held, ahead, steps, half, tiled)
+    kernel.launch(problem, (blocks * cluster, 1), warps * 32, cluster)
