@@ -10,8 +10,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("ZQFP_PATH", None)
 sys.path.insert(0, str(Path(__file__).parents[1] / "formats"))  # zqfp1_reader is a plain file
 
-import pytest
 import torch
+
+from zqfp_convert.runtime import expanded
+
+if not (torch.cuda.is_available() and expanded.available(torch.device("cuda"))):
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+import pytest
 import transformers
 from architectures import QUICK, Maker, write_model, write_tokenizer
 

@@ -92,37 +92,6 @@ def test_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_exact(random_layer("m2", 5, 72))
 
 
-@pytest.fixture
-def scaled_mm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch._scaled_mm` with row-wise scales, computed in float64 where torch has none here."""
-    a = torch.ones(16, 16).to(torch.float8_e4m3fn)
-    one = torch.ones(16, 1)
-    try:
-        torch._scaled_mm(a, a.t(), scale_a=one, scale_b=one.t(), out_dtype=torch.bfloat16)
-    except (RuntimeError, NotImplementedError):
-        monkeypatch.setattr(torch, "_scaled_mm", emulated)
-
-
-def emulated(
-    a: Tensor,
-    b: Tensor,
-    *,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    out_dtype: torch.dtype,
-    use_fast_accum: bool,
-) -> Tensor:
-    assert a.dtype == b.dtype == torch.float8_e4m3fn
-    assert a.is_contiguous()
-    assert b.t().is_contiguous()
-    assert all(extent % 16 == 0 for extent in (*a.shape, *b.shape))
-    assert scale_a.shape == (a.shape[0], 1)
-    assert scale_b.shape == (1, b.shape[1])
-    assert scale_a.dtype == scale_b.dtype == torch.float32
-    product = a.float().double() @ b.float().double()
-    return (product * scale_a.double() * scale_b.double()).to(out_dtype)
-
-
 def multiply(layer: PackedLayer, x: Tensor, bias: Tensor | None, offset: Tensor | None) -> Tensor:
     factor = expanded.row_factor(layer.scale, layer.row_scale)
     factor = torch.nn.functional.pad(factor, (0, -layer.rows % 16), value=1.0)
@@ -174,6 +143,43 @@ def test_where_it_is_available(
     tell: Callable[[object], tuple[int, int]] = lambda device: capability  # noqa: E731
     monkeypatch.setattr(torch.cuda, "get_device_capability", tell)
     assert expanded.available(torch.device(kind)) is want
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [0, 1, 20])
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_is_added_has_float32_precision(dtype: torch.dtype, rank: int, biased: bool) -> None:
+    y = torch.randn(9, 21).bfloat16()
+    z = torch.randn(9, rank) if rank else None
+    B = torch.randn(21, rank).to(torch.float8_e4m3fn) if rank else None
+    bias = torch.randn(21) if biased else None
+    want = y.double()
+    if z is not None and B is not None:
+        want = want + z.double() @ B.float().double().t()
+    if bias is not None:
+        want = want + bias.double()
+    have = expanded.finish(y.clone(), z, B, bias, dtype)
+    assert have.dtype == dtype
+    assert have.is_contiguous()
+    half_ulp = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    size = max(1.0, rank**0.5) * 8
+    assert bool(((have.double() - want).abs() <= 1.01 * half_ulp * want.abs() + 1e-5 * size).all())
+
+
+def test_rows_of_a_larger_product() -> None:
+    """`finish` may overwrite what it is given, and gives whole rows."""
+    larger = torch.randn(16, 32).bfloat16()
+    bias = torch.randn(21)
+    want = (larger[:9, :21].float() + bias).bfloat16()
+    have = expanded.finish(larger[:9, :21], None, None, bias, torch.bfloat16)
+    assert have.is_contiguous()
+    torch.testing.assert_close(have, want, rtol=2**-7, atol=1e-3)
+
+
+def test_the_shape_of_the_matrix() -> None:
+    assert expanded.matrix_shape(1, 1) == (16, 128)
+    assert expanded.matrix_shape(16, 128) == (16, 128)
+    assert expanded.matrix_shape(17, 4097) == (32, 4224)
 
 
 def test_activation_codes_are_those_of_the_reference() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.errors import OptionError
 from zqfp_convert.numerics.scales import Kind
-from zqfp_convert.runtime import expanded
+from zqfp_convert.runtime.kernels.hopper import schedules
 from zqfp_convert.runtime.linear import PATH_VARIABLE, QuantizedLinear, Scratch
 
 
@@ -134,38 +136,193 @@ def test_names_are_those_on_disk() -> None:
     assert "m2" in repr(module)
 
 
-@pytest.fixture
-def fp8_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This device as if it had FP8 tensor cores."""
-    monkeypatch.setattr(expanded, "available", lambda device: True)
-
-    def multiply(a: Tensor, b: Tensor, **settings: Tensor) -> Tensor:
-        product = (a.float() @ b.float()) * settings["scale_a"] * settings["scale_b"]
-        return product.to(torch.bfloat16)
-
-    monkeypatch.setattr(torch, "_scaled_mm", multiply)
+SHAPES = [(21, 45, 32), (65, 300, 64), (130, 257, 128), (3, 7, 7), (40, 200, 48)]
 
 
-@pytest.mark.usefixtures("fp8_gpu")
+@pytest.mark.parametrize("way", ["fused", "expanded"])
+@pytest.mark.parametrize(("rows", "columns", "group_size"), SHAPES)
+@pytest.mark.parametrize("extras", ["", "bias", "lorc", "lorc bias offset"])
+def test_fast_paths(
+    kernels: str,
+    way: str,
+    rows: int,
+    columns: int,
+    group_size: int,
+    extras: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kind: Kind = "m1" if rows % 2 else "m2"
+    layer = random_layer(kind, rows, columns, group_size, 11 if "lorc" in extras else 0)
+    offset = torch.randn(columns).bfloat16() if "offset" in extras else None
+    moved = dataclasses.replace(layer, input_offset=offset)
+    bias = torch.randn(rows).half() if "bias" in extras else None
+    module = QuantizedLinear(moved, bias, Scratch())
+    monkeypatch.setenv(PATH_VARIABLE, way)
+    for x in (torch.randn(5, columns).bfloat16(), torch.randn(2, 9, columns).bfloat16()):
+        if way == "fused" and (kernels == "torch" or group_size == 48):
+            with pytest.raises(OptionError, match="NVRTC or Triton"):
+                module(x)
+            continue
+        assert module.path(x) == way
+        y = module(x)
+        assert y.shape == (*x.shape[:-1], rows)
+        assert y.is_contiguous()
+        seen = x.float() if offset is None else x.float() - offset.float()
+        assert relative(y, truth(layer, bias)(seen)) < 4e-3
+
+
+@pytest.mark.parametrize("way", ["fused", "expanded"])
+def test_inputs_of_any_layout(kernels: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels == "torch" and way == "fused":
+        pytest.skip("there is no such path")
+    layer = random_layer("m2", 65, 130, 32, rank=3)
+    assert layer.row_scale is not None
+    layer.row_scale.mul_(2.0**-8)  # float16 ends at 65504
+    module = QuantizedLinear(layer, None, Scratch())
+    monkeypatch.setenv(PATH_VARIABLE, way)
+    wide = torch.randn(130, 7, 2).half()
+    inputs = {
+        "columns": wide[:, :, 0].t(),
+        "strided rows": torch.randn(7, 300).half()[:, 3:133],
+        "backwards": wide.permute(1, 2, 0),
+        "one": torch.randn(130).half(),
+        "the same": torch.randn(130).half().expand(5, 130),
+        "none": torch.empty(0, 130).half(),
+        "none of two": torch.empty(2, 0, 130).half(),
+    }
+    for name, x in inputs.items():
+        y = module(x)
+        assert y.dtype == torch.float16
+        assert y.shape == (*x.shape[:-1], 65), name
+        assert torch.equal(y, module(x.clone(memory_format=torch.contiguous_format))), name
+        if y.numel():
+            assert relative(y, truth(layer)(x)) < 4e-3, name
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("way", ["fused", "expanded"])
+def test_not_a_number_stays_with_its_token(
+    kernels: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels == "torch" and way == "fused":
+        pytest.skip("there is no such path")
+    module = QuantizedLinear(random_layer("m2", 21, 45, rank=2), torch.ones(21), Scratch())
+    monkeypatch.setenv(PATH_VARIABLE, way)
+    x = torch.randn(6, 45).bfloat16()
+    spoiled = x.clone()
+    spoiled[1, 3], spoiled[4, 4] = float("nan"), float("inf")
+    y = module(spoiled)
+    assert y[[1, 4]].isnan().all()
+    assert torch.equal(y[[0, 2, 3, 5]], module(x)[[0, 2, 3, 5]])
+
+
+@pytest.mark.parametrize("kind", ["m1", "m2"])
 @pytest.mark.parametrize(
-    ("kind", "dtype", "want"),
+    ("rows", "columns", "group_size"), [(1, 1, 1), (65, 301, 32), (130, 257, 257), (64, 128, 96)]
+)
+def test_one_copy_that_stays_canonical_outside(
+    kernels: str, kind: Kind, rows: int, columns: int, group_size: int
+) -> None:
+    layer = random_layer(kind, rows, columns, group_size, rank=3, seed=rows)
+    plain = {name.removeprefix("layer."): t.clone() for name, t in layer.tensors().items()}
+    module = QuantizedLinear(layer, torch.ones(rows), Scratch())
+    assert (module.arranged is None) == (kernels == "torch")
+    if module.arranged is not None:
+        assert module.weight_packed is None
+        assert module.weight_scale is None
+        assert type(module.arranged).__name__.lower() == kernels + "weights"
+    have = module.state_dict()
+    assert have.keys() == plain.keys() | {"bias"}
+    for name, tensor in plain.items():
+        assert have[name].dtype == tensor.dtype, name
+        assert torch.equal(have[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    want = layer.dequantize() + layer.lorc_product()
+    assert torch.equal(module.weight, want)
+    for again in (module, copy.deepcopy(module)):
+        again.half()
+        again._restore()
+        assert again.arranged is None
+        restored = again.packed().tensors()
+        assert restored.keys() == layer.tensors().keys()
+        for name, tensor in layer.tensors().items():
+            assert torch.equal(restored[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_the_weights_are_not_there_twice(kernels: str) -> None:
+    layer = random_layer("m2", 512, 1024, 128, rank=8)
+    module = QuantizedLinear(layer, None, Scratch())
+    on_disk = sum(tensor.nbytes for tensor in layer.tensors().values())
+    assert sum(tensor.nbytes for tensor in module.buffers()) < 1.25 * on_disk
+
+
+def test_arranged_and_away(kernels: str) -> None:
+    """Moving takes the weights out of their order, arriving puts them back."""
+    layer = random_layer("m1", 65, 130, 32, rank=3)
+    module = QuantizedLinear(layer, torch.ones(65), Scratch())
+    x = torch.randn(5, 130).bfloat16()
+    want, saved = module(x), module.state_dict()
+    module.to("meta")
+    assert module.arranged is None
+    assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
+    module.to_empty(device="cpu")
+    assert (module.arranged is None) == (kernels == "torch")
+    module.load_state_dict(saved)
+    assert torch.equal(module(x), want)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor.view(torch.uint8), saved[name].view(torch.uint8)), name
+
+
+def test_a_copy_works_alone(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PATH_VARIABLE, "expanded")
+    module = QuantizedLinear(random_layer("m2", 21, 45), None, Scratch())
+    x = torch.randn(5, 45).bfloat16()
+    want = module(x)
+    copied = copy.deepcopy(module)
+    assert copied._scratch is not module._scratch
+    del module
+    gc.collect()
+    assert torch.equal(copied(x), want)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group_size", "rank", "dtype", "tokens", "want"),
     [
-        ("m2", torch.bfloat16, "expanded"),
-        ("m1", torch.float16, "expanded"),
-        ("m2", torch.float32, "reference"),
-        ("free", torch.bfloat16, "reference"),
+        ("m2", 32, 0, torch.bfloat16, 1, "fused"),
+        ("m1", 32, 8, torch.float16, 512, "fused"),
+        ("m2", 32, 0, torch.bfloat16, 513, "by kernels"),
+        ("m2", 16, 0, torch.bfloat16, 1, "expanded"),
+        ("m2", 32, 41, torch.bfloat16, 1, "expanded"),
+        ("m2", 32, 0, torch.float32, 1, "reference"),
+        ("free", 32, 0, torch.bfloat16, 1, "reference"),
     ],
 )
 def test_the_way_is_chosen(
-    kind: Kind, dtype: torch.dtype, want: str, monkeypatch: pytest.MonkeyPatch
+    kernels: str,
+    kind: Kind,
+    group_size: int,
+    rank: int,
+    dtype: torch.dtype,
+    tokens: int,
+    want: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = QuantizedLinear(random_layer(kind), None, Scratch())
-    x = torch.randn(3, 72).to(dtype)
+    called: list[int] = []
+
+    def prefers_expanded(tokens: int, rows: int, columns: int, rank: int, device: int) -> bool:
+        called.append(tokens)
+        return tokens == 513
+
+    monkeypatch.setattr(schedules, "prefers_expanded", prefers_expanded)
+    module = QuantizedLinear(random_layer(kind, 40, 72, group_size, rank), None, Scratch())
+    x = torch.randn(tokens, 72).to(dtype)
+    want = "expanded" if want == "by kernels" else want
+    want = "expanded" if want == "fused" and kernels == "torch" else want
     assert module.path(x) == want
+    assert set(called) <= {tokens}
     monkeypatch.setenv(PATH_VARIABLE, "reference")
     assert module.path(x) == "reference"
     monkeypatch.setenv(PATH_VARIABLE, "expanded")
-    if want == "expanded":
+    if want != "reference":
         assert module.path(x) == "expanded"
     else:
         with pytest.raises(OptionError) as raised:
@@ -174,19 +331,54 @@ def test_the_way_is_chosen(
         assert str(dtype) in raised.value.found
 
 
-@pytest.mark.usefixtures("fp8_gpu")
-def test_expanded_with_one_scratch_for_all() -> None:
+def test_expanded_with_one_scratch_for_all(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PATH_VARIABLE, "expanded")
     scratch = Scratch()
     layers = [random_layer("m2", *shape, rank=2) for shape in ((21, 45), (64, 160), (3, 7))]
-    for layer in (*layers, *layers):
-        bias, x = torch.randn(layer.rows), torch.randn(5, layer.columns).bfloat16()
-        module = QuantizedLinear(layer, bias, scratch)
+    modules = [QuantizedLinear(layer, torch.randn(layer.rows), scratch) for layer in layers]
+    place = scratch.matrix(16, 16, torch.device("cpu")).data_ptr()
+    for layer, module in [*zip(layers, modules, strict=True)] * 2:
+        x = torch.randn(5, layer.columns).bfloat16()
         assert module.path(x) == "expanded"
-        assert relative(module(x), truth(layer, bias)(x)) < 8e-3
-    device = torch.device("cpu")
-    large, small = scratch.matrix(64, 160, device), scratch.matrix(16, 16, device)
-    assert small.data_ptr() == large.data_ptr()
-    assert small.shape == (16, 16)
+        assert relative(module(x), truth(layer, module.bias)(x)) < 4e-3
+    assert scratch.matrix(64, 256, torch.device("cpu")).data_ptr() == place
+
+
+def test_gradients_are_refused(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = QuantizedLinear(random_layer(), None, Scratch())
+    x = torch.randn(3, 72).bfloat16().requires_grad_()
+    with pytest.raises(OptionError, match="gradient"):
+        module(x)
+    with torch.no_grad():
+        assert module(x).isfinite().all()
+    assert module(x.detach()).isfinite().all()
+    monkeypatch.setenv(PATH_VARIABLE, "reference")
+    module(x).sum()
+
+
+@pytest.mark.parametrize("way", ["auto", "fused", "expanded", "reference"])
+def test_compiled_whole(kernels: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels == "torch" and way == "fused":
+        pytest.skip("there is no such path")
+    monkeypatch.setattr(schedules, "prefers_expanded", lambda tokens, *shape: tokens > 8)
+    if kernels == "portable":
+        monkeypatch.setattr("zqfp_convert.runtime.kernels.portable.linear.FUSED_TOKENS", 8)
+    if way != "auto":
+        monkeypatch.setenv(PATH_VARIABLE, way)
+    scratch = Scratch()
+    model = nn.Sequential(
+        QuantizedLinear(random_layer("m2", 40, 72, rank=3), torch.randn(40), scratch),
+        QuantizedLinear(random_layer("m2", 72, 40), None, scratch),
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for shape in ((5,), (2, 3), (3, 7)):
+            x = torch.randn(*shape, 72).bfloat16()
+            if way == "reference":
+                torch.testing.assert_close(compiled(x), model(x), rtol=2**-6, atol=0.5)
+            else:
+                assert torch.equal(compiled(x), model(x))
 
 
 @pytest.mark.parametrize(("path", "found"), [("expanded", "cpu"), ("fused9", "no such path")])

@@ -15,9 +15,12 @@ from torch import Tensor
 from zqfp_convert.numerics import fp8, nibbles
 from zqfp_convert.numerics.e2m1 import MAGNITUDES
 from zqfp_convert.numerics.scales import MAX_SPAN, power_of_two
+from zqfp_convert.runtime import operators
+from zqfp_convert.runtime.scratch import scratch as scratch_of
 
 TOP_SHIFT = 6  # the shift of a row's largest exponent: 6 * 2^6 = 384 is the largest product
 ALIGNMENT = 16  # `_scaled_mm` wants every extent to be a multiple of it
+COLUMNS = 128  # the kernels' activations come in blocks of so many
 CHUNK = 1 << 24  # weights expanded at a time, to bound the temporary memory
 
 
@@ -64,6 +67,11 @@ def row_factor(exponents: Tensor, row_scale: Tensor | None) -> Tensor:
     return left if row_scale is None else left * row_scale.float()
 
 
+def matrix_shape(rows: int, columns: int) -> tuple[int, int]:
+    """The extents `[N', K']` of the FP8 matrix of a layer `[N, K]` in a model's scratch buffer."""
+    return rows + -rows % ALIGNMENT, columns + -columns % COLUMNS
+
+
 def linear(
     x: Tensor,
     matrix: Tensor,
@@ -91,26 +99,99 @@ def linear(
         return x.new_empty(*x.shape[:-1], rows)
     seen = tokens.float() if input_offset is None else tokens.float() - input_offset.float()
     codes, scale = fp8.quantize(seen)  # [M, K], [M, 1]
-    missing = (0, matrix.shape[1] - codes.shape[1], 0, -codes.shape[0] % ALIGNMENT)
-    padded = torch.nn.functional.pad(codes.view(torch.uint8), missing).view(fp8.DTYPE)
-    padded_scale = torch.nn.functional.pad(scale, (0, 0, 0, missing[3]), value=1.0)
-    y = torch._scaled_mm(
-        padded,
-        matrix.t(),
-        scale_a=padded_scale,
-        scale_b=factor[None],
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )[: tokens.shape[0], :rows]
-    if lorc is not None or bias is not None:
-        y = y.float()
+    z = B = None
     if lorc is not None:
         A, B, lorc_scale = lorc
         inner = codes.to(torch.bfloat16) @ A.to(torch.bfloat16).t()  # [M, r]
-        inner = inner.float() * scale
-        if lorc_scale is not None:
-            inner = inner * lorc_scale
-        y = y + inner @ B.float().t()
-    if bias is not None:
-        y = y + bias.float()
-    return y.to(x.dtype).reshape(*x.shape[:-1], rows)
+        z = inner.float() * scale
+        z = z if lorc_scale is None else z * lorc_scale
+    missing = (0, matrix.shape[1] - codes.shape[1])
+    codes = torch.nn.functional.pad(codes.view(torch.uint8), missing).view(fp8.DTYPE)
+    y = finish(product(codes, scale, matrix, factor, rows), z, B, bias, x.dtype)
+    return y.reshape(*x.shape[:-1], rows)
+
+
+def product(codes: Tensor, scale: Tensor, matrix: Tensor, factor: Tensor, rows: int) -> Tensor:
+    """`factor * scale * (matrix codes)`, bfloat16 `[M, N]`.
+
+    Args:
+        codes: float8_e4m3fn `[M, K']`.
+        scale: float32 `[M, 1]`.
+        matrix: float8_e4m3fn `[N', K']`.
+        factor: float32 `[N']`.
+        rows: N.
+    """
+    tokens = codes.shape[0]
+    missing = (0, 0, 0, -tokens % ALIGNMENT)
+    if missing[3]:
+        codes = torch.nn.functional.pad(codes.view(torch.uint8), missing).view(fp8.DTYPE)
+        scale = torch.nn.functional.pad(scale, missing, value=1.0)
+    y = torch._scaled_mm(
+        codes,
+        matrix.t(),
+        scale_a=scale,
+        scale_b=factor[None],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return y[:tokens, :rows]
+
+
+def finish(
+    y: Tensor, z: Tensor | None, B: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`y + B z + bias`, rounded once beside the rounding of y.
+
+    Args:
+        y: bfloat16 `[M, N]`; overwritten.
+        z: float32 `[M, r]`, `s (A x^)`, and
+        B: `[N, r]`, float8_e4m3fn or bfloat16; or None and None.
+        bias: `[N]`, any floating dtype, or None.
+        dtype: of the result.
+
+    Returns:
+        `[M, N]`, contiguous.
+    """
+    left, right = [], []
+    if z is not None and B is not None:
+        left += _parts(z)
+        right += [B.to(torch.bfloat16)] * 2
+    if bias is not None:  # two more ranks, whose z is 1
+        left.append(y.new_ones(y.shape[0], 2))
+        right += [part[:, None] for part in _parts(bias)]
+    if left:
+        y = y if dtype == torch.bfloat16 else y.float()  # float16 has more bits to lose
+        y.addmm_(torch.cat(left, 1).to(y.dtype), torch.cat(right, 1).t().to(y.dtype))
+    return y.to(dtype).contiguous()
+
+
+def _parts(values: Tensor) -> list[Tensor]:
+    """Two bfloat16 tensors whose sum has 16 bits of the values."""
+    high = values.to(torch.bfloat16)
+    return [high, (values.float() - high.float()).to(torch.bfloat16)]
+
+
+def _work(
+    x: Tensor,
+    rows: int,
+    packed: Tensor,
+    exponents: Tensor,
+    group_size: int,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    input_offset: Tensor | None,
+    lorc_A: Tensor | None,
+    lorc_B: Tensor | None,
+    lorc_scale: Tensor | None,
+    scratch: int,
+) -> Tensor:
+    """The expanded path from the tensors as they lie on disk, x `[M, K]`."""
+    matrix = scratch_of(scratch).matrix(*matrix_shape(rows, x.shape[1]), x.device)
+    expand(packed, exponents, group_size, matrix)
+    factor = row_factor(exponents, row_scale)
+    factor = torch.nn.functional.pad(factor, (0, matrix.shape[0] - rows), value=1.0)
+    lorc = None if lorc_A is None or lorc_B is None else (lorc_A, lorc_B, lorc_scale)
+    return linear(x, matrix.view(fp8.DTYPE), rows, factor, lorc, bias, input_offset)
+
+
+operator = operators.register("expanded_linear", _work)

@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from zqfp_convert.checkpoint.packed import PackedLayer
-from zqfp_convert.errors import OptionError
-from zqfp_convert.numerics import fp8
-from zqfp_convert.runtime import expanded, reference
+from zqfp_convert.runtime import expanded, paths, reference
+from zqfp_convert.runtime.paths import PATH_VARIABLE, Kernels, Path
+from zqfp_convert.runtime.scratch import Scratch
 
-Path = Literal["expanded", "reference"]
-PATH_VARIABLE = "ZQFP_PATH"
+if TYPE_CHECKING:
+    from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights
+    from zqfp_convert.runtime.kernels.portable.linear import PortableWeights
 
-
-class Scratch:
-    """A buffer for the expanded matrix of one layer at a time, shared by all layers of a model."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[torch.device, Tensor] = {}
-
-    def matrix(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """An uninitialised uint8 `[rows, columns]` on the device; earlier ones lose their data."""
-        buffer = self._buffers.get(device)
-        if buffer is None or buffer.numel() < rows * columns:
-            buffer = torch.empty(rows * columns, dtype=torch.uint8, device=device)
-            self._buffers[device] = buffer
-        return buffer[: rows * columns].view(rows, columns)
+__all__ = ["PATH_VARIABLE", "Path", "QuantizedLinear", "Scratch"]
 
 
 class QuantizedLinear(nn.Module):
     """`y = W^ x^ + B (s (A x^)) + bias` for a packed weight `[N, K]`.
 
-    `ZQFP_PATH=expanded|reference` in the environment forces a path.
+    On a GPU with kernels for it the weights lie in the order of these, in `arranged`, and nowhere
+    else; `packed` and `state_dict` give them as they lie on disk wherever they are.
+    `ZQFP_PATH=fused|expanded|reference` in the environment forces a path.
     """
 
-    weight_packed: Tensor
-    weight_scale: Tensor
+    weight_packed: Tensor | None
+    weight_scale: Tensor | None
     weight_row_scale: Tensor | None
     lorc_A: Tensor | None
     lorc_B: Tensor | None
     lorc_scale: Tensor | None
     input_offset: Tensor | None
     bias: Tensor | None
+    arranged: HopperWeights | PortableWeights | None
 
     def __init__(
         self,
@@ -68,17 +58,31 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("lorc_scale", layer.lorc_scale)
         self.register_buffer("input_offset", layer.input_offset)
         self.register_buffer("bias", bias)
+        self.register_module("arranged", None)
         self._scratch = scratch
+        self._about = f"{self.kind} scales in groups of {self.group_size}, rank {self.rank}"
+        self._arrange()
+
+    @property
+    def rank(self) -> int:
+        """r, 0 without low-rank factors."""
+        return 0 if self.lorc_A is None else self.lorc_A.shape[0]
 
     def packed(self) -> PackedLayer:
-        """The layer's tensors as they lie on disk (sharing memory)."""
+        """The layer's tensors as they lie on disk (sharing memory, where they still do)."""
+        if self.arranged is None:
+            assert self.weight_packed is not None
+            assert self.weight_scale is not None
+            packed, scale = self.weight_packed, self.weight_scale
+        else:
+            packed, scale = self.arranged.restore()
         return PackedLayer(
             self.name,
             self.kind,
             self.group_size,
             self.in_features,
-            self.weight_packed,
-            self.weight_scale,
+            packed,
+            scale,
             self.weight_row_scale,
             self.lorc_A,
             self.lorc_B,
@@ -103,52 +107,83 @@ class QuantizedLinear(nn.Module):
         Raises:
             OptionError: `ZQFP_PATH` names no path, or one that this device or dtype cannot take.
         """
-        possible = (
-            self.kind != "free"
-            and x.dtype in (torch.bfloat16, torch.float16)
-            and expanded.available(x.device)
-        )
-        forced = os.environ.get(PATH_VARIABLE)
-        if forced is None:
-            return "expanded" if possible else "reference"
-        if forced == "reference" or (forced == "expanded" and possible):
-            return forced  # type: ignore[return-value]
-        known = forced == "expanded"
-        raise OptionError(
-            f"{PATH_VARIABLE}={forced}",
-            f"{self.kind} scales, {x.dtype} on {x.device}" if known else "no such path",
-            needed="a GPU with FP8 (compute capability 8.9), bfloat16 or float16 activations and "
-            "scales m1 or m2" if known else "expanded or reference",
-            do=f"Unset {PATH_VARIABLE}.",
-        )  # fmt: skip
+        way = self._wanted(x)
+        if way != "auto":
+            return way
+        assert self.arranged is not None
+        tokens = x.numel() // self.in_features
+        return "expanded" if self.arranged.prefers_expanded(tokens) else "fused"
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., K]` to `[..., N]` in the dtype of x."""
-        if self.path(x) == "expanded":
-            return self._expanded(x)
-        layer = self.packed()
-        factors = layer.lorc_factors()
-        return reference.linear(x, layer.dequantize(), factors, self.bias, self.input_offset)
+        """`[..., K]` to `[..., N]` in the dtype of x.
 
-    def _expanded(self, x: Tensor) -> Tensor:
-        rows = self.out_features + -self.out_features % expanded.ALIGNMENT
-        columns = self.in_features + -self.in_features % expanded.ALIGNMENT
-        matrix = self._scratch.matrix(rows, columns, x.device)
-        expanded.expand(self.weight_packed, self.weight_scale, self.group_size, matrix)
-        factor = expanded.row_factor(self.weight_scale, self.weight_row_scale)
-        factor = nn.functional.pad(factor, (0, rows - self.out_features), value=1.0)
-        lorc = None
-        if self.lorc_A is not None and self.lorc_B is not None:
-            lorc = (self.lorc_A, self.lorc_B, self.lorc_scale)
-        return expanded.linear(
-            x,
-            matrix.view(fp8.DTYPE),
-            self.out_features,
-            factor,
-            lorc,
-            self.bias,
-            self.input_offset,
+        Raises:
+            OptionError: as `path`; or x requires a gradient, on another path than reference.
+        """
+        way = self._wanted(x)
+        if way == "reference":
+            layer = self.packed()
+            factors = layer.lorc_factors()
+            return reference.linear(x, layer.dequantize(), factors, self.bias, self.input_offset)
+        paths.refuse_gradients(x, way)
+        tokens = x.reshape(-1, self.in_features)  # [M, K]
+        if self.arranged is not None:
+            y = self.arranged.multiply(tokens, way, self._scratch.key)
+        else:
+            y = expanded.operator(
+                tokens,
+                self.out_features,
+                self.weight_packed,
+                self.weight_scale,
+                self.group_size,
+                self.weight_row_scale,
+                self.bias,
+                self.input_offset,
+                self.lorc_A,
+                self.lorc_B,
+                self.lorc_scale,
+                self._scratch.key,
+            )
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _wanted(self, x: Tensor) -> paths.Wanted:
+        return paths.wanted(self._kernels, x, self._about)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the weights are."""
+        if self.arranged is not None:
+            return self.arranged.row_top.device
+        assert self.weight_packed is not None
+        return self.weight_packed.device
+
+    def _arrange(self) -> None:
+        """Lay the weights out for the kernels of the device they have arrived on, if it has any."""
+        layer = self.packed()
+        device = layer.packed.device
+        self._kernels: Kernels = paths.kernels_for(
+            device, self.kind, self.group_size, self.in_features, self.rank
         )
+        match self._kernels:
+            case "hopper":
+                from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights
+
+                self.arranged = HopperWeights(layer, self.bias)
+            case "portable":
+                from zqfp_convert.runtime.kernels.portable.linear import PortableWeights
+
+                self.arranged = PortableWeights(layer, self.bias)
+        if self.arranged is not None:
+            self.weight_packed = self.weight_scale = None
+        if self._kernels != "none":
+            shape = expanded.matrix_shape(self.out_features, self.in_features)
+            self._scratch.matrix(*shape, device)
+
+    def _restore(self) -> None:
+        """Back to the order on disk."""
+        layer = self.packed()
+        self.weight_packed, self.weight_scale = layer.packed, layer.scale
+        self.arranged, self._kernels = None, "none"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Moves between devices; casts (`model.half()`) leave the packed tensors as they are."""
@@ -157,13 +192,36 @@ class QuantizedLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(move, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        probe = torch.empty(0, dtype=torch.uint8, device=self._device)
+        stays = fn(probe).device == self._device
+        if not stays:
+            self._restore()
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        if not stays:
+            self._arrange()
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """The names and bytes on disk, however the weights lie here."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.arranged is not None:
+            layer = self.packed()
+            destination[prefix + "weight_packed"] = layer.packed
+            destination[prefix + "weight_scale"] = layer.scale
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        """Takes the names and bytes on disk too."""
+        self._restore()
+        super()._load_from_state_dict(*given)
+        self._arrange()
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         group = "row" if self.group_size == self.in_features else self.group_size
-        rank = 0 if self.lorc_A is None else self.lorc_A.shape[0]
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"scales={self.kind}, group_size={group}, rank={rank}, bias={self.bias is not None}"
+            f"scales={self.kind}, group_size={group}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
         )

@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
-import sys
 
 import pytest
 import torch
 
-from zqfp_convert.runtime import expanded
-
-INTERPRETED = not (torch.cuda.is_available() and expanded.available(torch.device("cuda")))
-
-
-def interpret() -> None:
-    """Make Triton interpret, also where something has imported it already."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    if type(tl.sum).__name__ != "InterpretedFunction":
-        # Triton decides for its own functions as it is imported, and transformers did that early.
-        importlib.reload(sys.modules["triton.language.standard"])
-        importlib.reload(tl)
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_tensor_too(tensor: type, scope: interpreter._LangPatchScope) -> None:
-        # numpy from 2.4 on makes no int of an array `[1]`, as Triton 3.6 does for a range
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_tensor_too
-
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_portable_*.py"]
-elif INTERPRETED:
-    interpret()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1 @@
+"""Kernels that multiply packed weights: for Hopper, and for every GPU with FP8."""

@@ -81,8 +81,8 @@ def operations(tokens: int) -> str:
     for kind, columns, transposed in (("e4m3", 32, ""), ("bf16", 16, ", 0")):
         text += (
             f"DEVICE void wgmma_{kind}(float (&d)[{count}], const u32 (&a)[4], u64 b) {{\n"
-            f'  asm volatile("wgmma.mma_async.sync.aligned.m64n{tokens}k{columns}.f32.{kind}.{kind} '
-            f'{{{sums}}}, {{{weights}}}, %{count + 4}, 1, 1, 1{transposed};"\n'
+            f'  asm volatile("wgmma.mma_async.sync.aligned.m64n{tokens}k{columns}.f32.{kind}.{kind}'
+            f' {{{sums}}}, {{{weights}}}, %{count + 4}, 1, 1, 1{transposed};"\n'
             f'    : {outputs} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));\n'
             "}\n"
         )

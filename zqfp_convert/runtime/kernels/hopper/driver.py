@@ -13,10 +13,9 @@ from zqfp_convert.runtime.kernels.hopper.compiler import compile_kernel
 
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 NON_PORTABLE_CLUSTER = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-CLUSTER, OVERLAP = (
-    4,
-    6,
-)  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, .._PROGRAMMATIC_STREAM_SERIALIZATION
+CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 class DriverError(ZqfpError):
@@ -55,6 +54,17 @@ def _check(code: int, name: str, doing: str) -> None:
         )
 
 
+def _enter() -> None:
+    """Make PyTorch's context current in this thread: in a new one none is."""
+    driver, context, device = _driver(), ctypes.c_void_p(), ctypes.c_int()
+    for code in (
+        driver.cuDeviceGet(ctypes.byref(device), torch.cuda.current_device()),
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device),
+        driver.cuCtxSetCurrent(context),
+    ):
+        _check(code, "CUDA", "entering its context")
+
+
 class Kernel:
     """A kernel on one device. Takes one structure by value."""
 
@@ -68,6 +78,7 @@ class Kernel:
         module = ctypes.c_void_p()
         self._function = ctypes.c_void_p()
         driver = _driver()
+        _enter()
         _check(driver.cuModuleLoadData(ctypes.byref(module), image), name, "loading")
         code = driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode())
         _check(code, name, "loading")
@@ -113,4 +124,7 @@ class Kernel:
         )
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(problem))
         code = _driver().cuLaunchKernelEx(ctypes.byref(launch), self._function, arguments, None)
+        if code == INVALID_CONTEXT:
+            _enter()
+            code = _driver().cuLaunchKernelEx(ctypes.byref(launch), self._function, arguments, None)
         _check(code, self.name, "launching")

@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(128) expand(const __grid_constant__
       int n = row_tile * CHUNK_ROWS + warp * 16 + from;
       int k = (first + d) * CHUNK_COLUMNS + piece * 16;
       uint4 out = load_shared4(tile + from * CHUNK_COLUMNS + ((piece ^ (from & 7)) * 16));
-      if (n < p.rows && k < p.columns) *(uint4 *)(p.matrix + (u64)n * p.columns + k) = out;
+      if (n < p.rows && k < p.columns) store_global(p.matrix + (u64)n * p.columns + k, out);
     }
     __syncwarp();
   }

@@ -23,6 +23,7 @@ from zqfp_convert.numerics.scales import MAX_SPAN
 ROWS, COLUMNS = 64, 128  # of a chunk
 CODES_BYTES = ROWS * COLUMNS // 2
 RANKS = 8  # in one step of low-rank compensation
+MOST_RANKS = 40  # whose sums quantize.cu has room for in 48 KiB of shared memory
 PART = 1 << 24  # weights arranged at a time, to bound the temporary memory
 
 
@@ -110,7 +111,21 @@ def restore(chunks: Chunks, rows: int, columns: int, group_size: int) -> tuple[T
         packed: uint8 `[N, ceil(K / 2)]`.
         below: uint8 `[N, G]`, how far each group's exponent lies below its row's largest.
     """
-    data, groups = chunks.data, chunks.groups
+    tiles, depth, _ = chunks.data.shape
+    width = COLUMNS // chunks.groups  # columns from one lift to the next
+    starts = torch.arange(0, columns, min(group_size, columns), device=chunks.data.device)
+    packed, below = [], []
+    step = max(1, PART // (ROWS * depth * COLUMNS))
+    for start in range(0, tiles, step):
+        codes, lifts = _restore(chunks.data[start : start + step], chunks.groups)
+        kept = rows - start * ROWS
+        packed.append(nibbles.pack(codes[:kept, :columns]))
+        below.append(MAX_SPAN - lifts[:kept, starts // width])
+    return torch.cat(packed), torch.cat(below)
+
+
+def _restore(data: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 `[tiles * 64, depth * 128]`, lifts uint8 `[tiles * 64, depth * groups]`."""
     tiles, depth, _ = data.shape
     words = data[..., :CODES_BYTES].contiguous().view(torch.int32)
     words = words.view(tiles, depth, 2, 4, 8, 4, 2, 2, 1)
@@ -119,11 +134,12 @@ def restore(chunks: Chunks, rows: int, columns: int, group_size: int) -> tuple[T
     last = (words >> 4 * place + 16 & 7) | (words >> 8 * place + 3 & 1) << 3
     ordered = torch.stack([first, last], -2).to(torch.uint8)
     codes = ordered.permute(0, 3, 7, 4, 1, 2, 6, 8, 5, 9)
-    codes = codes.reshape(tiles * ROWS, depth * COLUMNS)[:rows, :columns]
     pairs = data[..., CODES_BYTES:].reshape(tiles, depth, 4, 8, groups, 2)
-    lifts = pairs.permute(0, 2, 5, 3, 1, 4).reshape(tiles * ROWS, depth * groups)[:rows]
-    starts = torch.arange(0, columns, min(group_size, columns), device=data.device)
-    return nibbles.pack(codes), MAX_SPAN - lifts[:, starts // (COLUMNS // groups)]
+    lifts = pairs.permute(0, 2, 5, 3, 1, 4)
+    return (
+        codes.reshape(tiles * ROWS, depth * COLUMNS),
+        lifts.reshape(tiles * ROWS, depth * groups),
+    )
 
 
 def outer_factor(B: Tensor) -> Tensor:

@@ -9,9 +9,16 @@
 // memory and are added up in a fixed order. A cluster is PAIR times SPLIT blocks: PAIR neighbours
 // have the same activations, of which each copies its part to all.
 //
+// With STREAM the work is one row of units, 128 columns of a tile each, tile after tile, and every
+// block takes an equal stretch of it, so all multiprocessors read as much. A tile that several blocks
+// have a part of is written by one of them, which adds up what the others leave in the workspace. It
+// never waits for long: PERSISTENT blocks end with a tile's first columns, which the next blocks went
+// on from when they began; otherwise a tile's last columns come in the block that is launched last.
+//
 // Given by the compiler's command line: TOKENS, WARPGROUPS, TILES, STAGES, SHARES, SPLIT, PAIR,
-// BLOCKS (that share a multiprocessor), COPIERS (threads: 32, or 128 that give their registers away),
-// GROUPS (scales in 128 columns: 1, 2 or 4), HALF (float16 results).
+// STREAM, PERSISTENT, BLOCKS (that share a multiprocessor), COPIERS (threads: 32, 64, or 128 that give registers away,
+// down to COPIER_REGISTERS, so that the others have CONSUMER_REGISTERS), GROUPS (scales in 128
+// columns: 1, 2 or 4), HALF (float16 results).
 #include "common.cuh"
 #include "wgmma.cuh"
 
@@ -27,13 +34,18 @@ constexpr int SLICE = BLOCKS_OF_8 / SLICES;  // blocks of 8 tokens
 constexpr int EXCHANGE_BYTES =
     PARTS > 1 ? (SLICES + SPLIT - 1) / SPLIT * PARTS * ROW_TILES * SLICE * 2048 : 0;
 constexpr bool IN_STAGES = EXCHANGE_BYTES > LARGEST_EXCHANGE;  // when these are done with
-constexpr int STAGING_TOKENS = SLICE * 8 < 32 ? SLICE * 8 : 32;
-constexpr int STAGING_BYTES = STAGING_TOKENS * CHUNK_ROWS * 2;  // for each warpgroup
+constexpr int EXCHANGES = STREAM ? 2 : 1;                      // in use by turns
+constexpr int TOGETHER = SLICE < 4 ? SLICE : 4;  // blocks of 8 tokens that are written at once
+constexpr int STAGING_BYTES = TOGETHER * 8 * CHUNK_ROWS * 2;  // for each warpgroup, twice
 constexpr int CONSUMERS = WARPGROUPS * SHARES * 128;
 constexpr int TOKEN_TILES_TOGETHER = 8;  // that meet a stretch of weights before the next stretch
-constexpr bool FEW_TOKENS = TOKENS <= 16;
+// Converted weights in registers: one chunk in use and one in the making, where there is room, and
+// few warpgroups to take turns.
+constexpr int BUFFERS = WARPGROUPS * SHARES > 2 && TOKENS * TILES >= 128 ? 1 : 2;
+constexpr int PARTS_MEET = 15;  // a barrier among threads, beside one for each warpgroup
 
-static_assert(STAGES >= SHARES, "every warpgroup needs a stage");
+static_assert(STAGES >= 2 * SHARES, "a warpgroup gives a stage back when it has the next");
+static_assert(!STREAM || (SPLIT * PAIR == 1 && !IN_STAGES), "stages are in use from tile to tile");
 static_assert(!IN_STAGES || EXCHANGE_BYTES <= STAGES * STAGE_BYTES, "the stages have to hold it");
 
 struct Problem {
@@ -45,6 +57,8 @@ struct Problem {
   const float *row_factor;   // [ceil(N / 64) * 64]
   const float *bias;         // the same, or null
   u16 *y;                    // [M, N]
+  float4 *workspace;         // STREAM: [blocks, SLICES, ROW_TILES, SLICE, 128 threads]
+  u32 *flags;                // STREAM: [blocks, SLICES, WARPGROUPS], 0 at first
   int tokens, rows, depth;   // M, N, ceil(K / 128)
   int rank_steps;            // ceil(r / 8)
 };
@@ -76,6 +90,42 @@ DEVICE int tile_count(const Problem &p) {
          ((row_tiles + ROW_TILES * PAIR - 1) / (ROW_TILES * PAIR));
 }
 
+// What a block has to do: tile after tile, its stretch of K.
+struct Work {
+  int index, begin, end;  // tile; 128 columns each
+  bool owns;              // writes the tile, and so has B z
+  int step, last, depth;
+
+  DEVICE Work(const Problem &p, int cluster, int clusters, int stretch) {
+    depth = p.depth;
+    if (STREAM) {
+      end = start(p, cluster, clusters);  // the next unit
+      last = start(p, cluster + 1, clusters);
+    } else {
+      index = cluster - clusters, step = clusters, last = tile_count(p);
+      begin = depth * stretch / SPLIT, end = depth * (stretch + 1) / SPLIT;
+      owns = stretch == 0;
+    }
+    unit = end;
+  }
+  // The first unit of a block.
+  static DEVICE int start(const Problem &p, int cluster, int clusters) {
+    return (long long)tile_count(p) * p.depth * cluster / clusters;
+  }
+  DEVICE bool next() {
+    if (!STREAM) return (index += step) < last;
+    if (unit >= last) return false;
+    index = unit / depth, begin = unit - index * depth;
+    end = min(depth, begin + last - unit);
+    unit += end - begin;
+    owns = PERSISTENT ? begin == 0 : end == depth;
+    return true;
+  }
+
+ private:
+  int unit;
+};
+
 // What lies in shared memory, by address.
 struct Shared {
   u32 stages, staging, exchange, barriers;
@@ -100,79 +150,100 @@ struct Step {
 
 // ---- The warp that copies.
 
+// Where the bytes of a tile's next stage come from. With little to copy in a stage the time goes
+// into finding out what: so nothing is multiplied here.
 struct Source {
-  const Problem &p;
   const Shared &s;
   Tile t;
   int pair;
+  const u8 *tiles, *tokens;  // of weights or B, of activations or z
+  u64 tile_step, tile_apart, token_step;
+  u32 tile_bytes, token_bytes;  // of a tile of 64 rows, of a token
 
-  DEVICE void expect(int slot, int token_bytes, int tile_bytes) const {
+  DEVICE Source(const Problem &p, const Shared &s, const Tile &t, int pair, int k)
+      : s(s), t(t), pair(pair) {
+    tile_bytes = tile_step = CHUNK_BYTES, token_bytes = CHUNK_COLUMNS;
+    start(p, p.chunks, p.codes, p.depth, k);
+  }
+  DEVICE void compensation(const Problem &p) {
+    tile_bytes = tile_step = OUTER_BYTES, token_bytes = 32;
+    start(p, p.outer, p.inner, p.rank_steps, 0);
+  }
+  DEVICE void start(const Problem &p, const u8 *of_tiles, const u8 *of_tokens, int steps, int step) {
+    tile_apart = (u64)steps * tile_bytes;
+    tiles = of_tiles + t.row_tile * tile_apart + (u64)step * tile_bytes;
+    token_step = (u64)p.tokens * token_bytes;
+    tokens = of_tokens + step * token_step + (u64)t.token * token_bytes;
+  }
+
+  DEVICE void expect(int slot) const {
     barrier_expect(s.full(slot), t.tokens * token_bytes + t.row_tiles * tile_bytes);
   }
   // Constants, so they may be copied before the kernel ahead has ended.
-  DEVICE void copy_tiles(int slot, const u8 *from, int steps, int step, int bytes) const {
-    for (int i = 0; i < t.row_tiles; ++i)
-      copy(s.weights(slot) + i * bytes, from + ((u64)(t.row_tile + i) * steps + step) * bytes,
-           bytes, s.full(slot));
+  DEVICE void copy_tiles(int slot) {
+    const u8 *from = tiles;
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; ++i, from += tile_apart)
+      if (i < t.row_tiles)
+        copy(s.weights(slot) + i * tile_bytes, from, tile_bytes, s.full(slot));
+    tiles += tile_step;
   }
-  DEVICE void copy_tokens(int slot, const u8 *from, int step, int bytes) const {
-    const u8 *start = from + ((u64)step * p.tokens + t.token) * bytes;
+  DEVICE void copy_tokens(int slot) {
     if (PAIR == 1) {
-      copy(s.codes(slot), start, t.tokens * bytes, s.full(slot));
+      copy(s.codes(slot), tokens, t.tokens * token_bytes, s.full(slot));
     } else {
       constexpr int PART = TOKENS / PAIR;
-      int part = min(PART, t.tokens - pair * PART);
-      // The pair's ranks in the cluster: those of the same share of K.
+      int part = min(PART, t.tokens - pair * PART), at = pair * PART * token_bytes;
+      // The pair's ranks in the cluster: those of the same stretch of K.
       u16 mask = ((1 << PAIR) - 1) << (cluster_rank() / PAIR * PAIR);
       if (part > 0)
-        copy_to_all(s.codes(slot) + pair * PART * bytes, start + pair * PART * bytes, part * bytes,
-                    s.full(slot), mask);
+        copy_to_all(s.codes(slot) + at, tokens + at, part * token_bytes, s.full(slot), mask);
     }
+    tokens += token_step;
   }
-  DEVICE void weights(int slot, int k) const {
-    copy_tiles(slot, p.chunks, p.depth, k, CHUNK_BYTES);
-  }
-  DEVICE void codes(int slot, int k) const { copy_tokens(slot, p.codes, k, CHUNK_COLUMNS); }
 };
 
-DEVICE void produce(const Problem &p, const Shared &s, int cluster, int clusters, int pair,
-                    int stretch) {
-  int begin = p.depth * stretch / SPLIT, end = p.depth * (stretch + 1) / SPLIT;
+// Copies all stages: the thread that copies the weights also says how much there is to come.
+// `tiles`, `tokens`: which part this thread copies, or both.
+DEVICE void produce(const Problem &p, const Shared &s, int pair, Work work, bool tiles,
+                    bool tokens) {
   Step step(0);
   bool wrapped = false;  // the ring has been filled once, so slots have to be waited for
-  bool started = false;
-  for (int index = cluster; index < tile_count(p); index += clusters) {
-    Source source{p, s, tile_at(p, index, pair), pair};
-    int k = begin;
-    if (!started) {
-      int ahead = min(STAGES, end - begin);
+  auto copy_stages = [&](Source &source, int count) {
+    for (int i = 0; i < count; ++i) {
+      if (wrapped) barrier_wait(s.empty(step.slot), step.parity ^ 1);
+      if (tiles) {
+        source.expect(step.slot);
+        source.copy_tiles(step.slot);
+      }
+      if (tokens) source.copy_tokens(step.slot);
+      step.next();
+      wrapped |= step.slot == 0;
+    }
+  };
+  bool waited = !tokens;
+  while (work.next()) {
+    Source source(p, s, tile_at(p, work.index, pair), pair, work.begin);
+    int count = work.end - work.begin;
+    if (!waited) {
+      int ahead = tiles ? min(STAGES, count) : 0;
       for (int i = 0; i < ahead; ++i) {
-        source.expect(i, CHUNK_COLUMNS, CHUNK_BYTES);
-        source.weights(i, begin + i);
+        source.expect(i);
+        source.copy_tiles(i);
       }
       wait_for_inputs();
-      for (; k < begin + ahead; ++k) {
-        source.codes(step.slot, k);
+      for (int i = 0; i < ahead; ++i) {
+        source.copy_tokens(i);
         step.next();
-        wrapped |= step.slot == 0;
       }
-      started = true;
+      wrapped = ahead > 0 && step.slot == 0;
+      count -= ahead;
+      waited = true;
     }
-    for (; k < end; ++k) {
-      if (wrapped) barrier_wait(s.empty(step.slot), step.parity ^ 1, PAIR > 1);
-      source.expect(step.slot, CHUNK_COLUMNS, CHUNK_BYTES);
-      source.weights(step.slot, k);
-      source.codes(step.slot, k);
-      step.next();
-      wrapped |= step.slot == 0;
-    }
-    for (int r = 0; stretch == 0 && r < p.rank_steps; ++r) {
-      if (wrapped) barrier_wait(s.empty(step.slot), step.parity ^ 1, PAIR > 1);
-      source.expect(step.slot, 32, OUTER_BYTES);
-      source.copy_tiles(step.slot, p.outer, p.rank_steps, r, OUTER_BYTES);
-      source.copy_tokens(step.slot, p.inner, r, 32);
-      step.next();
-      wrapped |= step.slot == 0;
+    copy_stages(source, count);
+    if (work.owns && p.rank_steps) {
+      source.compensation(p);
+      copy_stages(source, p.rank_steps);
     }
   }
 }
@@ -183,29 +254,33 @@ DEVICE void produce(const Problem &p, const Shared &s, int cluster, int clusters
 // lane / 4 and lane / 4 + 8 of the warp's sixteen.
 typedef u32 Weights[4][4];
 
-DEVICE void convert(Weights &w, u32 chunk, int thread) {
-  int row = thread / 4;  // counts 8 for each warp
-  u32 lifts = chunk + CHUNK_ROWS * CHUNK_COLUMNS / 2 + row * GROUPS * 2;
+// The same, as it lies in shared memory.
+struct Words {
+  uint4 half[2];
   uint2 lift;
-  if (GROUPS == 1) lift.x = load_shared_half(lifts), lift.y = 0;
-  if (GROUPS == 2) lift.x = load_shared(lifts), lift.y = 0;
-  if (GROUPS == 4) lift = load_shared2(lifts);
+};
+
+DEVICE void load_words(Words &words, u32 chunk, int thread) {
+  u32 lifts = chunk + CHUNK_ROWS * CHUNK_COLUMNS / 2 + thread / 4 * GROUPS * 2;
+  words.half[0] = load_shared4(chunk + thread * 16);
+  words.half[1] = load_shared4(chunk + 2048 + thread * 16);
+  if (GROUPS == 1) words.lift = make_uint2(load_shared_half(lifts), 0);
+  if (GROUPS == 2) words.lift = make_uint2(load_shared(lifts), 0);
+  if (GROUPS == 4) words.lift = load_shared2(lifts);
+}
+
+DEVICE void convert(Weights &w, const Words &words) {
   Table upper, lower;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    uint4 words = load_shared4(chunk + half * 2048 + thread * 16);
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      int k = half * 2 + j;  // of four steps of 32 columns
-      if (k * GROUPS % 4 == 0) {
-        int group = k * GROUPS / 4;
-        u32 pair = group & 2 ? lift.y : lift.x;
-        pair >>= group & 1 ? 16 : 0;
-        upper = table(pair & 255), lower = table(pair >> 8 & 255);
-      }
-      to_e4m3(j ? words.z : words.x, upper, w[k][0], w[k][2]);
-      to_e4m3(j ? words.w : words.y, lower, w[k][1], w[k][3]);
+  for (int k = 0; k < 4; ++k) {  // steps of 32 columns
+    if (k * GROUPS % 4 == 0) {
+      int group = k * GROUPS / 4;
+      u32 pair = (group & 2 ? words.lift.y : words.lift.x) >> (group & 1 ? 16 : 0);
+      upper = table(pair & 255), lower = table(pair >> 8 & 255);
     }
+    uint4 half = words.half[k / 2];
+    to_e4m3(k % 2 ? half.z : half.x, upper, w[k][0], w[k][2]);
+    to_e4m3(k % 2 ? half.w : half.y, lower, w[k][1], w[k][3]);
   }
 }
 
@@ -219,8 +294,10 @@ DEVICE void release(const Shared &s, int slot, int lane, int first_rank) {
   }
 }
 
+constexpr int SCALES = (TOKENS + 31) / 32;
+
 struct Factors {
-  float upper[TILES], lower[TILES], token[4];
+  float upper[TILES], lower[TILES], token[SCALES];
 };
 
 struct Consumer {
@@ -229,44 +306,55 @@ struct Consumer {
   int group, share;        // which features, which stages
   int thread, lane, warp;  // in the warpgroup
   int stretch, pair;       // of the block in its cluster
+  u32 exchange_now;        // where partial sums meet
 
-  // Multiplies a chunk of the stage. The products run on while the next chunk is converted, into
-  // other registers; those of the chunk before have ended when this returns.
-  DEVICE void chunk(Sums &sums, Weights &w, const Step &step, int tile) const {
-    convert(w, s.weights(step.slot) + (group * TILES + tile) * CHUNK_BYTES, thread);
+  DEVICE void fetch(Words &words, const Step &step, int tile) const {
+    load_words(words, s.weights(step.slot) + (group * TILES + tile) * CHUNK_BYTES, thread);
+  }
+
+  // Multiplies a chunk. The products run on; those of the chunk before have ended when this returns.
+  DEVICE void chunk(Sums &sums, Weights &w, const Words &words, const Step &step, int tile) const {
+    if (BUFFERS == 1) wgmma_wait<0>();
+    convert(w, words);
     u64 codes = operand_128(s.codes(step.slot));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) wgmma_e4m3(sums[tile], w[k], codes + k * 2);
     wgmma_commit();
-    wgmma_wait<1>();
+    if (BUFFERS == 2) wgmma_wait<1>();
   }
 
   DEVICE void stage(Sums &sums, Weights &first, Weights &second, Step &step, int &before) const {
-    barrier_wait(s.full(step.slot), step.parity, PAIR > 1);
-    chunk(sums, first, step, 0);
+    Words words;
+    barrier_wait(s.full(step.slot), step.parity);
+    fetch(words, step, 0);
+    chunk(sums, first, words, step, 0);
     if (before >= 0) release(s, before, lane, stretch * PAIR);
     before = step.slot;
-    if (TILES == 2) chunk(sums, second, step, TILES - 1);
+    if (TILES == 2) {
+      fetch(words, step, TILES - 1);
+      chunk(sums, second, words, step, TILES - 1);
+    }
     step.next(SHARES);
   }
 
   // The stages first, first + SHARES, ... of the ring, as many as `depth`.
   DEVICE void multiply(Sums &sums, int first, int depth) const {
-    Step step(first);
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
 #pragma unroll
       for (int j = 0; j < TOKENS / 2; ++j) sums[i][j] = 0;
+    if (depth == 0) return;
+    Step step(first);
     Weights even, odd;
     int before = -1, k = 0;
     for (; k + 1 < depth; k += 2) {
-      stage(sums, even, odd, step, before);
-      stage(sums, TILES == 2 ? even : odd, odd, step, before);
+      stage(sums, even, BUFFERS == 1 ? even : odd, step, before);
+      stage(sums, TILES == 2 || BUFFERS == 1 ? even : odd, BUFFERS == 1 ? even : odd, step, before);
     }
-    if (k < depth) stage(sums, even, odd, step, before);
+    if (k < depth) stage(sums, even, BUFFERS == 1 ? even : odd, step, before);
     wgmma_wait<0>();
-    if (before >= 0) release(s, before, lane, stretch * PAIR);
+    release(s, before, lane, stretch * PAIR);
   }
 
   DEVICE void load(Factors &f, const Tile &t) const {
@@ -278,27 +366,22 @@ struct Consumer {
     }
   }
 
-  DEVICE float token_scale(const Tile &t, int m) const {
-    return m < t.tokens ? load_result(p.token_scale + t.token + m) : 0;
-  }
-
-  // Ahead of the products where registers allow: the way to memory is long.
+  // The tokens' scales, spread over the lanes.
   DEVICE void load_tokens(Factors &f, const Tile &t) const {
-    if (FEW_TOKENS)
 #pragma unroll
-      for (int j = 0; j < BLOCKS_OF_8; ++j) {
-        f.token[j * 2 & 3] = token_scale(t, j * 8 + lane % 4 * 2);
-        f.token[(j * 2 + 1) & 3] = token_scale(t, j * 8 + lane % 4 * 2 + 1);
-      }
+    for (int i = 0; i < SCALES; ++i) {
+      int m = i * 32 + lane;
+      f.token[i] = m < t.tokens ? load_result(p.token_scale + t.token + m) : 0;
+    }
   }
 
   // The row and token scales.
-  DEVICE void scale(Sums &sums, const Factors &f, const Tile &t) const {
+  DEVICE void scale(Sums &sums, const Factors &f) const {
 #pragma unroll
     for (int j = 0; j < BLOCKS_OF_8; ++j) {
-      int m = j * 8 + lane % 4 * 2;
-      float first = FEW_TOKENS ? f.token[j * 2 & 3] : token_scale(t, m);
-      float second = FEW_TOKENS ? f.token[(j * 2 + 1) & 3] : token_scale(t, m + 1);
+      int from = j % 4 * 8 + lane % 4 * 2;
+      float first = __shfl_sync(~0u, f.token[j / 4], from);
+      float second = __shfl_sync(~0u, f.token[j / 4], from + 1);
 #pragma unroll
       for (int i = 0; i < TILES; ++i) {
         float *v = sums[i] + j * 4;
@@ -311,8 +394,8 @@ struct Consumer {
   // Low-rank compensation: B z, where both halves of an operand row meet the same B.
   DEVICE void compensate(Sums &sums, int first) const {
     Step step(first);
-    for (int r = 0; stretch == 0 && r < p.rank_steps; ++r) {
-      barrier_wait(s.full(step.slot), step.parity, PAIR > 1);
+    for (int r = 0; r < p.rank_steps; ++r) {
+      barrier_wait(s.full(step.slot), step.parity);
       u32 outer[TILES][4];
 #pragma unroll
       for (int i = 0; i < TILES; ++i) {
@@ -334,54 +417,75 @@ struct Consumer {
     return (t.row_tile + group * TILES + i) * CHUNK_ROWS + warp * 16 + lane / 4;
   }
 
-  // Adds the bias and writes COUNT blocks of 8 tokens from `token` of the tile on, through shared
-  // memory, so that neighbouring threads write neighbouring features.
+  // Writes COUNT blocks of 8 tokens from `token` of the tile on, through shared memory, so that
+  // whole lines of 64 neighbouring features are written at once: anything less is far slower.
   template <int COUNT>
   DEVICE void store(float (&v)[TILES][COUNT * 4], const Tile &t, int token) const {
-    constexpr int TOGETHER = COUNT < STAGING_TOKENS / 8 ? COUNT : STAGING_TOKENS / 8;
     int self = share * WARPGROUPS + group;
-    u32 staging = s.staging + self * STAGING_BYTES;
+    u32 staging = s.staging + self * 2 * STAGING_BYTES;
+    // A matrix of 8 x 8 for each 8 lanes: features 0 and 8 of the warp's, then 8 tokens further.
+    u32 to = staging + (lane / 16 * 8 + lane % 8) * 128 +
+             ((warp * 2 + (lane / 8 & 1)) ^ (lane % 8)) * 16;
+    u32 from = staging + thread / 8 * 128 + ((thread % 8) ^ (thread / 8 % 8)) * 16;
     bool aligned = p.rows % 8 == 0;
+    u64 down = (u64)16 * p.rows;
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
       if (group * TILES + i >= t.row_tiles) break;
-      int n = row(t, i);
-      float upper = p.bias ? p.bias[n] : 0, lower = p.bias ? p.bias[n + 8] : 0;
+      if (p.bias) {
+        float upper = p.bias[row(t, i)], lower = p.bias[row(t, i) + 8];
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j) {
+          v[i][j * 4] += upper, v[i][j * 4 + 1] += upper;
+          v[i][j * 4 + 2] += lower, v[i][j * 4 + 3] += lower;
+        }
+      }
+      int feature = (t.row_tile + group * TILES + i) * CHUNK_ROWS + thread % 8 * 8;
+      u16 *line = p.y + (u64)(t.token + token + thread / 8) * p.rows + feature;
+      int left = feature < p.rows ? t.tokens - token - thread / 8 : 0;
 #pragma unroll
       for (int j = 0; j < COUNT; j += TOGETHER) {
-        if (token + j * 8 >= t.tokens) break;
-        sync_threads(1 + self, 128);
+        u32 half = (i * COUNT + j) / TOGETHER % 2 * STAGING_BYTES;
 #pragma unroll
-        for (int b = 0; b < TOGETHER; ++b) {
-          float *from = v[i] + (j + b) * 4;
-          u32 top = pack(from[0] + upper, from[1] + upper);
-          u32 bottom = pack(from[2] + lower, from[3] + lower);
-          int to = b * 8 + lane % 8, piece = warp * 2 + (lane / 8 & 1);
-          asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(
-                           staging + to * 128 + ((piece ^ (to & 7)) * 16)),
-                       "r"(top), "r"(bottom)
-                       : "memory");
+        for (int b = 0; b < TOGETHER; b += 2) {
+          float *of = v[i] + (j + b) * 4;
+          u32 top = pack(of[0], of[1]), bottom = pack(of[2], of[3]);
+          if (TOGETHER == 1)
+            asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(
+                             to + half),
+                         "r"(top), "r"(bottom)
+                         : "memory");
+          else
+            asm volatile(
+                "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                    to + half + b * 1024),
+                "r"(top), "r"(bottom), "r"(pack(of[4], of[5])), "r"(pack(of[6], of[7]))
+                : "memory");
         }
+        // One barrier for each half: who passes the next has read this one.
         sync_threads(1 + self, 128);
 #pragma unroll
-        for (int e = thread; e < TOGETHER * 64; e += 128) {
-          int from = e / 8, piece = e % 8;
-          int m = token + j * 8 + from;
-          int feature = (t.row_tile + group * TILES + i) * CHUNK_ROWS + piece * 8;
-          if (m >= t.tokens || feature >= p.rows) continue;
-          uint4 out = load_shared4(staging + from * 128 + ((piece ^ (from & 7)) * 16));
-          u16 *to = p.y + (u64)(t.token + m) * p.rows + feature;
-          if (aligned) {
-            *(uint4 *)to = out;
-          } else {
-            u32 parts[4] = {out.x, out.y, out.z, out.w};
-#pragma unroll
-            for (int f = 0; f < 8; ++f)
-              if (feature + f < p.rows) to[f] = (u16)(parts[f / 2] >> (f % 2 * 16));
+        for (int e = 0; e < TOGETHER * 8; e += 16) {
+          if (j * 8 + e < left && (TOGETHER > 1 || thread < 64)) {
+            uint4 out = load_shared4(from + half + e * 128);
+            if (aligned)
+              store_global(line, out);
+            else
+              write(line, out, p.rows - feature);
           }
+          line += TOGETHER > 1 ? down : down / 2;
         }
       }
     }
+    sync_threads(1 + self, 128);
+  }
+
+  // Up to 8 neighbouring features, one by one.
+  static __device__ __noinline__ void write(u16 *to, uint4 out, int count) {
+    u32 parts[4] = {out.x, out.y, out.z, out.w};
+#pragma unroll
+    for (int f = 0; f < 8; ++f)
+      if (f < count) to[f] = (u16)(parts[f / 2] >> (f % 2 * 16));
   }
 
   // Two results in the output's dtype, the first in the low half.
@@ -397,7 +501,7 @@ struct Consumer {
   // Where part `from` of slice q lies with the slice's owner.
   DEVICE u32 exchange(int q, int from, int i, int block) const {
     int tile = (q / SPLIT * PARTS + from) * ROW_TILES + group * TILES + i;
-    return s.exchange + ((tile * SLICE + block) * 128 + thread) * 16;
+    return exchange_now + ((tile * SLICE + block) * 128 + thread) * 16;
   }
 
   // Hands the partial sums to the owners of the slices.
@@ -437,7 +541,62 @@ DEVICE void sync_parts() {
   if (SPLIT > 1)
     cluster_sync();
   else if (SHARES > 1)
-    sync_threads(15, CONSUMERS);
+    sync_threads(PARTS_MEET, CONSUMERS);
+}
+
+// The end of a tile, or of a part of one, in a stream.
+DEVICE void finish(Consumer &c, Sums &sums, const Work &work, const Tile &t, int block,
+                   int blocks) {
+  float v[TILES][SLICE * 4];
+  if (SHARES > 1) {
+    c.send(sums);
+    sync_parts();
+    if (c.share < SLICES) c.receive(v, c.share);
+    c.exchange_now ^= c.s.exchange ^ (c.s.exchange + EXCHANGE_BYTES);
+    if (c.share >= SLICES) return;
+  } else {
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+      for (int j = 0; j < SLICE * 4; ++j) v[i][j] = sums[i][j];
+  }
+  auto place = [&](int of, int i, int b) {
+    int tile = (of * SLICES + c.share) * ROW_TILES + c.group * TILES + i;
+    return c.p.workspace + (tile * SLICE + b) * 128 + c.thread;
+  };
+  auto flag = [&](int of) { return c.p.flags + (of * SLICES + c.share) * WARPGROUPS + c.group; };
+  if (work.owns) {
+    int from = work.index * work.depth, to = from + work.depth;  // the tile's units
+    bool whole = work.begin == 0 && work.end == work.depth;
+    for (int other = block + (PERSISTENT ? 1 : -1); !whole; other += PERSISTENT ? 1 : -1) {
+      if (PERSISTENT ? other >= blocks || Work::start(c.p, other, blocks) >= to
+                     : other < 0 || Work::start(c.p, other + 1, blocks) <= from)
+        break;
+      while (load_acquire(flag(other)) == 0) {
+      }
+#pragma unroll
+      for (int i = 0; i < TILES; ++i)
+#pragma unroll
+        for (int b = 0; b < SLICE; ++b) {
+          float4 part = load_cached_globally(place(other, i, b));
+          v[i][b * 4] += part.x, v[i][b * 4 + 1] += part.y;
+          v[i][b * 4 + 2] += part.z, v[i][b * 4 + 3] += part.w;
+        }
+      sync_threads(1 + c.share * WARPGROUPS + c.group, 128);
+      if (c.thread == 0) store_release(flag(other), 0);  // as it was found
+    }
+    c.store<SLICE>(v, t, c.share * SLICE * 8);
+  } else {
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+      for (int b = 0; b < SLICE; ++b)
+        *place(block, i, b) =
+            make_float4(v[i][b * 4], v[i][b * 4 + 1], v[i][b * 4 + 2], v[i][b * 4 + 3]);
+    __threadfence();
+    sync_threads(1 + c.share * WARPGROUPS + c.group, 128);
+    if (c.thread == 0) store_release(flag(block), 1);
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + COPIERS, BLOCKS)
@@ -446,8 +605,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + COPIERS, BLOCKS)
   Shared s;
   s.stages = (shared_address(memory) + 1023) & ~1023u;
   s.staging = s.stages + STAGES * STAGE_BYTES;
-  s.exchange = IN_STAGES ? s.stages : s.staging + WARPGROUPS * SHARES * STAGING_BYTES;
-  s.barriers = s.staging + WARPGROUPS * SHARES * STAGING_BYTES + (IN_STAGES ? 0 : EXCHANGE_BYTES);
+  u32 exchange = s.staging + WARPGROUPS * SHARES * 2 * STAGING_BYTES;
+  s.exchange = IN_STAGES ? s.stages : exchange;
+  s.barriers = exchange + (IN_STAGES ? 0 : EXCHANGES * EXCHANGE_BYTES);
 
   int rank = SPLIT * PAIR > 1 ? cluster_rank() : 0;
   int pair = rank % PAIR, stretch = rank / PAIR;
@@ -465,36 +625,42 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + COPIERS, BLOCKS)
     __syncthreads();
   launch_dependents();
 
+  Work work(p, cluster, clusters, stretch);
   int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128;
   if (threadIdx.x >= CONSUMERS) {
-    if (COPIERS == 128) give_registers<40>();
-    if (thread == 0) produce(p, s, cluster, clusters, pair, stretch);
+    if (COPIERS == 128) give_registers<COPIER_REGISTERS>();
+    if (COPIERS == 32 && thread == 0) produce(p, s, pair, work, true, true);
+    if (COPIERS > 32 && thread == 0) produce(p, s, pair, work, true, false);
+    if (COPIERS > 32 && thread == 32) produce(p, s, pair, work, false, true);
     __syncwarp();
     if (SPLIT > 1 && IN_STAGES) cluster_sync();
     if (SPLIT * PAIR > 1) cluster_sync();
     return;
   }
-  if (COPIERS == 128) take_registers<232>();
+  if (COPIERS == 128) take_registers<CONSUMER_REGISTERS>();
   int group = warpgroup % WARPGROUPS, share = warpgroup / WARPGROUPS;
-  Consumer c{p, s, group, share, thread, thread % 32, thread / 32, stretch, pair};
-  int depth = p.depth * (stretch + 1) / SPLIT - p.depth * stretch / SPLIT;
-  int steps = stretch == 0 ? p.rank_steps : 0;
+  Consumer c{p,       s,           group, share,     thread, thread % 32, thread / 32,
+             stretch, pair, s.exchange};
   int first = 0;  // stage of this tile, counted from the launch
   Sums sums;
   bool waited = false;
-  for (int index = cluster; index < tile_count(p); index += clusters) {
-    Tile t = tile_at(p, index, pair);
+  while (work.next()) {
+    Tile t = tile_at(p, work.index, pair);
     Factors f;
     c.load(f, t);
     if (!waited) wait_for_inputs(), waited = true;
     c.load_tokens(f, t);
+    int depth = work.end - work.begin;
     c.multiply(sums, first + share, (depth - share + SHARES - 1) / SHARES);
-    c.scale(sums, f, t);
-    if (share == 0) c.compensate(sums, first + depth);
-    if (PARTS == 1) c.store<BLOCKS_OF_8>(sums, t, 0);
-    first += depth + steps;
+    c.scale(sums, f);
+    if (share == 0 && work.owns) c.compensate(sums, first + depth);
+    if (STREAM)
+      finish(c, sums, work, t, cluster, clusters);
+    else if (PARTS == 1)
+      c.store<BLOCKS_OF_8>(sums, t, 0);
+    first += depth + (work.owns ? p.rank_steps : 0);
   }
-  if (PARTS > 1) {  // one tile for each cluster
+  if (PARTS > 1 && !STREAM) {  // one tile for each cluster
     if (IN_STAGES) sync_parts();
     c.send(sums);
     sync_parts();

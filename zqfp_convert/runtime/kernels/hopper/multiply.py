@@ -16,6 +16,12 @@ from zqfp_convert.runtime.kernels.hopper.layout import Chunks
 SHARED_LIMIT = 227 * 1024  # bytes a block can have
 ALIGNMENT = 1024  # of the stages in shared memory
 LARGEST_EXCHANGE = 32 * 1024  # bytes of partial sums beside the stages, else in them
+# Registers of a thread, by the warpgroups that multiply. They come in quarters of a
+# multiprocessor's, each for every fourth warp.
+REGISTERS_BESIDE_WARP = {1: 255, 2: 168, 3: 128, 4: 96}
+REGISTERS_BESIDE_WARPGROUP = {1: (232, 24), 2: (232, 40), 3: (160, 24), 4: (112, 24)}
+BESIDE_SUMS = 72  # registers of a thread that multiplies
+FLAGS = 4096  # most that a stream needs
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,11 @@ class Schedule:
         warpgroups, tiles: a block has `64 * warpgroups * tiles` output features.
         stages: of 128 columns each, on the way at the same time.
         shares: warpgroups of a block that share out K, for each of `warpgroups`.
-        split: blocks that share out K.
+        split: blocks that share out K: of a cluster, or with `stream` through the workspace.
         pair: blocks that share activations.
         blocks: on a multiprocessor at the same time.
         waves: 0 for one tile a cluster, else persistent blocks, this many on a multiprocessor.
+        stream: the blocks take equal stretches of all columns of all tiles.
     """
 
     tokens: int
@@ -42,6 +49,7 @@ class Schedule:
     pair: int = 1
     blocks: int = 1
     waves: int = 0
+    stream: bool = False
 
     @property
     def rows(self) -> int:
@@ -49,21 +57,54 @@ class Schedule:
         return layout.ROWS * self.warpgroups * self.tiles
 
     @property
+    def cluster_split(self) -> int:
+        """Blocks of a cluster that share out K."""
+        return 1 if self.stream else self.split
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply."""
+        return self.warpgroups * self.shares
+
+    @property
     def copiers(self) -> int:
-        """Threads that copy: a warpgroup that gives its registers to large tiles, or a warp."""
-        return 128 if self.tokens * self.tiles > 128 else 32
+        """Threads that copy: a warpgroup that gives its registers to others, or two warps or one."""
+        needed = self.tokens * self.tiles // 2 + BESIDE_SUMS
+        if self.consumers > 1 and needed > REGISTERS_BESIDE_WARP[self.consumers]:
+            return 128
+        return 32 if self.blocks > 3 else 64  # a fourth block has no registers for more
+
+    @property
+    def slices(self) -> tuple[int, int, int]:
+        """Partial sums of a tile, slices in which they are added up, blocks of 8 tokens in one."""
+        parts, blocks = self.shares * self.cluster_split, self.tokens // 8
+        slices = min(parts, blocks)
+        return parts, slices, blocks // slices
+
+    def constants(self) -> dict[str, int]:
+        """What the kernel's source is compiled with."""
+        values = {key.upper(): int(value) for key, value in asdict(self).items() if key != "waves"}
+        consumer, copier = REGISTERS_BESIDE_WARPGROUP[self.consumers]
+        return values | {
+            "SPLIT": self.cluster_split,
+            "PERSISTENT": int(self.waves > 0),
+            "COPIERS": self.copiers,
+            "CONSUMER_REGISTERS": consumer,
+            "COPIER_REGISTERS": copier,
+            "LARGEST_EXCHANGE": LARGEST_EXCHANGE,
+        }
 
     def shared(self, groups: int) -> int:
         """Bytes of shared memory."""
         weights = self.warpgroups * self.tiles * layout.chunk_bytes(groups)
         stage = self.tokens * layout.COLUMNS + weights + 16
-        parts, blocks = self.shares * self.split, self.tokens // 8
-        slices = min(parts, blocks)
-        piece = blocks // slices  # blocks of 8 tokens that a warpgroup writes
-        staging = self.warpgroups * self.shares * min(piece * 8, 32) * layout.ROWS * 2
-        exchange = -(-slices // self.split) * parts * self.rows // layout.ROWS * piece * 2048
-        apart = exchange if 1 < parts and exchange <= LARGEST_EXCHANGE else 0
-        return ALIGNMENT + self.stages * stage + staging + apart
+        parts, slices, piece = self.slices
+        staging = self.consumers * min(piece, 4) * 8 * layout.ROWS * 4
+        exchange = (
+            -(-slices // self.cluster_split) * parts * self.rows // layout.ROWS * piece * 2048
+        )
+        apart = exchange if parts > 1 and exchange <= LARGEST_EXCHANGE else 0
+        return ALIGNMENT + self.stages * stage + staging + apart * (2 if self.stream else 1)
 
 
 class _Problem(ctypes.Structure):
@@ -76,6 +117,8 @@ class _Problem(ctypes.Structure):
         ("row_factor", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("flags", ctypes.c_void_p),
         ("tokens", ctypes.c_int),
         ("rows", ctypes.c_int),
         ("depth", ctypes.c_int),
@@ -85,9 +128,7 @@ class _Problem(ctypes.Structure):
 
 @cache
 def _kernel(device: int, schedule: Schedule, groups: int, half: bool) -> Kernel:
-    constants = {key.upper(): value for key, value in asdict(schedule).items() if key != "waves"}
-    constants |= {"GROUPS": groups, "HALF": half, "COPIERS": schedule.copiers}
-    constants["LARGEST_EXCHANGE"] = LARGEST_EXCHANGE
+    constants = schedule.constants() | {"GROUPS": groups, "HALF": half}
     return Kernel("multiply", constants, schedule.shared(groups))
 
 
@@ -101,6 +142,7 @@ def multiply(
     bias: Tensor | None,
     y: Tensor,
     schedule: Schedule,
+    flags: Tensor,
 ) -> None:
     """`y = W^ x^ + B z + bias`.
 
@@ -114,8 +156,21 @@ def multiply(
         bias: the same, or None.
         y: bfloat16 or float16 `[M, N]`, contiguous; written.
         schedule: see there.
+        flags: int32 `[FLAGS]`, which `quantize` has set to 0.
     """
     tokens, rows = y.shape
+    depth = codes.shape[0]
+    cluster = schedule.cluster_split * schedule.pair
+    count = -(-tokens // schedule.tokens) * -(-rows // (schedule.rows * schedule.pair))
+    if schedule.waves:
+        most = torch.cuda.get_device_properties(y.device).multi_processor_count * schedule.waves
+        count = min(count * depth if schedule.stream else count, most // cluster)
+    elif schedule.stream:
+        count *= min(schedule.split, depth)
+    workspace = None
+    if schedule.stream:
+        sums = schedule.tokens * schedule.rows  # float32
+        workspace = torch.empty(count * sums, dtype=torch.float32, device=y.device)
     problem = _Problem(
         codes.data_ptr(),
         token_scale.data_ptr(),
@@ -125,16 +180,13 @@ def multiply(
         row_factor.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
+        None if workspace is None else workspace.data_ptr(),
+        flags.data_ptr(),
         tokens,
         rows,
-        codes.shape[0],
+        depth,
         0 if inner is None else inner.shape[0],
     )
     kernel = _kernel(y.device.index or 0, schedule, chunks.groups, y.dtype == torch.float16)
-    cluster = schedule.split * schedule.pair
-    tiles = -(-tokens // schedule.tokens) * -(-rows // (schedule.rows * schedule.pair))
-    if schedule.waves:
-        count = torch.cuda.get_device_properties(y.device).multi_processor_count
-        tiles = min(tiles, count * schedule.waves // cluster)
-    threads = schedule.warpgroups * schedule.shares * 128 + schedule.copiers
-    kernel.launch(problem, (tiles * cluster, 1), threads, cluster)
+    threads = schedule.consumers * 128 + schedule.copiers
+    kernel.launch(problem, (count * cluster, 1), threads, cluster)

@@ -7,7 +7,8 @@
 // Given by the compiler's command line: WARPS, HELD (pieces of 8 features that a lane keeps in
 // registers between finding the scale and using it; 0: it reads them again), AHEAD (whether it holds
 // A too, from before the kernel ahead has ended), BLOCKS (on a multiprocessor), RANK_STEPS (of 8),
-// HALF (float16 activations), TILED (codes as multiply.cu wants them, else row by row).
+// HALF (float16 activations), TILED (codes as multiply.cu wants them, else row by row), VECTORS (rows
+// of x start on 16 bytes and K is a multiple of 8), OFFSET (an offset is subtracted first).
 #include "common.cuh"
 
 struct Problem {
@@ -18,8 +19,10 @@ struct Problem {
   u8 *codes;                 // [depth, M, 128] swizzled, or [M, code_stride]
   float *token_scale;        // [M]
   u16 *inner;                // z: [RANK_STEPS, M, 16] bfloat16, high parts and low parts
+  u32 *flags;                // set to 0 for the product
   long long x_stride, code_stride;
   int tokens, columns, depth;  // M, K, ceil(K / 128)
+  int flag_count;
 };
 
 constexpr int LANES = RANK_STEPS > 0 ? RANK_STEPS : 1;
@@ -74,13 +77,16 @@ DEVICE void project(float (&sums)[4], u32 a0, u32 a2, u32 b0, u32 b1) {
       : "r"(a0), "r"(0), "r"(a2), "r"(0), "r"(b0), "r"(b1));
 }
 
-// v / scale in IEEE arithmetic, whatever is zero. `inverse` is 1 / scale, correctly rounded, so a
-// residual corrects the product (Markstein); where that may leave float32's range, the slow way.
-DEVICE float divide(float v, float scale, float inverse, bool quick) {
-  if (!quick) return __fdiv_rn(v, scale);
+// v / scale in IEEE arithmetic, whatever v is. `inverse` is 1 / scale, correctly rounded, so one
+// step of correction rounds the quotient correctly (Markstein), as long as nothing leaves float32's
+// range.
+DEVICE float divide(float v, float scale, float inverse) {
   float quotient = __fmul_rn(v, inverse);
   return __fmaf_rn(__fmaf_rn(-quotient, scale, v), inverse, quotient);
 }
+
+// The same for every scale.
+__device__ __noinline__ float divide_slowly(float v, float scale) { return __fdiv_rn(v, scale); }
 
 struct Piece {
   float v[8];
@@ -89,13 +95,12 @@ struct Piece {
 struct Reader {
   const Problem &p;
   int token;
-  bool vectors;  // rows start on 16 bytes and K is a multiple of 8
 
   DEVICE uint4 raw(int k) const {
     uint4 out = make_uint4(0, 0, 0, 0);
     if (token >= p.tokens || k >= p.columns) return out;
     const u16 *from = p.x + token * p.x_stride + k;
-    if (vectors) {
+    if (VECTORS) {
       asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                    : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
                    : "l"(from));
@@ -119,7 +124,7 @@ struct Reader {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       out.v[i] = widen(i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xFFFF);
-      if (p.offset && k + i < p.columns)
+      if (OFFSET && k + i < p.columns)
         out.v[i] -= __uint_as_float((u32)p.offset[k + i] << 16);
     }
     return out;
@@ -139,8 +144,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantize(
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int blocks = cluster_size(), rank = cluster_rank();
   int first_token = blockIdx.x / blocks * 8;
-  Reader reader{p, first_token + lane / 4, p.columns % 8 == 0 && p.x_stride % 8 == 0 &&
-                                               ((u64)p.x & 15) == 0};
+  Reader reader{p, first_token + lane / 4};
   int slices = p.depth * 4;  // of 32 features
   int begin = slices * rank / blocks + warp, end = slices * (rank + 1) / blocks;
   int column = lane % 4 * 8;
@@ -156,6 +160,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantize(
       if (begin + i * WARPS < end) factor[i] = __ldg((const uint4 *)(factors + (begin + i * WARPS) * 32));
   }
   wait_for_inputs();
+  if (blockIdx.x == gridDim.x - 1)
+    for (int i = threadIdx.x; i < p.flag_count; i += WARPS * 32) p.flags[i] = 0;
 
   float most = 0;
   if (HELD > 0) {
@@ -201,16 +207,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantize(
     int k = slice * 32 + column;
     Piece piece = reader.values(raw, k);
     u32 codes[4];
+    if (quick) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      codes[i] = to_codes(divide(piece.v[i * 2], scale, inverse, quick),
-                          divide(piece.v[i * 2 + 1], scale, inverse, quick));
-    // What lies beyond K is 0 also in a token of NaN: 0 / NaN would not be.
+      for (int i = 0; i < 4; ++i)
+        codes[i] = to_codes(divide(piece.v[i * 2], scale, inverse),
+                            divide(piece.v[i * 2 + 1], scale, inverse));
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (k + i * 2 >= p.columns) codes[i] = 0;
-      if (k + i * 2 + 1 >= p.columns) codes[i] &= 0xFF;
+      for (int i = 0; i < 4; ++i)
+        codes[i] = to_codes(divide_slowly(piece.v[i * 2], scale),
+                            divide_slowly(piece.v[i * 2 + 1], scale));
     }
+    // What lies beyond K is 0 also in a token of NaN: 0 / NaN would not be.
+    if (k + 8 > p.columns)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (k + i * 2 >= p.columns) codes[i] = 0;
+        if (k + i * 2 + 1 >= p.columns) codes[i] &= 0xFF;
+      }
     if (there) {
       uint2 out = make_uint2(codes[0] | codes[1] << 16, codes[2] | codes[3] << 16);
       int inside = k % CHUNK_COLUMNS, m = reader.token;

@@ -28,28 +28,54 @@ class _Problem(ctypes.Structure):
         ("codes", ctypes.c_void_p),
         ("token_scale", ctypes.c_void_p),
         ("inner", ctypes.c_void_p),
+        ("flags", ctypes.c_void_p),
         ("x_stride", ctypes.c_longlong),
         ("code_stride", ctypes.c_longlong),
         ("tokens", ctypes.c_int),
         ("columns", ctypes.c_int),
         ("depth", ctypes.c_int),
+        ("flag_count", ctypes.c_int),
     )
 
 
 @cache
 def _kernel(
-    device: int, warps: int, held: int, ahead: bool, steps: int, half: bool, tiled: bool
+    device: int,
+    warps: int,
+    held: int,
+    ahead: bool,
+    steps: int,
+    half: bool,
+    tiled: bool,
+    vectors: bool,
+    offset: bool,
 ) -> Kernel:
     constants = {
-        "AHEAD": ahead,
-        "BLOCKS": 1024 // (warps * 32),
         "WARPS": warps,
         "HELD": held,
+        "AHEAD": ahead,
+        "BLOCKS": 1 if ahead or held > 8 else 1024 // (warps * 32),
         "RANK_STEPS": steps,
         "HALF": half,
         "TILED": tiled,
+        "VECTORS": vectors,
+        "OFFSET": offset,
     }
     return Kernel("quantize", constants)
+
+
+def blocks_for(tokens: int, slices: int) -> int:
+    """Blocks of a cluster, which share out the features of 8 tokens.
+
+    Few tokens: more blocks for each. Many: as few as can hold their part of K in registers.
+    """
+    blocks, cluster = -(-tokens // TOKENS), 1
+    while cluster < LARGEST_CLUSTER and (
+        (blocks * cluster < MULTIPROCESSORS and slices >= 16 * cluster)
+        or slices > cluster * MOST_WARPS * MOST_HELD
+    ):
+        cluster *= 2
+    return cluster
 
 
 def quantize(
@@ -60,6 +86,7 @@ def quantize(
     codes: Tensor,
     token_scale: Tensor,
     inner: Tensor | None,
+    flags: Tensor,
 ) -> None:
     """Quantize activations; the bytes are those of `numerics.fp8.quantize`.
 
@@ -72,6 +99,7 @@ def quantize(
             `[M, K']` row by row, K' a multiple of 16 (zeros beyond K).
         token_scale: written: float32 `[M]`.
         inner: written: z, bfloat16 `[steps, M, 16]`, 8 high parts and 8 low parts; or None.
+        flags: set to 0: int32, for `multiply`.
     """
     tokens, columns = x.shape
     depth = -(-columns // layout.COLUMNS)
@@ -85,26 +113,33 @@ def quantize(
         codes.data_ptr(),
         token_scale.data_ptr(),
         None if inner is None else inner.data_ptr(),
+        flags.data_ptr(),
         x.stride(0),
         0 if tiled else codes.stride(0),
         tokens,
         columns,
         depth,
+        flags.numel(),
     )
     blocks = -(-tokens // TOKENS)
     slices = depth * layout.COLUMNS // SLICE
-    # Few tokens: more blocks for each. Many: as few as can hold their part of K in registers.
-    cluster = 1
-    while cluster < LARGEST_CLUSTER and (
-        (blocks * cluster < MULTIPROCESSORS and slices >= 16 * cluster)
-        or slices > cluster * MOST_WARPS * MOST_HELD
-    ):
-        cluster *= 2
+    cluster = blocks_for(tokens, slices)
     share = -(-slices // cluster)  # slices of a block
     warps = MOST_WARPS if share >= 64 else 8
     pieces = -(-share // warps)
-    held = next((n for n in (1, 2, 4, MOST_HELD) if n >= pieces), 0)
-    ahead = 0 < held <= 4 and steps == 1
+    held = next((n for n in (1, 2, 4, 8, 16) if MOST_HELD >= n >= pieces), 0)
+    ahead = 0 < held <= 8 and steps == 1 and tokens <= 64
     half = x.dtype == torch.float16
-    kernel = _kernel(x.device.index or 0, warps, held, ahead, steps, half, tiled)
+    vectors = columns % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    kernel = _kernel(
+        x.device.index or 0,
+        warps,
+        held,
+        ahead,
+        steps,
+        half,
+        tiled,
+        vectors,
+        offset is not None,
+    )
     kernel.launch(problem, (blocks * cluster, 1), warps * 32, cluster)

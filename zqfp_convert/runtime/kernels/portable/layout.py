@@ -14,6 +14,7 @@ from zqfp_convert.numerics import nibbles
 BLOCK = 128  # columns
 HALF = BLOCK // 2
 RUN = 32  # columns of a block that always share a group
+MOST_RANKS = 32  # of low-rank factors whose tiles fit in registers beside a product's
 
 
 def supports(group_size: int, columns: int) -> bool:

@@ -1,0 +1,64 @@
+"""GPU kernels where there is no GPU: Triton's in its interpreter, Hopper's as twins in torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import hopper_twins
+import pytest
+import torch
+
+from zqfp_convert.runtime import expanded, paths
+from zqfp_convert.runtime.kernels.hopper import linear as hopper_linear
+from zqfp_convert.runtime.kernels.hopper import schedules
+from zqfp_convert.runtime.kernels.hopper.multiply import Schedule
+
+if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_too(tensor: type, scope: interpreter._LangPatchScope) -> None:
+        # numpy from 2.4 on makes no int of an array `[1]`, as Triton 3.6 does for a range
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor_too
+
+
+@pytest.fixture
+def scaled_mm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch._scaled_mm` with row-wise scales, computed in float64."""
+    monkeypatch.setattr(torch, "_scaled_mm", hopper_twins.scaled_mm)
+
+
+@pytest.fixture(params=["hopper", "portable", "torch"])
+def kernels(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, scaled_mm: None
+) -> str:
+    """This CPU as if it were a GPU with these kernels (`paths.Kernels`)."""
+    chosen: str = request.param
+    if chosen == "portable":
+        pytest.importorskip("triton")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("Triton's kernels run on the GPU here: test_gpu.py")
+    choose = paths.kernels_for
+
+    def kernels_for(device: torch.device, *about: object) -> str:
+        if device.type != "cpu":
+            return choose(device, *about)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(expanded, "available", lambda device: True)
+            patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+            patch.setattr(paths.hopper, "available", lambda: chosen == "hopper")
+            patch.setattr(paths.portable, "available", lambda: chosen == "portable")
+            return choose(torch.device("cuda", 0), *about)
+
+    monkeypatch.setattr(paths, "kernels_for", kernels_for)
+    monkeypatch.setattr(schedules, "choose", lambda *about: Schedule(8))
+    monkeypatch.setattr(schedules, "prefers_expanded", lambda *about: False)
+    monkeypatch.setattr(hopper_linear, "quantize", hopper_twins.quantize)
+    monkeypatch.setattr(hopper_linear, "multiply", hopper_twins.multiply)
+    monkeypatch.setattr(hopper_linear, "expand", hopper_twins.expand)
+    return chosen

@@ -1,0 +1,139 @@
+"""The CUDA C++ sources compile for Hopper; this needs NVRTC, and no GPU.
+
+The launching functions run up to the launch, so that what is compiled is what they ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from zqfp_convert.runtime.kernels import hopper
+from zqfp_convert.runtime.kernels.hopper import (
+    compiler,
+    expand,
+    layout,
+    multiply,
+    quantize,
+    schedules,
+)
+from zqfp_convert.runtime.kernels.hopper.layout import Chunks
+from zqfp_convert.runtime.kernels.hopper.multiply import FLAGS, SHARED_LIMIT, Schedule
+
+TOKENS = (8, 16, 64, 512, 4096)
+CANDIDATES = {
+    schedule for tokens in TOKENS for schedule in schedules.candidates(tokens, 4096, 4096)[::4]
+}
+
+
+class Kernel:
+    """Compiled, and not launched."""
+
+    made: list[Kernel]
+
+    def __init__(self, name: str, constants: Mapping[str, int], shared: int = 0) -> None:
+        self.image, self.shared = compiler.compile_kernel(name, constants), shared
+        self.made.append(self)
+
+    def launch(self, *about: object, **more: object) -> None:
+        assert self.image.startswith(b"\x7fELF")
+        assert self.shared <= SHARED_LIMIT
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The cache folder, a new one."""
+    if not hopper.available():
+        pytest.skip("there is no NVRTC")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    processors = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processors)
+    Kernel.made = []
+    for module in (expand, multiply, quantize):
+        monkeypatch.setattr(module, "Kernel", Kernel)
+        module._kernel.cache_clear()
+    yield tmp_path / "zqfp-convert" / "kernels"
+    for module in (expand, multiply, quantize):
+        module._kernel.cache_clear()
+
+
+def chunks(groups: int) -> Chunks:
+    """Weights `[128, 256]`."""
+    return Chunks(torch.zeros(2, 2, layout.chunk_bytes(groups), dtype=torch.uint8), groups)
+
+
+def run_multiply(schedule: Schedule, groups: int, dtype: torch.dtype) -> None:
+    codes = torch.empty(2, 3, 128, dtype=torch.uint8)
+    flags = torch.zeros(FLAGS, dtype=torch.int32)
+    factor, y = torch.ones(128), torch.empty(3, 128, dtype=dtype)
+    fitting = schedules.fit(schedule, groups)
+    multiply.multiply(
+        codes, torch.ones(3), None, chunks(groups), None, factor, None, y, fitting, flags
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", sorted(CANDIDATES, key=str), ids=str)
+def test_multiply(schedule: Schedule) -> None:
+    run_multiply(schedule, 1, torch.bfloat16)
+    if schedule.tokens == 8:
+        run_multiply(schedule, 2, torch.float16)
+        run_multiply(schedule, 4, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [128, 1001, 4096, 14336, 140000])
+@pytest.mark.parametrize("rank", [0, 8, layout.MOST_RANKS])
+def test_quantize(rank: int, columns: int, dtype: torch.dtype) -> None:
+    x = torch.ones(3, columns, dtype=dtype)
+    depth, steps = -(-columns // 128), rank // layout.RANKS
+    tiled = torch.empty(depth, 3, 128, dtype=torch.uint8)
+    by_row = torch.empty(16, depth * 128, dtype=torch.uint8)
+    factors = (torch.ones(rank, depth * 128).bfloat16(), torch.ones(rank)) if rank else (None, None)
+    inner = torch.empty(steps, 3, 16).bfloat16() if rank else None
+    flags = torch.empty(FLAGS, dtype=torch.int32)
+    for codes, offset in ((tiled, None), (by_row, torch.ones(columns).bfloat16())):
+        quantize.quantize(x, offset, *factors, codes, torch.empty(16), inner, flags)
+    assert len(Kernel.made) == 2
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_expand(groups: int) -> None:
+    expand.expand(chunks(groups), torch.empty(128, 256, dtype=torch.uint8))
+    assert len(Kernel.made) == 1
+
+
+def test_what_is_compiled_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_expand(1)
+    (kept,) = cache.iterdir()
+    assert kept.read_bytes() == Kernel.made[0].image
+    expand._kernel.cache_clear()
+    monkeypatch.setattr(compiler, "_compile", None)  # not again
+    expand.expand(chunks(1), torch.empty(128, 256, dtype=torch.uint8))
+    assert Kernel.made[1].image == Kernel.made[0].image
+
+
+def test_a_cache_that_cannot_be_written(cache: Path) -> None:
+    cache.parent.write_text("no folder")
+    test_expand(1)
+
+
+def test_source_that_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for path in compiler.SOURCES.glob("*.cu*"):
+        (tmp_path / path.name).write_text(path.read_text())
+    (tmp_path / "expand.cu").write_text("a mistake")
+    monkeypatch.setattr(compiler, "SOURCES", tmp_path)
+    with pytest.raises(compiler.CompilerError, match=r"expand\.cu") as raised:
+        test_expand(1)
+    assert "error" in raised.value.found
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise compiler.CompilerError("NVRTC", "none", needed="one", do="Install it.")
+
+    monkeypatch.setattr(compiler, "library", missing)
+    assert not hopper.available.__wrapped__()

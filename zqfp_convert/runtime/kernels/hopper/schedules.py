@@ -1,0 +1,256 @@
+"""How products are cut up, by their shape: what was measured, and what can be tried.
+
+A table has the fastest schedule for each of some shapes and numbers of tokens, and the time of the
+expanded path beside it. One comes with the package; `zqfp-convert tune` makes another for the
+user's GPU and shapes, which goes first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from zqfp_convert.runtime.kernels.hopper.multiply import SHARED_LIMIT, Schedule
+
+SHIPPED = Path(__file__).parent / "table.json"
+BYTES_PER_MICROSECOND = 4e6  # what an H200 copies, read and written
+LARGEST_TOKENS = 256  # of a tile
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was measured for a shape.
+
+    Attributes:
+        rows, columns, tokens: N, K, M.
+        schedule: the fastest of the fused product.
+        fused, expanded: microseconds of the product alone, without low-rank compensation.
+    """
+
+    rows: int
+    columns: int
+    tokens: int
+    schedule: Schedule
+    fused: float
+    expanded: float
+
+
+class Table:
+    """Entries by shape."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.shapes: dict[tuple[int, int], list[Entry]] = {}
+        for entry in sorted(entries, key=lambda entry: entry.tokens):
+            self.shapes.setdefault((entry.rows, entry.columns), []).append(entry)
+
+    def entry(self, tokens: int, rows: int, columns: int) -> Entry:
+        """That of the shape, or of the one most like it, with as many tokens or the next number."""
+
+        def distance(shape: tuple[int, int]) -> float:
+            return abs(math.log(shape[0] / rows)) + abs(math.log(shape[1] / columns))
+
+        entries = self.shapes[min(self.shapes, key=distance)]
+        place = bisect_left([entry.tokens for entry in entries], tokens)
+        return entries[min(place, len(entries) - 1)]
+
+
+@cache
+def choose(tokens: int, rows: int, columns: int, groups: int, device: int) -> Schedule:
+    """The schedule for M tokens and a weight `[N, K]` with so many scales for 128 columns."""
+    return fit(_entry(tokens, rows, columns, device).schedule, groups)
+
+
+@cache
+def prefers_expanded(tokens: int, rows: int, columns: int, rank: int, device: int) -> bool:
+    """Whether the expanded path is the faster one.
+
+    There low-rank compensation is a pass over the results, which the fused product does not need.
+    """
+    entry = _entry(tokens, rows, columns, device)
+    after = 8 * entry.tokens * entry.rows / BYTES_PER_MICROSECOND if rank else 0.0
+    return entry.expanded + after < entry.fused
+
+
+def fit(schedule: Schedule, groups: int) -> Schedule:
+    """The schedule with as many stages as the shared memory has room for."""
+    while schedule.shared(groups) > SHARED_LIMIT:
+        schedule = replace(schedule, stages=schedule.stages - 1)
+    return schedule
+
+
+@cache
+def _entry(tokens: int, rows: int, columns: int, device: int) -> Entry:
+    tuned = _tuned(device)
+    if tuned is not None and (rows, columns) in tuned.shapes:
+        return tuned.entry(tokens, rows, columns)
+    return _shipped().entry(tokens, rows, columns)
+
+
+@cache
+def _shipped() -> Table:
+    return Table(read(SHIPPED))
+
+
+@cache
+def _tuned(device: int) -> Table | None:
+    try:
+        return Table(read(tuned_path(device)))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def tuned_path(device: int) -> Path:
+    """Where `zqfp-convert tune` keeps its table for a GPU of this name."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = torch.cuda.get_device_name(device).replace(" ", "-")
+    return Path(home) / "zqfp-convert" / f"{name}.json"
+
+
+def read(path: Path) -> list[Entry]:
+    """The entries of a table.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it is missing, or no table of this version.
+    """
+    return [
+        Entry(**{**entry, "schedule": Schedule(**entry["schedule"])})
+        for entry in json.loads(path.read_text())
+    ]
+
+
+def written(entries: Iterable[Entry]) -> str:
+    """The text of a table: an entry on each line; a schedule spells what is not usual."""
+    usual = asdict(Schedule(tokens=0))
+    lines = []
+    for entry in entries:
+        spelled = asdict(entry)
+        spelled["schedule"] = {
+            key: value for key, value in spelled["schedule"].items() if value != usual[key]
+        }
+        lines.append(json.dumps(spelled))
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def forget() -> None:
+    """Read the tables anew at the next choice."""
+    for function in (choose, prefers_expanded, _entry, _shipped, _tuned):
+        function.cache_clear()
+
+
+def candidates(tokens: int, rows: int, columns: int) -> list[Schedule]:
+    """Schedules worth measuring for a shape."""
+    size = min(LARGEST_TOKENS, max(8, 1 << (tokens - 1).bit_length()))
+    found: list[Schedule]
+    if size <= 16:
+        found = _few(size)
+    elif size <= 64:
+        found = _some(size)
+    elif tokens <= 512:
+        found = _many()
+    else:
+        found = _most()
+    depth = -(-columns // 128)
+    return [
+        schedule
+        for schedule in found
+        if schedule.shared(1) <= SHARED_LIMIT and schedule.split <= depth
+    ]
+
+
+def _few(size: int) -> list[Schedule]:
+    split = [
+        Schedule(size, stages=stages, shares=shares, split=split, blocks=blocks)
+        for stages, shares, split, blocks in (
+            (8, 1, 1, 4),
+            (12, 1, 2, 3),
+            (8, 1, 4, 3),
+            (12, 1, 4, 3),
+            (12, 2, 2, 2),
+            (16, 2, 2, 2),
+            (32, 2, 1, 1),
+            (32, 2, 2, 1),
+            (32, 4, 1, 1),
+            (16, 4, 2, 1),
+            (32, 4, 2, 1),
+        )
+    ]
+    stream = [
+        Schedule(size, stages=stages, shares=shares, blocks=blocks, waves=blocks, stream=True)
+        for stages, shares, blocks in ((8, 1, 4), (12, 1, 3), (16, 2, 2), (32, 4, 1))
+    ]
+    stream += [
+        Schedule(size, stages=stages, shares=shares, split=split, blocks=blocks, stream=True)
+        for stages, shares, split, blocks in (
+            (8, 1, 2, 4),
+            (4, 1, 4, 4),
+            (8, 1, 4, 4),
+            (8, 1, 8, 4),
+            (16, 2, 2, 2),
+            (8, 2, 4, 2),
+            (16, 4, 2, 1),
+        )
+    ]
+    tall = [
+        Schedule(size, tiles=2, stages=12, blocks=2),
+        Schedule(size, tiles=2, stages=14, shares=2, blocks=1, waves=1, stream=True),
+        Schedule(size, tiles=2, stages=8, split=2, blocks=2, stream=True),
+        Schedule(size, tiles=2, stages=4, split=4, blocks=2, stream=True),
+    ]
+    return split + stream + tall
+
+
+def _some(size: int) -> list[Schedule]:
+    return [
+        Schedule(size, stages=6, split=2, blocks=3),
+        Schedule(size, stages=8, split=2, blocks=3),
+        Schedule(size, stages=4, split=4, blocks=3),
+        Schedule(size, stages=8, shares=4, split=2),
+        Schedule(size, tiles=2, stages=6, blocks=2),
+        Schedule(size, tiles=2, stages=4, split=2, blocks=2),
+        Schedule(size, warpgroups=2, tiles=2, stages=4),
+        Schedule(size, stages=5, blocks=3, waves=3, stream=True),
+        Schedule(size, tiles=2, stages=10, waves=1, stream=True),
+        Schedule(size, warpgroups=2, tiles=2, stages=6, waves=1, stream=True),
+        Schedule(size, stages=6, split=2, blocks=3, stream=True),
+        Schedule(size, stages=4, split=4, blocks=3, stream=True),
+        Schedule(size, tiles=2, stages=4, split=2, blocks=2, stream=True),
+        Schedule(size, tiles=2, stages=4, split=4, blocks=2, stream=True),
+    ]
+
+
+def _many() -> list[Schedule]:
+    return [
+        Schedule(64, stages=8, blocks=2),
+        Schedule(64, warpgroups=2, tiles=2, stages=4),
+        Schedule(128, stages=8),
+        Schedule(128, stages=8, pair=2),
+        Schedule(128, stages=8, shares=2),
+        Schedule(128, warpgroups=2, stages=6),
+        Schedule(128, warpgroups=2, stages=6, split=2),
+        Schedule(256, warpgroups=2, stages=4),
+        Schedule(256, warpgroups=2, stages=4, split=2),
+        Schedule(256, warpgroups=2, stages=5, waves=1, stream=True),
+        Schedule(256, warpgroups=2, stages=5, split=2, stream=True),
+        Schedule(256, warpgroups=2, stages=5, split=4, stream=True),
+        Schedule(128, warpgroups=2, stages=6, split=2, stream=True),
+        Schedule(128, warpgroups=2, stages=6, waves=1, stream=True),
+        Schedule(128, stages=8, split=2, stream=True),
+    ]
+
+
+def _most() -> list[Schedule]:
+    return [
+        Schedule(256, warpgroups=2, stages=5, waves=1),
+        Schedule(256, warpgroups=2, stages=5, pair=2, waves=1),
+        Schedule(256, warpgroups=2, stages=5, waves=1, stream=True),
+        Schedule(128, warpgroups=2, stages=6, waves=1),
+        Schedule(128, warpgroups=3, stages=6, waves=1),
+    ]

@@ -1,0 +1,127 @@
+"""Measures schedules on the GPU at hand, to make a table of the fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from zqfp_convert.runtime.kernels.hopper import layout, schedules
+from zqfp_convert.runtime.kernels.hopper.expand import expand
+from zqfp_convert.runtime.kernels.hopper.layout import Chunks
+from zqfp_convert.runtime.kernels.hopper.multiply import FLAGS, multiply
+from zqfp_convert.runtime.kernels.hopper.quantize import quantize
+from zqfp_convert.runtime.kernels.hopper.schedules import Entry
+
+TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+COLD = 200 << 20  # bytes of weights in turn, so that none are still in the L2 cache
+REPLAYS = 5
+MICROSECONDS = 1e3  # in the milliseconds of an event
+
+
+def tune(rows: int, columns: int, tokens: tuple[int, ...] = TOKENS) -> Iterator[Entry]:
+    """The fastest schedules for a weight `[N, K]`, for each number of tokens, on this GPU."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    weights = _weights(rows, columns, device)
+    for count in tokens:
+        yield _fastest(rows, columns, count, weights, device)
+
+
+def _weights(rows: int, columns: int, device: torch.device) -> list[Chunks]:
+    tiles, depth = -(-rows // layout.ROWS), -(-columns // layout.COLUMNS)
+    shape = (tiles, depth, layout.chunk_bytes(1))
+    copies = max(2, -(-COLD // (rows * columns // 2)))
+    made = []
+    for _ in range(copies):
+        data = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        data[..., layout.CODES_BYTES :] = 11 - data[..., layout.CODES_BYTES :] % 3
+        made.append(Chunks(data, 1))
+    return made
+
+
+def _fastest(
+    rows: int, columns: int, tokens: int, weights: list[Chunks], device: torch.device
+) -> Entry:
+    depth = weights[0].data.shape[1]
+    x = torch.randn(tokens, columns, device=device, dtype=torch.bfloat16)
+    codes = torch.empty(depth, tokens, layout.COLUMNS, dtype=torch.uint8, device=device)
+    token_scale = torch.empty(tokens, device=device)
+    flags = torch.zeros(FLAGS, dtype=torch.int32, device=device)
+    factor = torch.rand(weights[0].data.shape[0] * layout.ROWS, device=device)
+    y = torch.empty(tokens, rows, dtype=torch.bfloat16, device=device)
+    quantize(x, None, None, None, codes, token_scale, None, flags)
+
+    def fused(schedule: schedules.Schedule) -> Callable[[Chunks], None]:
+        def run(chunks: Chunks) -> None:
+            multiply(
+                codes, token_scale, None, chunks, None, factor, None, y, schedule, flags
+            )  # fmt: skip
+
+        return run
+
+    runs: dict[object, Callable[[Chunks], None]] = {
+        schedule: fused(schedule) for schedule in schedules.candidates(tokens, rows, columns)
+    }
+    runs["expanded"] = _expanded(rows, columns, x, factor, device)
+    # About a millisecond of calls in a graph.
+    calls = max(2, min(48, int(4e11 / (2.0 * tokens * rows * columns))))
+    times = _measure(runs, weights, calls)
+    expanded = times.pop("expanded")
+    best = min(times, key=lambda schedule: times[schedule])
+    assert isinstance(best, schedules.Schedule)
+    return Entry(rows, columns, tokens, best, round(times[best], 2), round(expanded, 2))
+
+
+def _expanded(
+    rows: int, columns: int, x: Tensor, factor: Tensor, device: torch.device
+) -> Callable[[Chunks], None]:
+    """The expanded path on activations that are quantized already."""
+    wide, deep = rows + -rows % 16, columns + -columns % 16
+    matrix = torch.empty(wide, deep, dtype=torch.uint8, device=device)
+    tokens = x.shape[0] + -x.shape[0] % 16
+    codes = torch.randn(tokens, deep, device=device).to(torch.float8_e4m3fn)
+    scale = torch.rand(tokens, 1, device=device)
+
+    def run(chunks: Chunks) -> None:
+        expand(chunks, matrix)
+        torch._scaled_mm(
+            codes,
+            matrix.view(torch.float8_e4m3fn).t(),
+            scale_a=scale,
+            scale_b=factor[None, :wide],
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+
+    return run
+
+
+def _measure(
+    runs: dict[object, Callable[[Chunks], None]], weights: list[Chunks], calls: int
+) -> dict[object, float]:
+    """Microseconds of a call, the median of interleaved replays."""
+    graphs = {}
+    for name, run in runs.items():
+        turn = cycle(weights)
+        run(next(turn))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                run(next(turn))
+        graph.replay()
+        graphs[name] = graph
+    times: dict[object, list[float]] = {name: [] for name in runs}
+    for _ in range(REPLAYS):
+        for name, graph in graphs.items():
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) * MICROSECONDS / calls)
+    return {name: median(values) for name, values in times.items()}

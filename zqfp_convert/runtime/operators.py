@@ -1,0 +1,34 @@
+"""Makes a way to multiply one operator of torch, `zqfp::<name>`.
+
+So torch.compile takes it as a whole: what it decides by the number of tokens, and what it launches,
+is never traced. The operators are for inference; they have no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def register(name: str, work: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Register the operator, and return it.
+
+    Args:
+        name: in the namespace `zqfp`.
+        work: takes x `[M, K]` and N first, and gives a new, contiguous `[M, N]` in the dtype of x;
+            the schema is read off its annotations.
+    """
+    qualified = f"zqfp::{name}"
+    # Not `custom_op`, which costs 9 us a call more, for gradients and checks.
+    torch.library.define(qualified, torch.library.infer_schema(work, mutates_args=()))
+    torch.library.impl(qualified, "default", work)
+    torch.library.register_fake(qualified, result)
+    operator: Callable[..., Tensor] = getattr(torch.ops.zqfp, name).default
+    return operator
+
+
+def result(x: Tensor, rows: int, *others: object) -> Tensor:
+    """What every operator gives: uninitialised `[M, N]` in the dtype of x, on its device."""
+    return x.new_empty(x.shape[0], rows)
