@@ -1,33 +1,139 @@
-"""The product's own kernel as a contender (see `peers.py`)."""
+"""The product's own kernels as a contender (see `peers.py`)."""
 
 from __future__ import annotations
 
+import torch
+from peers import Problem, random_inputs
 from torch import Tensor
+
+from zqfp_convert.checkpoint.packed import PackedLayer
+from zqfp_convert.numerics import fp8
+from zqfp_convert.runtime import expanded
+from zqfp_convert.runtime.kernels.hopper import layout, schedules
+from zqfp_convert.runtime.kernels.hopper.expand import expand
+from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights
+from zqfp_convert.runtime.kernels.hopper.multiply import FLAGS, multiply
+from zqfp_convert.runtime.kernels.hopper.quantize import quantize
+
+GROUP = 128
 
 
 class Ours:
-    """E2M1 weights, groups of 128 under M2, FP8 activations, LoRC of some rank in the kernel."""
+    """E2M1 weights, groups of 128 under M2, FP8 activations, LoRC of some rank.
 
-    weight_bytes: int
+    The path is the one that a model takes, fused or expanded; `multiply` leaves out what makes the
+    activations FP8, and z with them.
+    """
 
     def __init__(self, rows: int, columns: int, copies: int, rank: int) -> None:
-        raise NotImplementedError("there is no fused kernel yet")
+        self.rows, self.columns, self.rank = rows, columns, rank
+        self.problem = Problem(rows, columns)
+        A = B = s = None
+        if rank:
+            A = torch.randn(rank, columns, device="cuda").to(fp8.DTYPE)
+            B = torch.randn(rows, rank, device="cuda").to(fp8.DTYPE)
+            s = torch.rand(rank, device="cuda") * 0.1 * columns**-0.5
+        self.factors = (A, B, s)
+        given = self.problem
+        layer = PackedLayer(
+            "ours", "m2", GROUP, columns, given.packed, given.exponents, given.row_scale, A, B, s
+        )
+        self.weights = HopperWeights(layer, None)
+        self.copies = [layout.Chunks(self.weights.chunks, self.weights.groups)]
+        for _ in range(copies - 1):
+            self.copies.append(layout.Chunks(self.weights.chunks.clone(), self.weights.groups))
+        self.weight_bytes = self.weights.chunks.nbytes
 
     @staticmethod
     def size(rows: int, columns: int) -> int:
+        """Bytes of a copy, nearly."""
         return rows * columns // 2
 
+    def announce(self, tokens: list[int]) -> None:
+        """Compile what will be needed."""
+        for count in tokens:
+            self.prepare(count)
+            self.quantize_and_multiply(0)
+        torch.cuda.synchronize()
+
     def prepare(self, tokens: int) -> None:
-        raise NotImplementedError
+        """Inputs `[tokens, columns]`, and room for all that comes of them."""
+        self.x = random_inputs(tokens, self.columns)
+        shape = (tokens, self.rows, self.columns)
+        self.wide = schedules.prefers_expanded(*shape, self.rank, 0)
+        self.schedule = schedules.choose(*shape, self.weights.groups, 0)
+        self.tile = {"expanded": True} if self.wide else vars(self.schedule)
+        steps = -(-self.rank // layout.RANKS)
+        device = self.x.device
+        self.inner = None
+        if steps:
+            size = (steps, tokens, 2 * layout.RANKS)
+            self.inner = torch.empty(size, dtype=torch.bfloat16, device=device)
+        if self.wide:
+            rows, columns = expanded.matrix_shape(self.rows, self.columns)
+            self.matrix = torch.empty(rows, columns, dtype=torch.uint8, device=device)
+            padded = tokens + -tokens % expanded.ALIGNMENT
+            self.codes = torch.empty(padded, columns, dtype=torch.uint8, device=device)
+        else:
+            depth, padded = self.weights.chunks.shape[1], tokens
+            size = (depth, tokens, layout.COLUMNS)
+            self.codes = torch.empty(size, dtype=torch.uint8, device=device)
+        self.token_scale = torch.ones(padded, device=device)
+        self.flags = torch.zeros(FLAGS, dtype=torch.int32, device=device)
+        self.y = torch.full((tokens, self.rows), torch.nan, dtype=torch.bfloat16, device=device)
+        self.quantize()
+
+    def quantize(self) -> Tensor:
+        """Activations to FP8, and z."""
+        factor, scale = self.weights.inner_factor, self.weights.inner_scale
+        quantize(self.x, None, factor, scale, self.codes, self.token_scale, self.inner, self.flags)
+        return self.codes
 
     def multiply(self, copy: int) -> Tensor:
-        raise NotImplementedError
-
-    def quantize(self) -> object:
-        raise NotImplementedError
+        """The product."""
+        chunks, weights = self.copies[copy], self.weights
+        if not self.wide:
+            multiply(
+                self.codes,
+                self.token_scale,
+                self.inner,
+                chunks,
+                weights.outer,
+                weights.row_factor,
+                None,
+                self.y,
+                self.schedule,
+                self.flags,
+            )
+            return self.y
+        expand(chunks, self.matrix)
+        y = expanded.product(
+            self.codes.view(fp8.DTYPE),
+            self.token_scale[:, None],
+            self.matrix.view(fp8.DTYPE),
+            weights.row_factor[: self.matrix.shape[0]],
+            self.rows,
+        )[: self.x.shape[0]]
+        z = None
+        if self.inner is not None:
+            steps, tokens, _ = self.inner.shape
+            z = self.inner.view(steps, tokens, 2, layout.RANKS).float().sum(2)
+            z = z.transpose(0, 1).reshape(tokens, -1)[:, : self.rank]
+        return expanded.finish(y, z, weights.lorc_B, None, torch.bfloat16)
 
     def quantize_and_multiply(self, copy: int) -> Tensor:
-        raise NotImplementedError
+        """Both, as in a model."""
+        self.quantize()
+        return self.multiply(copy)
 
     def error(self) -> float:
-        raise NotImplementedError
+        """Relative Frobenius error against float32, poisoned before."""
+        self.y.fill_(torch.nan)
+        have = self.quantize_and_multiply(0)[:256].float()
+        codes, scale = fp8.quantize(self.x[:256])
+        seen = codes.float() * scale
+        want = self.problem.product(seen)
+        A, B, s = self.factors
+        if A is not None and B is not None and s is not None:
+            want += (seen @ A.float().t() * s) @ B.float().t()
+        return float((have - want).norm() / want.norm())
