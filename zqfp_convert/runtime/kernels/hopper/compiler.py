@@ -19,7 +19,6 @@ from zqfp_convert.errors import ZqfpError
 
 ARCHITECTURE = "sm_90a"
 SOURCES = Path(__file__).parent
-HEADER = "common.cuh"
 OPERATIONS = "wgmma.cuh"  # written by `operations`
 
 
@@ -33,7 +32,7 @@ def compile_kernel(name: str, constants: Mapping[str, int]) -> bytes:
     Raises:
         CompilerError: there is no NVRTC, or it reports errors.
     """
-    headers = {HEADER: (SOURCES / HEADER).read_text()}
+    headers = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))}
     if "TOKENS" in constants:
         headers[OPERATIONS] = operations(constants["TOKENS"])
     source = (SOURCES / f"{name}.cu").read_text()
@@ -77,7 +76,7 @@ def operations(tokens: int) -> str:
     sums = ", ".join(f"%{i}" for i in range(count))
     weights = ", ".join(f"%{count + i}" for i in range(4))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    text = "#pragma once\n"
+    text = "#pragma once\n#include \"hardware.cuh\"\n"
     for kind, columns, transposed in (("e4m3", 32, ""), ("bf16", 16, ", 0")):
         text += (
             f"DEVICE void wgmma_{kind}(float (&d)[{count}], const u32 (&a)[4], u64 b) {{\n"

@@ -4,7 +4,7 @@
 // tensor-core operand into rows, so that it writes 128 neighbouring bytes of a row at once.
 //
 // Given by the compiler's command line: GROUPS (as in multiply.cu), DEPTH.
-#include "common.cuh"
+#include "chunk.cuh"
 
 constexpr int CHUNK_BYTES = CHUNK_ROWS * CHUNK_COLUMNS / 2 + CHUNK_ROWS * GROUPS;
 

@@ -5,7 +5,7 @@ pipeline. Thread `32 w + 4 g + t` holds rows `16 w + g` and 8 below it, and of 3
 columns `4 t` to `4 t + 3` and 16 further (PTX ISA, register fragments of wgmma .m64nNk32). A chunk
 is `[2 halves of K, 128 threads, 4 words]` and then the lifts `[32 pairs of rows, groups, 2 rows]`.
 A word is 8 weights of a row: magnitudes in the low three bits of its nibbles, in order of columns,
-and signs where the conversion to E4M3 wants them (`to_e4m3` in common.cuh).
+and signs where the conversion to E4M3 wants them (`to_e4m3` in chunk.cuh).
 
 A lift is `11 - (b_max - b)`: how far a group's exponent lies above the lowest that fits.
 """

@@ -9,7 +9,7 @@
 // A too, from before the kernel ahead has ended), BLOCKS (on a multiprocessor), RANK_STEPS (of 8),
 // HALF (float16 activations), TILED (codes as multiply.cu wants them, else row by row), VECTORS (rows
 // of x start on 16 bytes and K is a multiple of 8), OFFSET (an offset is subtracted first).
-#include "common.cuh"
+#include "chunk.cuh"
 
 struct Problem {
   const u16 *x;              // [M, K] bfloat16 or float16, rows x_stride apart
