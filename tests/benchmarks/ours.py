@@ -12,7 +12,7 @@ from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.kernels.hopper import layout, schedules
 from zqfp_convert.runtime.kernels.hopper.expand import expand
 from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights
-from zqfp_convert.runtime.kernels.hopper.multiply import FLAGS, multiply
+from zqfp_convert.runtime.kernels.hopper.multiply import flag_count, multiply
 from zqfp_convert.runtime.kernels.hopper.quantize import quantize
 
 GROUP = 128
@@ -79,7 +79,9 @@ class Ours:
             size = (depth, tokens, layout.COLUMNS)
             self.codes = torch.empty(size, dtype=torch.uint8, device=device)
         self.token_scale = torch.ones(padded, device=device)
-        self.flags = torch.zeros(FLAGS, dtype=torch.int32, device=device)
+        depth = self.weights.chunks.shape[1]
+        count = 0 if self.wide else flag_count(self.schedule, tokens, self.rows, depth, 0)
+        self.flags = torch.zeros(count, dtype=torch.int32, device=device)
         self.y = torch.full((tokens, self.rows), torch.nan, dtype=torch.bfloat16, device=device)
         self.quantize()
 

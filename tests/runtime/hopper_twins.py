@@ -12,7 +12,7 @@ from zqfp_convert.numerics import e2m1, fp8, nibbles
 from zqfp_convert.numerics.scales import power_of_two
 from zqfp_convert.runtime.kernels.hopper import layout
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
-from zqfp_convert.runtime.kernels.hopper.multiply import FLAGS, Schedule
+from zqfp_convert.runtime.kernels.hopper.multiply import Schedule, flag_count
 
 NAN = 0x7F  # of E4M3
 
@@ -109,9 +109,9 @@ def multiply(
     flags: Tensor,
 ) -> None:
     assert isinstance(schedule, Schedule)
-    assert flags.shape == (FLAGS,)
-    assert not flags.any()
     tokens, rows = y.shape
+    assert flags.shape == (flag_count(schedule, tokens, rows, codes.shape[0], 0),)
+    assert not flags.any()
     ordered = (
         codes.gather(2, places(tokens).expand(codes.shape)).transpose(0, 1).reshape(tokens, -1)
     )

@@ -22,7 +22,7 @@ from zqfp_convert.runtime.kernels.hopper import (
     schedules,
 )
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
-from zqfp_convert.runtime.kernels.hopper.multiply import FLAGS, SHARED_LIMIT, Schedule
+from zqfp_convert.runtime.kernels.hopper.multiply import SHARED_LIMIT, Schedule, flag_count
 
 TOKENS = (8, 16, 64, 512, 4096)
 CANDIDATES = {
@@ -68,9 +68,9 @@ def chunks(groups: int) -> Chunks:
 
 def run_multiply(schedule: Schedule, groups: int, dtype: torch.dtype) -> None:
     codes = torch.empty(2, 3, 128, dtype=torch.uint8)
-    flags = torch.zeros(FLAGS, dtype=torch.int32)
     factor, y = torch.ones(128), torch.empty(3, 128, dtype=dtype)
     fitting = schedules.fit(schedule, groups)
+    flags = torch.zeros(flag_count(fitting, 3, 128, 2, 0), dtype=torch.int32)
     multiply.multiply(
         codes, torch.ones(3), None, chunks(groups), None, factor, None, y, fitting, flags
     )  # fmt: skip
@@ -94,7 +94,7 @@ def test_quantize(rank: int, columns: int, dtype: torch.dtype) -> None:
     by_row = torch.empty(16, depth * 128, dtype=torch.uint8)
     factors = (torch.ones(rank, depth * 128).bfloat16(), torch.ones(rank)) if rank else (None, None)
     inner = torch.empty(steps, 3, 16).bfloat16() if rank else None
-    flags = torch.empty(FLAGS, dtype=torch.int32)
+    flags = torch.empty(5, dtype=torch.int32)
     for codes, offset in ((tiled, None), (by_row, torch.ones(columns).bfloat16())):
         quantize.quantize(x, offset, *factors, codes, torch.empty(16), inner, flags)
     assert len(Kernel.made) == 2

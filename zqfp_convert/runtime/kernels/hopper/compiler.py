@@ -76,7 +76,7 @@ def operations(tokens: int) -> str:
     sums = ", ".join(f"%{i}" for i in range(count))
     weights = ", ".join(f"%{count + i}" for i in range(4))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    text = "#pragma once\n#include \"hardware.cuh\"\n"
+    text = '#pragma once\n#include "hardware.cuh"\n'
     for kind, columns, transposed in (("e4m3", 32, ""), ("bf16", 16, ", 0")):
         text += (
             f"DEVICE void wgmma_{kind}(float (&d)[{count}], const u32 (&a)[4], u64 b) {{\n"

@@ -11,7 +11,7 @@ from zqfp_convert.runtime import expanded, operators
 from zqfp_convert.runtime.kernels.hopper import layout, schedules
 from zqfp_convert.runtime.kernels.hopper.expand import expand
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
-from zqfp_convert.runtime.kernels.hopper.multiply import FLAGS, multiply
+from zqfp_convert.runtime.kernels.hopper.multiply import flag_count, multiply
 from zqfp_convert.runtime.kernels.hopper.quantize import quantize
 from zqfp_convert.runtime.scratch import scratch as scratch_of
 
@@ -136,12 +136,14 @@ def _work(
             steps = inner_factor.shape[0] // layout.RANKS
             inner = x.new_empty(steps, tokens, 2 * layout.RANKS, dtype=torch.bfloat16)
         if way != "expanded":
-            codes = x.new_empty(chunks.shape[1], tokens, layout.COLUMNS, dtype=torch.uint8)
+            depth, device = chunks.shape[1], x.device.index or 0
+            schedule = schedules.choose(tokens, rows, columns, groups, device)
+            codes = x.new_empty(depth, tokens, layout.COLUMNS, dtype=torch.uint8)
             token_scale = x.new_empty(tokens, dtype=torch.float32)
-            flags = x.new_empty(FLAGS, dtype=torch.int32)
+            count = flag_count(schedule, tokens, rows, depth, device)
+            flags = x.new_empty(count, dtype=torch.int32)
             quantize(x, input_offset, inner_factor, inner_scale, codes, token_scale, inner, flags)
             y = x.new_empty(tokens, rows)
-            schedule = schedules.choose(tokens, rows, columns, groups, x.device.index or 0)
             multiply(
                 codes, token_scale, inner, weights, outer, row_factor, bias, y, schedule, flags
             )  # fmt: skip

@@ -21,7 +21,6 @@ LARGEST_EXCHANGE = 32 * 1024  # bytes of partial sums beside the stages, else in
 REGISTERS_BESIDE_WARP = {1: 255, 2: 168, 3: 128, 4: 96}
 REGISTERS_BESIDE_WARPGROUP = {1: (232, 24), 2: (232, 40), 3: (160, 24), 4: (112, 24)}
 BESIDE_SUMS = 72  # registers of a thread that multiplies
-FLAGS = 4096  # most that a stream needs
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Schedule:
 
     @property
     def copiers(self) -> int:
-        """Threads that copy: a warpgroup that gives its registers to others, or two warps or one."""
+        """Threads that copy: a warpgroup that gives registers to others, or two warps, or one."""
         needed = self.tokens * self.tiles // 2 + BESIDE_SUMS
         if self.consumers > 1 and needed > REGISTERS_BESIDE_WARP[self.consumers]:
             return 128
@@ -132,6 +131,25 @@ def _kernel(device: int, schedule: Schedule, groups: int, half: bool) -> Kernel:
     return Kernel("multiply", constants, schedule.shared(groups))
 
 
+@cache
+def clusters(schedule: Schedule, tokens: int, rows: int, depth: int, device: int) -> int:
+    """Clusters of blocks that a product is launched with; depth is `ceil(K / 128)`."""
+    tiles = -(-tokens // schedule.tokens) * -(-rows // (schedule.rows * schedule.pair))
+    if schedule.waves:
+        most = torch.cuda.get_device_properties(device).multi_processor_count * schedule.waves
+        most //= schedule.cluster_split * schedule.pair
+        return min(tiles * depth if schedule.stream else tiles, most)
+    return tiles * min(schedule.split, depth) if schedule.stream else tiles
+
+
+def flag_count(schedule: Schedule, tokens: int, rows: int, depth: int, device: int) -> int:
+    """Flags that the blocks of a stream need to wait for one another."""
+    if not schedule.stream:
+        return 0
+    _, slices, _ = schedule.slices
+    return clusters(schedule, tokens, rows, depth, device) * slices * schedule.warpgroups
+
+
 def multiply(
     codes: Tensor,
     token_scale: Tensor,
@@ -156,17 +174,13 @@ def multiply(
         bias: the same, or None.
         y: bfloat16 or float16 `[M, N]`, contiguous; written.
         schedule: see there.
-        flags: int32 `[FLAGS]`, which `quantize` has set to 0.
+        flags: int32, as many as `flag_count` says, which `quantize` has set to 0.
     """
     tokens, rows = y.shape
     depth = codes.shape[0]
+    device = y.device.index or 0
     cluster = schedule.cluster_split * schedule.pair
-    count = -(-tokens // schedule.tokens) * -(-rows // (schedule.rows * schedule.pair))
-    if schedule.waves:
-        most = torch.cuda.get_device_properties(y.device).multi_processor_count * schedule.waves
-        count = min(count * depth if schedule.stream else count, most // cluster)
-    elif schedule.stream:
-        count *= min(schedule.split, depth)
+    count = clusters(schedule, tokens, rows, depth, device)
     workspace = None
     if schedule.stream:
         sums = schedule.tokens * schedule.rows  # float32
@@ -187,6 +201,6 @@ def multiply(
         depth,
         0 if inner is None else inner.shape[0],
     )
-    kernel = _kernel(y.device.index or 0, schedule, chunks.groups, y.dtype == torch.float16)
+    kernel = _kernel(device, schedule, chunks.groups, y.dtype == torch.float16)
     threads = schedule.consumers * 128 + schedule.copiers
     kernel.launch(problem, (count * cluster, 1), threads, cluster)

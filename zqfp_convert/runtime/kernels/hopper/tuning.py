@@ -12,7 +12,7 @@ from torch import Tensor
 from zqfp_convert.runtime.kernels.hopper import layout, schedules
 from zqfp_convert.runtime.kernels.hopper.expand import expand
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
-from zqfp_convert.runtime.kernels.hopper.multiply import FLAGS, multiply
+from zqfp_convert.runtime.kernels.hopper.multiply import flag_count, multiply
 from zqfp_convert.runtime.kernels.hopper.quantize import quantize
 from zqfp_convert.runtime.kernels.hopper.schedules import Entry
 
@@ -49,7 +49,11 @@ def _fastest(
     x = torch.randn(tokens, columns, device=device, dtype=torch.bfloat16)
     codes = torch.empty(depth, tokens, layout.COLUMNS, dtype=torch.uint8, device=device)
     token_scale = torch.empty(tokens, device=device)
-    flags = torch.zeros(FLAGS, dtype=torch.int32, device=device)
+    tried = schedules.candidates(tokens, rows, columns)
+    index = device.index or 0
+    counts = [flag_count(schedule, tokens, rows, depth, index) for schedule in tried]
+    # Streams leave them as they find them, so one product after another needs no zeros in between.
+    flags = torch.zeros(max(counts), dtype=torch.int32, device=device)
     factor = torch.rand(weights[0].data.shape[0] * layout.ROWS, device=device)
     y = torch.empty(tokens, rows, dtype=torch.bfloat16, device=device)
     quantize(x, None, None, None, codes, token_scale, None, flags)
@@ -62,9 +66,7 @@ def _fastest(
 
         return run
 
-    runs: dict[object, Callable[[Chunks], None]] = {
-        schedule: fused(schedule) for schedule in schedules.candidates(tokens, rows, columns)
-    }
+    runs: dict[object, Callable[[Chunks], None]] = {schedule: fused(schedule) for schedule in tried}
     runs["expanded"] = _expanded(rows, columns, x, factor, device)
     # About a millisecond of calls in a graph.
     calls = max(2, min(48, int(4e11 / (2.0 * tokens * rows * columns))))
