@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import pytest
 import torch
 
+from zqfp_convert.runtime.kernels import portable
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-if importlib.util.find_spec("triton") is None:
+if not portable.available():  # none, or one older than 3.6
     collect_ignore_glob = ["test_portable_*.py"]
 
 
