@@ -29,7 +29,7 @@ from zqfp_convert.errors import SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import bias_of, get_linear, is_transposed, put, weight_matrix
 from zqfp_convert.model.device import compute_dtype
-from zqfp_convert.model.tokenizer import tokenizer_of
+from zqfp_convert.model.tokenizer import check_tokens, tokenizer_of
 from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer, make_plan
 from zqfp_convert.quantize.hessian import Curvature, prepare
 from zqfp_convert.quantize.weight import QuantizedWeight, quantize_weight
@@ -204,7 +204,7 @@ class _Work:
         others = [name for names in plan.other_shards for name in names]
         self._fill(plan.model, "", [name for name in others if name in plan.names.to_model])
         plan.model.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
-        _check_tokens(plan, windows)
+        check_tokens(plan.model, plan.source.folder, windows)
         at_once = TOKENS_AT_ONCE[plan.device.type]
         batches = batches_of(windows, at_once, plan.device)
         self.entrance = Entrance(plan.blocks, batches)
@@ -329,17 +329,6 @@ class _Work:
             value = tensors[name] if tensors else plan.source.shards.read([name])[name]
             place = plan.names.to_model[name].removeprefix(prefix)
             skeleton.assign(module, {place: value.to(plan.device)}, dtype)
-
-
-def _check_tokens(plan: Plan, windows: Tensor) -> None:
-    embedded = plan.model.get_input_embeddings().weight.shape[0]
-    if int(windows.max()) >= embedded:
-        raise SourceError(
-            str(plan.source.folder),
-            f"the tokenizer gives token {int(windows.max())}, the model embeds {embedded}",
-            needed="the tokenizer that belongs to the model",
-            do="Download the model and its tokenizer again, from one place.",
-        )
 
 
 def _quantization_config(plan: Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:

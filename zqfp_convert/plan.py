@@ -97,8 +97,7 @@ class Plan:
 
     def block_tensors(self, index: int) -> list[str]:
         """The names on disk of a block's tensors."""
-        prefix = self.blocks.name(index) + "."
-        return [d for d, place in self.names.to_model.items() if place.startswith(prefix)]
+        return self.names.within(self.blocks.name(index))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
@@ -159,15 +158,13 @@ def make_plan(
     network = skeleton.build(source.folder, target)
     blocks = find_blocks(network)
     names = NameMap(network, source.shards.tensors)
-    _check_fit(source, network, names)
+    check_fit(source, network, names)
     if text is not None and recipe.needs_calibration:
         tokenizer_of(source.folder)
-    recipe = dataclasses.replace(recipe, seq_len=min(recipe.seq_len, _positions(network)))
+    recipe = dataclasses.replace(recipe, seq_len=min(recipe.seq_len, positions(network)))
 
     layers, left_alone = _layers(network, blocks, names, recipe)
-    in_blocks = {
-        disk for disk, place in names.to_model.items() if place.startswith(blocks.path + ".")
-    }
+    in_blocks = set(names.within(blocks.path))
     others = [disk for disk in source.shards.tensors if disk not in in_blocks]
     before = sum(info.bytes for info in source.shards.tensors.values())
     replaced = sum(
@@ -200,8 +197,13 @@ def make_plan(
     return plan
 
 
-def _check_fit(source: Source, model: PreTrainedModel, names: NameMap) -> None:
-    """Hold the shapes on disk to those of the model."""
+def check_fit(source: Source, model: PreTrainedModel, names: NameMap) -> None:
+    """Hold the shapes on disk to those of the model.
+
+    Raises:
+        SourceError: a tensor is missing.
+        CheckpointError: `wrong-shape`.
+    """
     if names.missing:
         raise SourceError(
             str(source.folder),
@@ -287,7 +289,8 @@ def _split(source: Source, names: list[str]) -> list[list[str]]:
     return shards
 
 
-def _positions(model: PreTrainedModel) -> int:
+def positions(model: PreTrainedModel) -> int:
+    """The longest window a model takes, in tokens; a very large number where it has no limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 1 else 1 << 30
 

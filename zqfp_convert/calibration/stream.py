@@ -1,4 +1,4 @@
-"""Hidden states of the calibration windows, carried from block to block.
+"""Hidden states of windows of tokens, carried from block to block.
 
 The model never exists whole: for each block the decoder is run with its blocks stubbed out, only
 to learn with which arguments it calls that block (masks, positions, rotary tables).
@@ -54,13 +54,20 @@ class Entrance:
     """Learns with which arguments, and first with which hidden states, blocks are called."""
 
     def __init__(self, blocks: Blocks, batches: list[Tensor]) -> None:
-        """`batches` are token ids, int64 `[batch, tokens]`, on the decoder's device."""
+        """`batches` are token ids, int64 `[batch, tokens]`, on the decoder's device.
+
+        `returns_tuple` says what blocks return, once `try_first` has found out.
+        """
         self._blocks, self._batches = blocks, batches
-        self._returns_tuple = False
+        self.returns_tuple = False
 
     def first(self) -> list[Tensor]:
         """The hidden states that enter the first block, for each batch."""
-        return [self._record(0, batch)[1] for batch in range(len(self._batches))]
+        return [self.enter(batch) for batch in range(len(self._batches))]
+
+    def enter(self, batch: int) -> Tensor:
+        """The hidden states `[batch, tokens, width]` that enter the first block, for one batch."""
+        return self._record(0, batch)[1]
 
     def calls(self, block: int) -> Callable[[int], Call]:
         """The arguments of a block's call, by the batch's index; learnt anew each time."""
@@ -69,7 +76,7 @@ class Entrance:
     def try_first(self, block: nn.Module) -> None:
         """Run the real first block once, so that stubs return what it does: a tensor or a tuple."""
         call, hidden = self._record(0, 0)
-        self._returns_tuple = isinstance(block(hidden, *call.args, **call.kwargs), tuple)
+        self.returns_tuple = isinstance(block(hidden, *call.args, **call.kwargs), tuple)
 
     def _record(self, wanted: int, batch: int) -> tuple[Call, Tensor]:
         found: list[tuple[Call, Tensor]] = []
@@ -86,14 +93,14 @@ class Entrance:
                         f"{type(self._blocks.decoder).__name__}, {self._blocks.name(index)}",
                         "a block that is not fed what the block before it returns",
                         needed="a decoder that hands hidden states from block to block",
-                        do="This architecture cannot be calibrated yet; --recipe fast needs no "
-                        "calibration.",
+                        do="This architecture cannot be run block by block yet; converting with "
+                        "--recipe fast does without.",
                     )
                 passed.append(hidden)
                 if index == wanted:
                     found.append((Call(rest, kwargs), hidden))
                     raise _Reached
-                return (hidden,) if self._returns_tuple else hidden
+                return (hidden,) if self.returns_tuple else hidden
 
             return forward
 

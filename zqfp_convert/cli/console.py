@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from zqfp_convert.errors import ZqfpError
+from zqfp_convert.errors import OptionError, ZqfpError
 
 PIPED_WIDTH = 160  # columns of a table that goes to a file or a program
 
@@ -73,6 +73,41 @@ def progress(quiet: bool) -> Iterator[Report]:
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on standard output."""
     print(json.dumps(value, ensure_ascii=False))  # noqa: T201
+
+
+def numbers(option: str, given: list[str] | None) -> tuple[int, ...]:
+    """Whole numbers of an option that is repeated, or given once with commas.
+
+    Raises:
+        OptionError: something else.
+    """
+    parts = [part for text in given or () for part in text.replace(",", " ").split()]
+    for part in parts:
+        if not part.isdecimal():
+            raise OptionError(
+                option, repr(part), needed="whole numbers", do=f"Write --{option} 1,16,8192."
+            )
+    return tuple(int(part) for part in parts)
+
+
+def shapes(option: str, given: list[str] | None) -> list[tuple[int, int]]:
+    """Shapes (N, K) of an option that is repeated, or given once with commas.
+
+    Raises:
+        OptionError: something else.
+    """
+    found = []
+    for part in (part for text in given or () for part in text.replace(",", " ").split()):
+        extents = part.lower().split("x")
+        if len(extents) != 2 or not all(extent.isdecimal() for extent in extents):
+            raise OptionError(
+                option,
+                repr(part),
+                needed="shapes N x K, outputs by inputs",
+                do=f"Write --{option} 4096x14336.",
+            )
+        found.append((int(extents[0]), int(extents[1])))
+    return found
 
 
 def size(count: float) -> str:

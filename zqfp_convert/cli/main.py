@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from zqfp_convert import __version__
-from zqfp_convert.cli import convert, demo, generate, inspect, verify
+from zqfp_convert.cli import bench, convert, demo, evaluate, generate, inspect, tune, verify
 
 app = typer.Typer(
     add_completion=True,
@@ -20,7 +20,10 @@ app = typer.Typer(
 app.command("convert")(convert.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
+app.command("evaluate")(evaluate.command)
 app.command("generate")(generate.command)
+app.command("bench")(bench.command)
+app.command("tune")(tune.command)
 app.command("demo")(demo.command)
 
 OWN_OPTIONS = ("-h", "--help", "--version", "--install-completion", "--show-completion")

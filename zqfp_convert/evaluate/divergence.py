@@ -1,4 +1,4 @@
-"""Perplexity, and the KL divergence to the original model, on windows of tokens."""
+"""Log-losses of two models, and the KL divergence between them, token by token."""
 
 from __future__ import annotations
 
@@ -28,24 +28,57 @@ class Divergence:
     tokens: int
 
 
+@dataclass(frozen=True)
+class PerToken:
+    """What two models make of each predicted token; tensors of one shape.
+
+    Attributes:
+        loss: -log of the converted model's probability of the token, nats, float32.
+        original_loss: of the original's.
+        kl: KL(original || converted) of the two distributions, nats, float32.
+        same: whether both find the same token likeliest, bool.
+    """
+
+    loss: Tensor
+    original_loss: Tensor
+    kl: Tensor
+    same: Tensor
+
+
+def per_token(original: Tensor, converted: Tensor, following: Tensor) -> PerToken:
+    """Compare logits `[..., vocabulary]` of two models, where `following` `[...]`, int64, came.
+
+    `KL = sum_v p_v (log p_v - log q_v)`, p being the original's distribution; softmax in float32.
+    """
+    want = original.float().log_softmax(-1)
+    have = converted.float().log_softmax(-1)
+    index = following[..., None]
+    return PerToken(
+        -have.gather(-1, index)[..., 0],
+        -want.gather(-1, index)[..., 0],
+        (want.exp() * (want - have)).sum(-1),
+        want.argmax(-1) == have.argmax(-1),
+    )
+
+
 @torch.inference_mode()
 def compare(
     original: PreTrainedModel, converted: PreTrainedModel, windows: Tensor, batch: int = 4
 ) -> Divergence:
-    """Compare two models on token ids, int64 `[samples, seq_len]`.
+    """Compare two whole models on token ids, int64 `[samples, seq_len]`.
 
     Windows do not overlap and see nothing of each other; the first token of each is not predicted.
     """
     loss = original_loss = kl = same = 0.0
     for start in range(0, len(windows), batch):
         ids = windows[start : start + batch].to(original.device)
-        want = original(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        have = converted(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        following = ids[:, 1:, None]
-        original_loss -= float(want.gather(-1, following).double().sum())
-        loss -= float(have.gather(-1, following).double().sum())
-        kl += float((want.exp() * (want - have)).sum(-1).double().sum())
-        same += float((want.argmax(-1) == have.argmax(-1)).double().sum())
+        want = original(ids, use_cache=False).logits[:, :-1]
+        have = converted(ids, use_cache=False).logits[:, :-1]
+        found = per_token(want, have, ids[:, 1:])
+        original_loss += float(found.original_loss.double().sum())
+        loss += float(found.loss.double().sum())
+        kl += float(found.kl.double().sum())
+        same += float(found.same.double().sum())
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     return Divergence(
         math.exp(loss / tokens),

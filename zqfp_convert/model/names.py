@@ -60,3 +60,11 @@ class NameMap:
             if source in filled or target in filled:
                 filled |= {source, target}
         self.missing = [place for place in self.unfilled if place not in filled]
+
+    def within(self, module: str) -> list[str]:
+        """The names on disk of the tensors in the module of that name in the model."""
+        return [d for d, place in self.to_model.items() if place.startswith(module + ".")]
+
+    def outside(self, module: str) -> list[str]:
+        """The names on disk of the tensors that the model has elsewhere."""
+        return [d for d, place in self.to_model.items() if not place.startswith(module + ".")]

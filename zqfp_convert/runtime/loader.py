@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from zqfp_convert.checkpoint import hub, layout
@@ -36,27 +38,60 @@ def load(
         OptionError: the device does not exist.
     """
     target = resolve_device(device)
-    checkpoint = PackedCheckpoint(hub.fetch(path_or_repo))
-    model = skeleton.build(checkpoint.folder, target)
-    stored = [name for name in checkpoint.shards.tensors if layout.layer_of(name) is None]
-    biases = {layer + layout.BIAS for layer in checkpoint.layers}
-    names = NameMap(model, [*stored, *(layer + layout.WEIGHT for layer in checkpoint.layers)])
-    _check_fit(checkpoint, model, names)
-
-    for name in set(stored) - biases:
-        if name in names.to_model:
-            tensor = checkpoint.shards.read([name])[name].to(target)
-            skeleton.assign(model, {names.to_model[name]: tensor}, dtype)
-    scratch = Scratch()
-    for layer in checkpoint.layers:
-        packed, bias = checkpoint.layer(layer), checkpoint.bias(layer)
-        module = QuantizedLinear(packed, bias, scratch, dtype or model.dtype)
-        place = names.to_model[layer + layout.WEIGHT].removesuffix(layout.WEIGHT)
-        put(model, place, module.to(target))
+    parts = PackedParts(PackedCheckpoint(hub.fetch(path_or_repo)), target, dtype)
+    model = parts.model
+    parts.fill(model, "", list(parts.names.to_model))
     if dtype is not None:
         model.config.dtype = dtype
-    model.tie_weights(missing_keys=set(names.unfilled), recompute_mapping=False)
+    model.tie_weights(missing_keys=set(parts.names.unfilled), recompute_mapping=False)
     return model.eval()
+
+
+class PackedParts:
+    """The model of a packed checkpoint without its weights, and what fills any part of it.
+
+    Attributes:
+        checkpoint: where the weights are.
+        model: the skeleton.
+        names: of its tensors; a quantized linear counts as its weight.
+        dtype: of everything that is not quantized, and so of the activations.
+    """
+
+    def __init__(
+        self, checkpoint: PackedCheckpoint, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
+        """As in `load`.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit its `config.json`.
+            SourceError: the installed transformers does not know the model.
+        """
+        self.checkpoint, self._device, self._cast = checkpoint, device, dtype
+        self.model = skeleton.build(checkpoint.folder, device)
+        self.dtype = dtype or self.model.dtype
+        stored = [name for name in checkpoint.shards.tensors if layout.layer_of(name) is None]
+        weights = {layer + layout.WEIGHT: layer for layer in checkpoint.layers}
+        self.names = NameMap(self.model, [*stored, *weights])
+        _check_fit(checkpoint, self.model, self.names)
+        self._layers = weights
+        self._biases = {layer + layout.BIAS for layer in checkpoint.layers}
+        self._scratch = Scratch()
+
+    def fill(self, module: nn.Module, prefix: str, disk: Iterable[str]) -> None:
+        """Give a module, whose names have `prefix` in the model, the tensors of these names.
+
+        Linears of which the weights are packed become `QuantizedLinear`.
+        """
+        for name in disk:
+            place = self.names.to_model[name].removeprefix(prefix)
+            if name in self._layers:
+                packed = self.checkpoint.layer(self._layers[name])
+                bias = self.checkpoint.bias(self._layers[name])
+                linear = QuantizedLinear(packed, bias, self._scratch, self.dtype)
+                put(module, place.removesuffix(layout.WEIGHT), linear.to(self._device))
+            elif name not in self._biases:
+                tensor = self.checkpoint.shards.read([name])[name].to(self._device)
+                skeleton.assign(module, {place: tensor}, self._cast)
 
 
 def _check_fit(checkpoint: PackedCheckpoint, model: PreTrainedModel, names: NameMap) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from zqfp_convert.errors import OutputError
 from zqfp_convert.runtime.kernels.hopper.multiply import SHARED_LIMIT, Schedule
 
 SHIPPED = Path(__file__).parent / "table.json"
@@ -88,22 +91,33 @@ def fit(schedule: Schedule, groups: int) -> Schedule:
 
 @cache
 def _entry(tokens: int, rows: int, columns: int, device: int) -> Entry:
+    """What was tuned for the shape, unless the shipped table is nearer in the number of tokens."""
+    found = [shipped().entry(tokens, rows, columns)]
     tuned = _tuned(device)
     if tuned is not None and (rows, columns) in tuned.shapes:
-        return tuned.entry(tokens, rows, columns)
-    return _shipped().entry(tokens, rows, columns)
+        found.insert(0, tuned.entry(tokens, rows, columns))
+    return min(found, key=lambda entry: (entry.tokens < tokens, abs(entry.tokens - tokens)))
 
 
 @cache
-def _shipped() -> Table:
+def shipped() -> Table:
+    """The table that comes with the package."""
     return Table(read(SHIPPED))
 
 
 @cache
 def _tuned(device: int) -> Table | None:
+    path = tuned_path(device)
     try:
-        return Table(read(tuned_path(device)))
-    except (OSError, ValueError, KeyError, TypeError):
+        return Table(read(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(
+            f"{path} is no table of schedules of this version, and is ignored ({error}): "
+            "run 'zqfp-convert tune' to measure anew",
+            stacklevel=2,
+        )
         return None
 
 
@@ -128,20 +142,57 @@ def read(path: Path) -> list[Entry]:
 
 def written(entries: Iterable[Entry]) -> str:
     """The text of a table: an entry on each line; a schedule spells what is not usual."""
-    usual = asdict(Schedule(tokens=0))
-    lines = []
-    for entry in entries:
-        spelled = asdict(entry)
-        spelled["schedule"] = {
-            key: value for key, value in spelled["schedule"].items() if value != usual[key]
-        }
-        lines.append(json.dumps(spelled))
+    lines = [json.dumps(asdict(entry) | {"schedule": spelled(entry.schedule)}) for entry in entries]
     return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def spelled(schedule: Schedule) -> dict[str, int]:
+    """What is not usual in a schedule, by name."""
+    usual = asdict(Schedule(tokens=0))
+    return {key: value for key, value in asdict(schedule).items() if value != usual[key]}
+
+
+def keep(entries: Iterable[Entry], device: int) -> Path:
+    """Put entries into the tuned table of a GPU, beside those of other shapes; and use them.
+
+    Raises:
+        OutputError: the table cannot be written; it is what it was before.
+    """
+    path = tuned_path(device)
+    try:
+        known = read(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        known = []
+    merged = {(entry.rows, entry.columns, entry.tokens): entry for entry in (*known, *entries)}
+    try:
+        _replace(path, written(merged[key] for key in sorted(merged)))
+    except OSError as error:
+        raise OutputError(
+            str(path),
+            f"cannot be written ({error.strerror})",
+            needed="a cache folder that can be written",
+            do="Make room there, or set XDG_CACHE_HOME to another folder.",
+        ) from error
+    forget()
+    return path
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that has its name only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        try:
+            file.write(text)
+            file.close()
+            os.replace(file.name, path)
+        except OSError:
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 def forget() -> None:
     """Read the tables anew at the next choice."""
-    for function in (choose, prefers_expanded, _entry, _shipped, _tuned):
+    for function in (choose, prefers_expanded, _entry, shipped, _tuned):
         function.cache_clear()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from zqfp_convert.runtime.kernels.hopper import layout, schedules
 from zqfp_convert.runtime.kernels.hopper.expand import expand
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
-from zqfp_convert.runtime.kernels.hopper.multiply import flag_count, multiply
+from zqfp_convert.runtime.kernels.hopper.multiply import Schedule, flag_count, multiply
 from zqfp_convert.runtime.kernels.hopper.quantize import quantize
 from zqfp_convert.runtime.kernels.hopper.schedules import Entry
 
@@ -58,7 +58,7 @@ def _fastest(
     y = torch.empty(tokens, rows, dtype=torch.bfloat16, device=device)
     quantize(x, None, None, None, codes, token_scale, None, flags)
 
-    def fused(schedule: schedules.Schedule) -> Callable[[Chunks], None]:
+    def fused(schedule: Schedule) -> Callable[[Chunks], None]:
         def run(chunks: Chunks) -> None:
             multiply(
                 codes, token_scale, None, chunks, None, factor, None, y, schedule, flags
@@ -73,7 +73,7 @@ def _fastest(
     times = _measure(runs, weights, calls)
     expanded = times.pop("expanded")
     best = min(times, key=lambda schedule: times[schedule])
-    assert isinstance(best, schedules.Schedule)
+    assert isinstance(best, Schedule)
     return Entry(rows, columns, tokens, best, round(times[best], 2), round(expanded, 2))
 
 
@@ -119,11 +119,14 @@ def _measure(
     times: dict[object, list[float]] = {name: [] for name in runs}
     for _ in range(REPLAYS):
         for name, graph in graphs.items():
-            start = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
+            start, end = _event(), _event()
             start.record()
             graph.replay()
             end.record()
             end.synchronize()
             times[name].append(start.elapsed_time(end) * MICROSECONDS / calls)
     return {name: median(values) for name, values in times.items()}
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -1,0 +1,82 @@
+"""Which table a schedule is taken from: what was tuned here, else what comes with the package."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from zqfp_convert.runtime.kernels.hopper import schedules
+from zqfp_convert.runtime.kernels.hopper.multiply import Schedule
+from zqfp_convert.runtime.kernels.hopper.schedules import Entry
+
+SHAPE = (4096, 14336)  # in the table that comes with the package
+MINE = Schedule(8, stages=3)
+
+
+@pytest.fixture(autouse=True)
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the tuned table is."""
+    monkeypatch.setattr(schedules, "tuned_path", lambda device: tmp_path / "a" / "gpu.json")
+    schedules.forget()
+    yield tmp_path / "a" / "gpu.json"
+    schedules.forget()
+
+
+def entry(rows: int, columns: int, tokens: int) -> Entry:
+    return Entry(rows, columns, tokens, MINE, 1.0, 2.0)
+
+
+def test_tuned_goes_first_for_its_shape_alone(path: Path) -> None:
+    shipped = schedules.choose(1, *SHAPE, 1, 0)
+    assert schedules.keep([entry(*SHAPE, 1)], 0) == path
+    assert schedules.choose(1, *SHAPE, 1, 0) == MINE != shipped
+    other = schedules.shipped().entry(1, 4096, 4096).schedule
+    assert schedules.choose(1, 4096, 4096, 1, 0) == other
+    path.unlink()
+    schedules.forget()
+    assert schedules.choose(1, *SHAPE, 1, 0) == shipped
+
+
+def test_numbers_of_tokens_that_were_not_tuned_come_from_the_shipped_table() -> None:
+    want = {tokens: schedules.choose(tokens, *SHAPE, 1, 0) for tokens in (8, 16, 8192, 10**5)}
+    schedules.keep([entry(*SHAPE, tokens) for tokens in (1, 4096)], 0)
+    for tokens, schedule in want.items():
+        assert schedules.choose(tokens, *SHAPE, 1, 0) == schedule
+    assert schedules.choose(3000, *SHAPE, 1, 0) == MINE
+
+
+def test_keeping_twice(path: Path) -> None:
+    schedules.keep([entry(64, 64, 1), entry(64, 64, 16)], 0)
+    better = Entry(64, 64, 16, Schedule(16, stages=5), 0.5, 1.0)
+    schedules.keep([better, entry(32, 64, 1)], 0)
+    assert schedules.read(path) == [entry(32, 64, 1), entry(64, 64, 1), better]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not JSON",
+        "{}5",
+        '[{"rows": 1}]',
+        json.dumps([{"rows": 64, "columns": 64, "tokens": 1, "fused": 1.0, "expanded": 1.0,
+                     "schedule": {"tokens": 8, "of_another_version": 1}}]),
+    ],
+)  # fmt: skip
+def test_stale_tables_are_ignored_aloud_and_once(text: str, path: Path) -> None:
+    want = schedules.choose(1, *SHAPE, 1, 0)
+    path.parent.mkdir()
+    path.write_text(text)
+    schedules.forget()
+    with pytest.warns(UserWarning, match="zqfp-convert tune") as said:
+        assert schedules.choose(1, *SHAPE, 1, 0) == want
+    assert str(path) in str(said[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedules.choose(16, *SHAPE, 1, 0)
+        schedules.choose(1, 64, 64, 1, 0)
+    schedules.keep([entry(64, 64, 1)], 0)
+    assert schedules.read(path) == [entry(64, 64, 1)]

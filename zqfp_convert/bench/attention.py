@@ -1,0 +1,59 @@
+"""How models attend while they are measured: torch's attention, without what compiling adds.
+
+Compiled, transformers gives every prompt a mask of M x M, which keeps the flash kernel away, and
+copies keys and values for each head that shares them. Neither is needed: a prompt meets an empty
+cache, and one token's heads can be rows of one head. The results are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+USUAL, OURS = "sdpa", "zqfp_bench_sdpa"
+
+
+def simplify(model: PreTrainedModel) -> None:
+    """Let a model attend so, if it would take torch's attention anyway."""
+    if model.config._attn_implementation == USUAL:
+        AttentionInterface.register(OURS, attend)
+        AttentionMaskInterface.register(OURS, mask)
+        model.set_attn_implementation(OURS)
+
+
+def mask(**about: Any) -> Tensor | None:
+    """Torch's, but None for a prompt, where `is_causal` does, unless attention is local."""
+    if about["q_length"] > 1 and about.get("local_size") is None:
+        return None
+    masked: Tensor | None = sdpa_mask(**about)
+    return masked
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **about: Any,
+) -> tuple[Tensor, None]:
+    """Attention of `[B, heads, M, D]` over `[B, shared heads, L, D]`; `[B, M, heads, D]`."""
+    batch, heads, tokens, depth = query.shape
+    shared = key.shape[1]
+    one_mask = attention_mask is None or attention_mask.shape[1] == 1
+    plain = about.get("position_bias") is None and about.get("softcap") is None
+    if tokens > 1 or heads == shared or not one_mask or not plain:
+        usual: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **about
+        )
+        return usual
+    packed = query.reshape(batch, shared, heads // shared, depth)
+    y = scaled_dot_product_attention(
+        packed, key, value, attn_mask=attention_mask, scale=about.get("scaling")
+    )
+    return y.reshape(batch, 1, heads, value.shape[-1]), None

@@ -1,0 +1,197 @@
+"""`zqfp-convert evaluate OUT/ --against MODEL --text FILE`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from zqfp_convert.cli import console
+
+if TYPE_CHECKING:
+    from zqfp_convert.evaluate.evaluation import Evaluation, Measured
+    from zqfp_convert.evaluate.figures import Figures
+    from zqfp_convert.evaluate.interval import Interval
+    from zqfp_convert.evaluate.plan import EvaluationPlan
+
+TO_PROGRAMS = "-"
+FIGURES = (
+    "perplexity",
+    "original",
+    "log-loss added",
+    "mean KL",
+    "median KL",
+    "99 % of KL",
+    "99.9 %",
+    "same top",
+)
+
+
+def command(
+    checkpoint: Annotated[str, typer.Argument(help="A packed checkpoint, or a name on the Hub.")],
+    against: Annotated[str, typer.Option(help="The model that it was made from.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A .txt or .jsonl file to measure on, not calibrated on. Repeat for more."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="How many to take of each text at most. \\[default: all]"),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that see each other. \\[default: 2048, or the most the model takes]"
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Windows that go through a block together.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 … \\[default: the first GPU]")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the original: float32, bfloat16, float16 or stored. \\[default: float32 on "
+            "the CPU, else as stored]"
+        ),
+    ] = None,
+    json_file: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write the figures to FILE as one JSON object; - prints it, and nothing else.",
+        ),
+    ] = None,
+    quiet: console.Quiet = False,
+    debug: console.Debug = False,
+) -> None:
+    """Measure how close a checkpoint is to its model: perplexity, KL divergence, top tokens."""
+    as_json = json_file == TO_PROGRAMS
+    with console.errors(debug, as_json):
+        from zqfp_convert.evaluate.evaluation import run
+        from zqfp_convert.evaluate.plan import make_plan
+
+        target = None if json_file is None or as_json else _json_file(Path(json_file))
+        plan = make_plan(
+            checkpoint,
+            against,
+            text or [],
+            tokens=tokens,
+            window=window,
+            batch=batch,
+            device=device,
+            dtype=dtype,
+        )
+        silent = quiet or as_json
+        if not silent:
+            _show_plan(plan)
+        with console.progress(silent) as report:
+            result = run(plan, report)
+        if as_json:
+            console.print_json(result.to_json())
+        if target is not None:
+            target.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+        if not silent:
+            _show_result(result)
+
+
+def _json_file(path: Path) -> Path:
+    """Where JSON goes, checked before any work."""
+    from zqfp_convert.errors import OptionError
+
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise OptionError(
+            f"--json {path}",
+            "a folder" if path.is_dir() else "in a folder that does not exist",
+            needed="the name of a file to write",
+            do="Give another one, or - for standard output.",
+        )
+    return path
+
+
+def _show_plan(plan: EvaluationPlan) -> None:
+    def kind(dtype: object) -> str:
+        return str(dtype).removeprefix("torch.")
+
+    rows = {
+        "checkpoint": f"{plan.packed.checkpoint.folder} (runs in {kind(plan.packed.dtype)})",
+        "against": f"{plan.original.source.folder} (runs in {kind(plan.original.dtype)})",
+        "text": f"{plan.windows} windows of {plan.window} tokens, without overlap, of "
+        + ", ".join(text.name for text in plan.texts),
+        "device": str(plan.device),
+        "memory": f"about {console.size(plan.host_memory)} of host memory "
+        f"({console.size(plan.hidden_memory)} for hidden states)"
+        + (f", {console.size(plan.device_memory)} on the GPU" if plan.device_memory else ""),
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in rows.items():
+        table.add_row(key, escape(value))
+    console.out.print(table)
+    for name in plan.seen_in_calibration:
+        console.out.print(
+            f"[bold yellow]Calibrated on:[/] the checkpoint names {escape(name)} as the text it "
+            "was calibrated on; on it, it looks closer than it is."
+        )
+
+
+def _show_result(result: Evaluation) -> None:
+    texts = _table("text", "windows", "tokens", *FIGURES)
+    for measured in result.texts:
+        figures = measured.figures
+        count = str(measured.windows), f"{figures.tokens:,}"
+        texts.add_row(escape(measured.name), *count, *_cells(figures))
+    console.out.print()
+    console.out.print(texts)
+    for measured in result.texts:
+        console.out.print()
+        console.out.print(_by_position(measured))
+    console.out.print(
+        f"\nKL of original to quantized and log-loss in nats a token, ± the 95 % interval over "
+        f"windows; {result.seconds:.1f} s"
+    )
+
+
+def _by_position(measured: Measured) -> Table:
+    table = _table("tokens before", "tokens", *FIGURES)
+    table.title, table.title_justify = escape(measured.name) + ", by position in the window", "left"
+    for bucket in measured.positions:
+        span = f"{bucket.first}" if bucket.first == bucket.last else f"{bucket.first}-{bucket.last}"
+        table.add_row(span, f"{bucket.figures.tokens:,}", *_cells(bucket.figures))
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for heading in others:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _cells(figures: Figures) -> list[str]:
+    return [
+        f"{figures.perplexity:.3f}",
+        f"{figures.original_perplexity:.3f}",
+        _with_interval(figures.loss_difference),
+        _with_interval(figures.kl),
+        f"{figures.kl_median:.4f}",
+        f"{figures.kl_99:.3f}",
+        f"{figures.kl_999:.3f}",
+        f"{figures.same_top:.2%}",
+    ]
+
+
+def _with_interval(interval: Interval) -> str:
+    half = "" if interval.half is None else f" ± {interval.half:.4f}"
+    return f"{interval.mean:.4f}{half}"

@@ -1,0 +1,84 @@
+"""`zqfp-convert tune [OUT/ ...]`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from zqfp_convert.cli import console
+
+if TYPE_CHECKING:
+    from zqfp_convert.tune import Tuned
+
+
+def command(
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Packed checkpoints, or names on the Hub, whose layers' shapes to measure. "
+            "\\[default: the shapes of the table that comes with the package]",
+            show_default=False,
+        ),
+    ] = None,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="More shapes, N x K (outputs x inputs): 4096x14336,1024x4096. Repeat for more."
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(help="Numbers of tokens: 1,16,8192. Repeat for more. \\[default: 1 to 8192]"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, cuda:1 … \\[default: the first GPU]")
+    ] = None,
+    as_json: console.Json = False,
+    quiet: console.Quiet = False,
+    debug: console.Debug = False,
+) -> None:
+    """Measure on this Hopper GPU how products are best cut up, and keep that for its kernels.
+
+    What is found goes into a table in the user's cache, one for each kind of GPU, and is used from
+    then on; without it, the table that comes with the package. Other GPUs have nothing to tune.
+    """
+    with console.errors(debug, as_json):
+        from zqfp_convert.tune import table_path, tune
+
+        wanted = console.shapes("shapes", shapes)
+        counts = console.numbers("tokens", tokens)
+        with console.progress(quiet or as_json) as report:
+            found = list(tune(checkpoints or [], wanted, counts, device, report))
+        path = table_path(device)
+        if as_json:
+            console.print_json(
+                {"table": str(path), "entries": [tuned.to_json() for tuned in found]}
+            )
+        elif not quiet:
+            _show(found)
+            console.out.print(f"kept in {path}", soft_wrap=True, markup=False)
+
+
+def _show(found: list[Tuned]) -> None:
+    table = Table(box=None)
+    for heading in ("N", "K", "M"):
+        table.add_column(heading, justify="right")
+    table.add_column("path")
+    table.add_column("schedule", overflow="fold")
+    for heading in ("fused, us", "expanded, us", "rate"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for tuned in found:
+        entry, rate = tuned.entry, tuned.read_rate
+        table.add_row(
+            str(entry.rows),
+            str(entry.columns),
+            str(entry.tokens),
+            tuned.path,
+            ", ".join(f"{name} {value}" for name, value in tuned.spelled.items()),
+            f"{entry.fused:.2f}",
+            f"{entry.expanded:.2f}",
+            f"{rate / 1e12:.2f} TB/s" if rate else f"{tuned.flops / 1e12:.0f} TFLOP/s",
+        )
+    console.out.print(table)
