@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from zqfp_convert.errors import ZqfpError
 
 ARCHITECTURE = "sm_90a"
@@ -105,7 +107,7 @@ def _compile(name: str, source: str, headers: Mapping[str, str], options: list[s
                 f"{name}.cu",
                 log.rstrip(b"\0").decode(errors="replace")[:2000],
                 needed="source that NVRTC takes",
-                do="Report this with the versions of torch and CUDA; ZQFP_PATH=expanded goes on.",
+                do="Report this with the versions of torch and CUDA; ZQFP_PATH=reference goes on.",
             )
         return _text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     finally:
@@ -130,7 +132,7 @@ def version() -> tuple[int, int]:
 
 @cache
 def library() -> ctypes.CDLL:
-    """NVRTC: the newest among the installed wheels, else the system's.
+    """NVRTC: among the installed wheels that of PyTorch's CUDA, else the newest, else the system's.
 
     Raises:
         CompilerError: there is none.
@@ -159,4 +161,13 @@ def _installed() -> Iterator[Path]:
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
     found = [path for folder in folders for path in folder.glob("*/lib/libnvrtc.so.*")]
-    yield from sorted(found, key=lambda path: path.name, reverse=True)
+    yield from by_fitness(found, torch.version.cuda)
+
+
+def by_fitness(libraries: list[Path], cuda: str | None) -> list[Path]:
+    """Libraries named `libnvrtc.so.<major>`, that of PyTorch's CUDA first, then the newest.
+
+    The driver that runs PyTorch takes the machine code of its CUDA; of a newer one it may not.
+    """
+    ending = f".{(cuda or '').split('.')[0]}"
+    return sorted(libraries, key=lambda path: (path.suffix == ending, path.suffix), reverse=True)

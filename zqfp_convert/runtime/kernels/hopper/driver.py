@@ -50,7 +50,7 @@ def _check(code: int, name: str, doing: str) -> None:
             name,
             f"{(text.value or b'unknown error').decode()} ({code}) while {doing}",
             needed="a GPU of compute capability 9.0 in working order",
-            do="ZQFP_PATH=expanded or reference goes on without this kernel.",
+            do="ZQFP_PATH=reference goes on without this kernel.",
         )
 
 
