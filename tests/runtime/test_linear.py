@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.errors import OptionError
 from zqfp_convert.numerics.scales import Kind
+from zqfp_convert.runtime.kernels.hopper import linear as hopper_linear
 from zqfp_convert.runtime.kernels.hopper import schedules
+from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights
 from zqfp_convert.runtime.linear import PATH_VARIABLE, QuantizedLinear, Scratch
 
 
@@ -389,3 +391,13 @@ def test_a_path_that_cannot_be(path: str, found: str, monkeypatch: pytest.Monkey
         module(torch.randn(2, 72).bfloat16())
     assert raised.value.where == f"ZQFP_PATH={path}"
     assert found in raised.value.found
+
+
+@pytest.mark.parametrize(("columns", "device"), [(256, "meta"), (512, "cpu")])
+def test_an_input_that_does_not_fit_is_refused(columns: int, device: str) -> None:
+    """Kernels are told addresses only, so what lies elsewhere must not reach them."""
+    weights = HopperWeights(random_layer("m2", 64, 256), None).to(device)
+    x = torch.ones(2, columns, dtype=torch.bfloat16)
+    buffers = (weights.chunks, 1, weights.row_factor, *[None] * 6)
+    with pytest.raises(OptionError, match=f"{columns} features on cpu"):
+        hopper_linear._work(x, 64, *buffers, "fused", 0)

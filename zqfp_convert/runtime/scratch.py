@@ -19,6 +19,9 @@ _living: WeakValueDictionary[int, Scratch] = WeakValueDictionary()
 class Scratch:
     """One buffer for each device, as large as the largest matrix asked for.
 
+    Work on one stream at a time: two streams that expand at once would write over one another's
+    matrix.
+
     Layers ask as they arrive on a device, so that no call has to make room, which a CUDA graph that
     was captured before would not notice.
     """

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zqfp_convert.checkpoint.packed import PackedLayer
+from zqfp_convert.errors import OptionError
 from zqfp_convert.numerics import fp8
 from zqfp_convert.runtime import expanded, operators
 from zqfp_convert.runtime.kernels.hopper import layout, schedules
@@ -121,8 +122,18 @@ def _work(
         lorc_B: B as it lies on disk, for the expanded path, or None.
         way: fused, expanded, or auto: whichever is faster for M tokens.
         scratch: key of the buffer for the expanded path.
+
+    Raises:
+        OptionError: x is on another device than the weights, or has another K.
     """
     tokens, columns = x.shape
+    if x.device != chunks.device or -(-columns // layout.COLUMNS) != chunks.shape[1]:
+        raise OptionError(
+            "the input of a quantized linear",
+            f"{columns} features on {x.device}",
+            needed=f"chunks of {layout.COLUMNS} features: {chunks.shape[1]}, on {chunks.device}",
+            do="Move the input to the model's device.",
+        )
     if not tokens:
         return x.new_empty(0, rows)
     x = x if x.stride(1) == 1 else x.contiguous()

@@ -25,6 +25,7 @@ constexpr int BUFFERS = WARPGROUPS * SHARES > 2 && TOKENS * TILES >= 128 ? 1 : 2
 constexpr int PARTS_MEET = 15;  // a barrier among threads, beside one for each warpgroup
 
 static_assert(STAGES >= 2 * SHARES, "a warpgroup gives a stage back when it has the next");
+static_assert(!PERSISTENT || STREAM || PARTS == 1, "sums meet once, after the last tile");
 static_assert(!STREAM || (SPLIT * PAIR == 1 && !IN_STAGES), "stages are in use from tile to tile");
 static_assert(!IN_STAGES || EXCHANGE_BYTES <= STAGES * STAGE_BYTES, "the stages have to hold it");
 
