@@ -249,7 +249,7 @@ def test_too_little_disk(source: Path, out: Path, monkeypatch: pytest.MonkeyPatc
 def test_too_little_memory_to_write_its_own_text(
     recipe: str, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zqfp_convert.plan.free_memory", lambda device: 100_000)
+    monkeypatch.setattr("zqfp_convert.model.device.free_memory", lambda device: 100_000)
     refused(source, out, "memory of cpu", "--calibration", recipe=recipe)
 
 
@@ -257,7 +257,7 @@ def test_too_little_memory_even_for_a_block(
     source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text("abc " * 100)
-    monkeypatch.setattr("zqfp_convert.plan.free_memory", lambda device: 100_000)
+    monkeypatch.setattr("zqfp_convert.model.device.free_memory", lambda device: 100_000)
     error = refused(
         source, out, "memory of cpu", "--samples", recipe="best", calibration=tmp_path / "a.txt"
     )

@@ -18,7 +18,7 @@ from zqfp_convert.checkpoint.writer import check_free
 from zqfp_convert.errors import CheckpointError, OutputError, SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
-from zqfp_convert.model.device import compute_dtype, free_memory, resolve_device
+from zqfp_convert.model.device import compute_dtype, resolve_device, too_little_memory
 from zqfp_convert.model.names import NameMap
 from zqfp_convert.model.tokenizer import tokenizer_of
 from zqfp_convert.recipe import Recipe
@@ -360,18 +360,15 @@ def _check_room(plan: Plan) -> None:
             do="Make room, or give an output folder on another disk.",
         )
     generated = plan.recipe.needs_calibration and plan.text is None
-    for device, estimate in (
-        (torch.device("cpu"), plan.host_memory),
-        (plan.device, plan.device_memory),
-    ):
-        memory = free_memory(device)
-        if memory is not None and estimate > memory:
-            raise SourceError(
-                f"memory of {device}",
-                f"{memory / 1e6:,.0f} MB free",
-                needed=f"about {estimate / 1e6:,.0f} MB"
-                + (" (the whole model, to write its own calibration text)" if generated else ""),
-                do="Give --calibration FILE, so that the model is streamed block by block."
-                if generated
-                else "Use fewer --samples or a shorter --seq-len, or another --device.",
-            )
+    short = too_little_memory(plan.host_memory, plan.device, plan.device_memory)
+    if short is not None:
+        where, found, wanted = short
+        raise SourceError(
+            where,
+            found,
+            needed=wanted
+            + (" (the whole model, to write its own calibration text)" if generated else ""),
+            do="Give --calibration FILE, so that the model is streamed block by block."
+            if generated
+            else "Use fewer --samples or a shorter --seq-len, or another --device.",
+        )

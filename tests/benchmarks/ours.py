@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from peers import Problem, random_inputs
+from peers import GROUP, Problem, random_inputs
 from torch import Tensor
 
 from zqfp_convert.checkpoint.packed import PackedLayer
@@ -11,11 +11,9 @@ from zqfp_convert.numerics import fp8
 from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.kernels.hopper import layout, schedules
 from zqfp_convert.runtime.kernels.hopper.expand import expand
-from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights
+from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights, both_parts
 from zqfp_convert.runtime.kernels.hopper.multiply import flag_count, multiply
 from zqfp_convert.runtime.kernels.hopper.quantize import quantize
-
-GROUP = 128
 
 
 class Ours:
@@ -118,9 +116,7 @@ class Ours:
         )[: self.x.shape[0]]
         z = None
         if self.inner is not None:
-            steps, tokens, _ = self.inner.shape
-            z = self.inner.view(steps, tokens, 2, layout.RANKS).float().sum(2)
-            z = z.transpose(0, 1).reshape(tokens, -1)[:, : self.rank]
+            z = both_parts(self.inner)[:, : self.rank]
         return expanded.finish(y, z, weights.lorc_B, None, torch.bfloat16)
 
     def quantize_and_multiply(self, copy: int) -> Tensor:

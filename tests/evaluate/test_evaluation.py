@@ -199,6 +199,6 @@ def test_a_model_that_gives_nan(
 def test_too_little_memory(
     texts: list[Path], tiny_model: Maker, converted: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "free_memory", lambda device: 1000)
+    monkeypatch.setattr("zqfp_convert.model.device.free_memory", lambda device: 1000)
     with pytest.raises(zqfp_convert.ZqfpError, match="--tokens"):
         make_plan(converted("llama", "fast"), tiny_model("llama"), texts, device="cpu", window=8)

@@ -18,7 +18,7 @@ from zqfp_convert.evaluate import texts
 from zqfp_convert.evaluate.parts import SourceParts
 from zqfp_convert.evaluate.texts import Windows
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
-from zqfp_convert.model.device import compute_dtype, free_memory, resolve_device
+from zqfp_convert.model.device import compute_dtype, resolve_device, too_little_memory
 from zqfp_convert.model.tokenizer import check_tokens, tokenizer_of
 from zqfp_convert.plan import TOKENS_AT_ONCE, positions
 from zqfp_convert.runtime.loader import PackedParts
@@ -221,15 +221,8 @@ def _count(module: nn.Module) -> int:
 
 
 def _check_room(plan: EvaluationPlan) -> None:
-    for device, estimate in (
-        (torch.device("cpu"), plan.host_memory),
-        (plan.device, plan.device_memory),
-    ):
-        memory = free_memory(device)
-        if memory is not None and estimate > memory:
-            raise OptionError(
-                f"memory of {device}",
-                f"{memory / 1e6:,.0f} MB free",
-                needed=f"about {estimate / 1e6:,.0f} MB",
-                do="Give fewer --tokens, a smaller --batch or --window, or another --device.",
-            )
+    short = too_little_memory(plan.host_memory, plan.device, plan.device_memory)
+    if short is not None:
+        where, found, needed = short
+        do = "Give fewer --tokens, a smaller --batch or --window, or another --device."
+        raise OptionError(where, found, needed=needed, do=do)

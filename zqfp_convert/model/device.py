@@ -41,6 +41,18 @@ def compute_dtype(device: torch.device, stored: torch.dtype | None) -> torch.dty
     return stored
 
 
+def too_little_memory(
+    host: int, device: torch.device, on_device: int
+) -> tuple[str, str, str] | None:
+    """The first place with less free memory than the bytes needed: where, found and needed."""
+    for place, estimate in ((torch.device("cpu"), host), (device, on_device)):
+        free = free_memory(place)
+        if free is not None and estimate > free:
+            found, needed = f"{free / 1e6:,.0f} MB free", f"about {estimate / 1e6:,.0f} MB"
+            return f"memory of {place}", found, needed
+    return None
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had on a device; None where the system does not tell."""
     if device.type == "cuda":

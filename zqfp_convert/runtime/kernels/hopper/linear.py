@@ -174,13 +174,13 @@ def _work(
             row_factor[: matrix.shape[0]],
             rows,
         )
-        z = None if inner is None else _both_parts(inner)[:, :rank]
+        z = None if inner is None else both_parts(inner)[:, :rank]
         return expanded.finish(
             y[:tokens], z, lorc_B, None if bias is None else bias[:rows], x.dtype
         )
 
 
-def _both_parts(inner: Tensor) -> Tensor:
+def both_parts(inner: Tensor) -> Tensor:
     """Of `quantize`, z in bfloat16 `[steps, M, 16]`, to float32 `[M, steps * 8]`.
 
     Its high and low parts change places from one four tokens to the next; their sum is the same.

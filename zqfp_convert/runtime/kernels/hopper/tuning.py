@@ -9,6 +9,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from zqfp_convert.numerics import fp8
+from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.kernels.hopper import layout, schedules
 from zqfp_convert.runtime.kernels.hopper.expand import expand
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
@@ -81,22 +83,15 @@ def _expanded(
     rows: int, columns: int, x: Tensor, factor: Tensor, device: torch.device
 ) -> Callable[[Chunks], None]:
     """The expanded path on activations that are quantized already."""
-    wide, deep = rows + -rows % 16, columns + -columns % 16
+    wide, deep = expanded.matrix_shape(rows, columns)
     matrix = torch.empty(wide, deep, dtype=torch.uint8, device=device)
-    tokens = x.shape[0] + -x.shape[0] % 16
-    codes = torch.randn(tokens, deep, device=device).to(torch.float8_e4m3fn)
+    tokens = x.shape[0] + -x.shape[0] % expanded.ALIGNMENT
+    codes = torch.randn(tokens, deep, device=device).to(fp8.DTYPE)
     scale = torch.rand(tokens, 1, device=device)
 
     def run(chunks: Chunks) -> None:
         expand(chunks, matrix)
-        torch._scaled_mm(
-            codes,
-            matrix.view(torch.float8_e4m3fn).t(),
-            scale_a=scale,
-            scale_b=factor[None, :wide],
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
+        expanded.product(codes, scale, matrix.view(fp8.DTYPE), factor[:wide], rows)
 
     return run
 
