@@ -30,6 +30,7 @@ from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.cli.bench import show
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import find_blocks, linears, put, shape
+from zqfp_convert.runtime import siblings
 from zqfp_convert.runtime.linear import QuantizedLinear, Scratch
 
 GROUP = 128
@@ -95,6 +96,7 @@ def packed_model(folder: Path, rank: int, device: torch.device) -> PreTrainedMod
         for name, linear in list(linears(block)):
             layer = random_layer(name, *shape(linear), rank, generator)
             put(block, name, QuantizedLinear(layer, None, scratch, original.DTYPE))
+    siblings.link(model)
     return original.fill(model, device, generator)
 
 

@@ -12,7 +12,13 @@ from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.kernels.hopper import layout, schedules
 from zqfp_convert.runtime.kernels.hopper.expand import expand
 from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights, both_parts
-from zqfp_convert.runtime.kernels.hopper.multiply import flag_count, multiply
+from zqfp_convert.runtime.kernels.hopper.multiply import (
+    INNER_TOKENS,
+    Inputs,
+    Matrix,
+    flag_count,
+    multiply,
+)
 from zqfp_convert.runtime.kernels.hopper.quantize import quantize
 
 
@@ -57,15 +63,17 @@ class Ours:
     def prepare(self, tokens: int) -> None:
         """Inputs `[tokens, columns]`, and room for all that comes of them."""
         self.x = random_inputs(tokens, self.columns)
-        shape = (tokens, self.rows, self.columns)
+        shape = (tokens, (self.rows,), self.columns)
         self.wide = schedules.prefers_expanded(*shape, self.rank, 0)
-        self.schedule = schedules.choose(*shape, self.weights.groups, 0)
+        schedule = schedules.choose(*shape, 0)
+        self.inside = self.weights.inner_codes is not None and schedule.tokens <= INNER_TOKENS
+        device, depth = self.x.device, self.weights.chunks.shape[1]
+        inputs = schedule.input_bytes(tokens, depth)
+        self.schedule = schedule.fit(self.weights.groups, self.inside, inputs)
         self.tile = {"expanded": True} if self.wide else vars(self.schedule)
-        steps = -(-self.rank // layout.RANKS)
-        device = self.x.device
         self.inner = None
-        if steps:
-            size = (steps, tokens, 2 * layout.RANKS)
+        if self.rank and (self.wide or not self.inside):
+            size = (-(-self.rank // layout.RANKS), tokens, 2 * layout.RANKS)
             self.inner = torch.empty(size, dtype=torch.bfloat16, device=device)
         if self.wide:
             rows, columns = expanded.matrix_shape(self.rows, self.columns)
@@ -73,38 +81,34 @@ class Ours:
             padded = tokens + -tokens % expanded.ALIGNMENT
             self.codes = torch.empty(padded, columns, dtype=torch.uint8, device=device)
         else:
-            depth, padded = self.weights.chunks.shape[1], tokens
+            padded = tokens
             size = (depth, tokens, layout.COLUMNS)
             self.codes = torch.empty(size, dtype=torch.uint8, device=device)
         self.token_scale = torch.ones(padded, device=device)
-        depth = self.weights.chunks.shape[1]
-        count = 0 if self.wide else flag_count(self.schedule, tokens, self.rows, depth, 0)
+        count = 0 if self.wide else flag_count(self.schedule, tokens, (self.rows,), depth, 0)
         self.flags = torch.zeros(count, dtype=torch.int32, device=device)
         self.y = torch.full((tokens, self.rows), torch.nan, dtype=torch.bfloat16, device=device)
         self.quantize()
 
     def quantize(self) -> Tensor:
-        """Activations to FP8, and z."""
-        factor, scale = self.weights.inner_factor, self.weights.inner_scale
-        quantize(self.x, None, factor, scale, self.codes, self.token_scale, self.inner, self.flags)
+        """Activations to FP8, and z where the product does not make it."""
+        factors: tuple[list[Tensor], list[Tensor]] = [], []
+        if self.inner is not None:
+            assert self.weights.inner_factor is not None
+            assert self.weights.inner_scale is not None
+            factors = [self.weights.inner_factor], [self.weights.inner_scale]
+        quantize(self.x, None, *factors, self.codes, self.token_scale, self.inner, self.flags)
         return self.codes
 
     def multiply(self, copy: int) -> Tensor:
-        """The product."""
+        """The product; with an inline schedule from activations as they come."""
         chunks, weights = self.copies[copy], self.weights
         if not self.wide:
-            multiply(
-                self.codes,
-                self.token_scale,
-                self.inner,
-                chunks,
-                weights.outer,
-                weights.row_factor,
-                None,
-                self.y,
-                self.schedule,
-                self.flags,
-            )
+            made = (weights.inner_codes, weights.inner_scale) if self.inside else (None, None)
+            matrix = Matrix(chunks, weights.row_factor, None, self.y, weights.outer, *made)
+            inputs = Inputs(self.codes, self.token_scale, self.inner)
+            x = self.x if self.schedule.inline else inputs
+            multiply(x, None, [matrix], self.schedule, self.flags)
             return self.y
         expand(chunks, self.matrix)
         y = expanded.product(
@@ -121,7 +125,8 @@ class Ours:
 
     def quantize_and_multiply(self, copy: int) -> Tensor:
         """Both, as in a model."""
-        self.quantize()
+        if self.wide or not self.schedule.inline:
+            self.quantize()
         return self.multiply(copy)
 
     def error(self) -> float:

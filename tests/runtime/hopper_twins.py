@@ -5,6 +5,8 @@ Whatever a caller may not rely on is NaN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,14 @@ from zqfp_convert.numerics import e2m1, fp8, nibbles
 from zqfp_convert.numerics.scales import power_of_two
 from zqfp_convert.runtime.kernels.hopper import layout
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
-from zqfp_convert.runtime.kernels.hopper.multiply import Schedule, flag_count
+from zqfp_convert.runtime.kernels.hopper.multiply import (
+    SHARED_LIMIT,
+    Inputs,
+    Matrix,
+    Schedule,
+    can_inline,
+    flag_count,
+)
 
 NAN = 0x7F  # of E4M3
 
@@ -50,16 +59,17 @@ def places(tokens: int) -> Tensor:
 def quantize(
     x: Tensor,
     offset: Tensor | None,
-    inner_factor: Tensor | None,
-    inner_scale: Tensor | None,
+    inner_factors: Sequence[Tensor],
+    inner_scales: Sequence[Tensor],
     codes: Tensor,
     token_scale: Tensor,
     inner: Tensor | None,
-    flags: Tensor,
+    flags: Tensor | None,
 ) -> None:
     tokens, columns = x.shape
-    assert flags.dtype == torch.int32
-    flags.zero_()
+    if flags is not None:
+        assert flags.dtype == torch.int32
+        flags.zero_()
     assert x.stride(1) == 1
     assert x.dtype in (torch.bfloat16, torch.float16)
     assert offset is None or offset.dtype == torch.bfloat16
@@ -74,12 +84,15 @@ def quantize(
         codes[:tokens] = written
     token_scale.fill_(float("nan"))
     token_scale[:tokens] = scale[:, 0]
-    assert (inner is None) == (inner_factor is None) == (inner_scale is None)
-    if inner is None or inner_factor is None or inner_scale is None:
+    assert len(inner_factors) == len(inner_scales)
+    assert (inner is None) == (not inner_factors)
+    if inner is None:
         return
-    assert inner_factor.dtype == torch.bfloat16
-    z = values.float() @ inner_factor[:, :columns].float().t() * scale * inner_scale
+    assert all(factor.dtype == torch.bfloat16 for factor in inner_factors)
+    A, s = torch.cat([*inner_factors]), torch.cat([*inner_scales])
+    z = values.float() @ A[:, :columns].float().t() * scale * s
     z = z.view(tokens, -1, 8).transpose(0, 1)  # [steps, M, 8]
+    assert inner.shape[0] == z.shape[0]
     high = z.bfloat16()
     low = (z - high.float()).bfloat16()
     swapped = (torch.arange(tokens) >> 2 & 1).bool()[:, None]
@@ -96,38 +109,63 @@ def matrix_of(chunks: Chunks) -> Tensor:
     return values * power_of_two(6 - below.int()).repeat_interleave(step, 1)
 
 
+def in_order(codes: Tensor) -> Tensor:
+    """E4M3 `[M, K']` of what `quantize` writes for the fused product."""
+    tokens = codes.shape[1]
+    ordered = codes.gather(2, places(tokens).expand(codes.shape)).transpose(0, 1)
+    return ordered.reshape(tokens, -1).contiguous().view(fp8.DTYPE)
+
+
 def multiply(
-    codes: Tensor,
-    token_scale: Tensor,
-    inner: Tensor | None,
-    chunks: Chunks,
-    outer: Tensor | None,
-    row_factor: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
+    x: Inputs | Tensor,
+    offset: Tensor | None,
+    matrices: Sequence[Matrix],
     schedule: Schedule,
-    flags: Tensor,
+    flags: Tensor | None,
 ) -> None:
-    assert isinstance(schedule, Schedule)
-    tokens, rows = y.shape
-    assert flags.shape == (flag_count(schedule, tokens, rows, codes.shape[0], 0),)
-    assert not flags.any()
-    ordered = (
-        codes.gather(2, places(tokens).expand(codes.shape)).transpose(0, 1).reshape(tokens, -1)
-    )
-    total = ordered.contiguous().view(fp8.DTYPE).float() @ matrix_of(chunks).t()
-    total = total * token_scale[:, None] * row_factor
-    assert row_factor.shape == (total.shape[1],)
-    if inner is not None and outer is not None:
-        steps = inner.shape[0]
-        split = outer.view(-1, steps, 4, 8, 4, 2, 2)  # tile, step, warp, row, thread, row / 8, rank
-        B = split.permute(0, 2, 5, 3, 1, 4, 6).reshape(-1, steps * 8).float()
-        z = inner.view(steps, tokens, 2, 8).float().sum(2).transpose(0, 1).reshape(tokens, -1)
-        total = total + z @ B.t()
-    if bias is not None:
-        assert bias.dtype == torch.float32
-        total = total + bias
-    y.copy_(total[:, :rows])
+    tokens, depth = matrices[0].y.shape[0], matrices[0].chunks.data.shape[1]
+    makes_z = matrices[0].inner_codes is not None
+    inputs = schedule.input_bytes(tokens, depth)
+    assert schedule.shared(matrices[0].chunks.groups, makes_z, inputs) <= SHARED_LIMIT
+    inner = None
+    if isinstance(x, Inputs):
+        assert not schedule.inline
+        assert offset is None
+        rows = tuple(matrix.y.shape[1] for matrix in matrices)
+        assert flags is not None
+        assert flags.shape == (flag_count(schedule, tokens, rows, depth, 0),)
+        assert not flags.any()
+        values, scale, inner = in_order(x.codes), x.token_scale[:, None], x.inner
+    else:
+        assert schedule.inline
+        assert can_inline(x)
+        seen = x.float() if offset is None else x.float() - offset.float()
+        values, scale = fp8.quantize(seen)
+        missing = depth * 128 - values.shape[1]
+        values = torch.nn.functional.pad(values.view(torch.uint8), (0, missing)).view(fp8.DTYPE)
+    step = 0
+    for matrix in matrices:
+        total = values.float() @ matrix_of(matrix.chunks).t() * scale * matrix.row_factor
+        z = None
+        if inner is not None:
+            z = inner[step : step + matrix.steps].view(-1, tokens, 2, 8).float().sum(2)
+            z = z.transpose(0, 1).reshape(tokens, -1)
+        step += matrix.steps
+        if makes_z:
+            assert matrix.inner_codes is not None
+            assert matrix.inner_scale is not None
+            split = matrix.inner_codes.view(depth, 4, 8, 4, 2, 4)  # chunk, warp, rank, ., half, .
+            A = split.permute(2, 0, 1, 4, 3, 5).reshape(8, -1).view(fp8.DTYPE).float()
+            z = values.float() @ A.t() * scale * matrix.inner_scale
+        if z is not None:
+            assert matrix.outer is not None
+            outer = matrix.outer.view(-1, matrix.steps, 4, 8, 4, 2, 2)  # ..., row / 8, rank
+            B = outer.permute(0, 2, 5, 3, 1, 4, 6).reshape(-1, matrix.steps * 8).float()
+            total = total + z @ B.t()
+        if matrix.bias is not None:
+            assert matrix.bias.dtype == torch.float32
+            total = total + matrix.bias
+        matrix.y.copy_(total[:, : matrix.y.shape[1]])
 
 
 def expand(chunks: Chunks, matrix: Tensor) -> None:

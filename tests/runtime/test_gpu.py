@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.numerics.scales import Kind
-from zqfp_convert.runtime import expanded, paths
+from zqfp_convert.runtime import expanded, paths, siblings
+from zqfp_convert.runtime.kernels.hopper import schedules
+from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights, multiply_all
 from zqfp_convert.runtime.linear import PATH_VARIABLE, QuantizedLinear, Scratch
 
 CUDA = torch.device("cuda", 0)
@@ -278,6 +280,55 @@ def test_in_a_new_thread(way: tuple[str, str]) -> None:
         thread.join()
     assert torch.equal(have[0], want)
     assert torch.equal(have[1], module(many))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 15, 33, 64, 200, 300, 1000])
+@pytest.mark.parametrize("rank", [0, 6])
+def test_every_schedule(rank: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that get the same input, by every schedule that a GPU can be tuned to."""
+    if paths.kernels_for(CUDA, "m2", 128, 4096, 8) != "hopper":
+        pytest.skip("no Hopper")
+    sizes, columns = (520, 77, 192), 1536
+    layers = [moderate(random_layer("m2", rows, columns, 128, rank, seed=rows)) for rows in sizes]
+    for layer in layers:
+        if layer.lorc_scale is not None:  # as large as the rest, so that an error in it shows
+            layer.lorc_scale.mul_(float(layer.dequantize().norm() / layer.lorc_product().norm()))
+    bias = [torch.randn(rows) for rows in sizes]
+    weights = [
+        HopperWeights(copy.deepcopy(layer), one).to(CUDA)
+        for layer, one in zip(layers, bias, strict=True)
+    ]
+    x, scratch = inputs(tokens, columns), Scratch()
+    want = [truth(layer, x, one) for layer, one in zip(layers, bias, strict=True)]
+    candidates = schedules.candidates(tokens, sum(sizes), columns)
+    for schedule in candidates:
+        monkeypatch.setattr(schedules, "choose", lambda *about, schedule=schedule: schedule)
+        have = multiply_all(weights, x, "fused", scratch.key)
+        for y, right in zip(have, want, strict=True):
+            assert relative(y, right) < (ONCE if y.numel() >= 5000 else 2.0**-7), schedule
+        again = multiply_all(weights, x, "fused", scratch.key)
+        assert all(torch.equal(a, b) for a, b in zip(have, again, strict=True)), schedule
+
+
+@torch.no_grad()
+def test_siblings(way: tuple[str, str]) -> None:
+    """Compiled, captured and as they are, together as well as alone."""
+    scratch, names = Scratch(), ("q_proj", "k_proj", "v_proj")
+    layers = [moderate(random_layer("m2", rows, 260, 128, 8)) for rows in (512, 72, 64)]
+    model = nn.Module()
+    for name, layer in zip(names, layers, strict=True):
+        model.add_module(name, QuantizedLinear(copy.deepcopy(layer), None, scratch))
+    model.to(CUDA)
+    siblings.link(model)
+    model.forward = lambda x: [model.get_submodule(name)(x) for name in names]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for tokens in (1, 40, 600):
+        x = inputs(tokens, 260)
+        want = [truth(layer, x) for layer in layers]
+        for run in (model, compiled, compiled, compiled):
+            for y, right in zip(run(x), want, strict=True):
+                assert relative(y, right) < (TWICE if y.numel() >= 5000 else 2.0**-7)
 
 
 def two_layers() -> nn.Sequential:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from packed_layers import random_layer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zqfp_convert.runtime import expanded
@@ -73,9 +74,11 @@ def test_what_they_say_of_their_result(
     }[layout].to(dtype)
     real = operator(x, *given[1:])
     mode = FakeTensorMode()
-    fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in (x, *given[1:])]
+    fakes = tree_map(lambda a: mode.from_tensor(a) if isinstance(a, Tensor) else a, given)
     with mode:
-        fake = operator(*fakes)
+        fake = operator(mode.from_tensor(x), *fakes[1:])
+    fake, real = ([*y] if isinstance(y, list) else [y] for y in (fake, real))
+    (fake,), (real,) = fake, real
     assert fake.shape == real.shape == (tokens, 21)
     assert fake.dtype == real.dtype == dtype
     assert fake.device == real.device
@@ -88,11 +91,15 @@ def test_on_a_gpu_that_is_not_there(kernels: str) -> None:
     given = arguments(module, torch.randn(5, 45).bfloat16())
     operator = getattr(torch.ops.zqfp, NAMES[kernels]).default
     with FakeTensorMode():
-        there = [
-            torch.empty(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, Tensor) else a
-            for a in given
-        ]
+        there = tree_map(
+            lambda a: (
+                torch.empty(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, Tensor) else a
+            ),
+            given,
+        )
         y = operator(*there)
+        if isinstance(y, list):
+            (y,) = y
     assert y.shape == (5, 21)
     assert y.device.type == "cuda"
 

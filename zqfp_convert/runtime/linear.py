@@ -16,6 +16,7 @@ from zqfp_convert.runtime.scratch import Scratch
 if TYPE_CHECKING:
     from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights
     from zqfp_convert.runtime.kernels.portable.linear import PortableWeights
+    from zqfp_convert.runtime.siblings import Siblings
 
 __all__ = ["PATH_VARIABLE", "Path", "QuantizedLinear", "Scratch"]
 
@@ -60,6 +61,8 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.register_module("arranged", None)
         self._scratch = scratch
+        self._siblings: Siblings | None = None
+        self._place = 0
         self._about = f"{self.kind} scales in groups of {self.group_size}, rank {self.rank}"
         self._arrange()
 
@@ -127,7 +130,12 @@ class QuantizedLinear(nn.Module):
             return reference.linear(x, layer.dequantize(), factors, self.bias, self.input_offset)
         paths.refuse_gradients(x, way)
         tokens = x.reshape(-1, self.in_features)  # [M, K]
-        if self.arranged is not None:
+        made = None
+        if self._siblings is not None:
+            made = self._siblings.output(self._place, x, way, self._scratch.key)
+        if made is not None:
+            y = made
+        elif self.arranged is not None:
             y = self.arranged.multiply(tokens, way, self._scratch.key)
         else:
             y = expanded.operator(
@@ -145,6 +153,10 @@ class QuantizedLinear(nn.Module):
                 self._scratch.key,
             )
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def join(self, siblings: Siblings, place: int) -> None:
+        """Share the work with linears that get the same input; `place` is its own among them."""
+        self._siblings, self._place = siblings, place
 
     def _wanted(self, x: Tensor) -> paths.Wanted:
         return paths.wanted(self._kernels, x, self._about)

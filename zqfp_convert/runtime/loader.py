@@ -16,6 +16,7 @@ from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import is_transposed, put
 from zqfp_convert.model.device import resolve_device
 from zqfp_convert.model.names import NameMap
+from zqfp_convert.runtime import siblings
 from zqfp_convert.runtime.linear import QuantizedLinear, Scratch
 
 
@@ -92,6 +93,7 @@ class PackedParts:
             elif name not in self._biases:
                 tensor = self.checkpoint.shards.read([name])[name].to(self._device)
                 skeleton.assign(module, {place: tensor}, self._cast)
+        siblings.link(module)
 
 
 def _check_fit(checkpoint: PackedCheckpoint, model: PreTrainedModel, names: NameMap) -> None:

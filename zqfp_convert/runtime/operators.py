@@ -6,29 +6,35 @@ is never traced. The operators are for inference; they have no gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 
-def register(name: str, work: Callable[..., Tensor]) -> Callable[..., Tensor]:
+Result = TypeVar("Result", Tensor, list[Tensor])
+
+
+def register(name: str, work: Callable[..., Result]) -> Callable[..., Result]:
     """Register the operator, and return it.
 
     Args:
         name: in the namespace `zqfp`.
-        work: takes x `[M, K]` and N first, and gives a new, contiguous `[M, N]` in the dtype of x;
-            the schema is read off its annotations.
+        work: takes x `[M, K]` and N first, and gives a new, contiguous `[M, N]` in the dtype of x,
+            or takes several N and gives as many; the schema is read off its annotations.
     """
     qualified = f"zqfp::{name}"
     # Not `custom_op`, which costs 9 us a call more, for gradients and checks.
     torch.library.define(qualified, torch.library.infer_schema(work, mutates_args=()))
     torch.library.impl(qualified, "default", work)
     torch.library.register_fake(qualified, result)
-    operator: Callable[..., Tensor] = getattr(torch.ops.zqfp, name).default
+    operator: Callable[..., Result] = getattr(torch.ops.zqfp, name).default
     return operator
 
 
-def result(x: Tensor, rows: int, *others: object) -> Tensor:
+def result(x: Tensor, rows: int | Sequence[int], *others: object) -> Any:
     """What every operator gives: uninitialised `[M, N]` in the dtype of x, on its device."""
+    if isinstance(rows, Sequence):
+        return [x.new_empty(x.shape[0], count) for count in rows]
     return x.new_empty(x.shape[0], rows)

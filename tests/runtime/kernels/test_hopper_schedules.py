@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from zqfp_convert.runtime.kernels.hopper import schedules
-from zqfp_convert.runtime.kernels.hopper.multiply import Schedule
+from zqfp_convert.runtime.kernels.hopper.multiply import SHARED_LIMIT, Schedule
 from zqfp_convert.runtime.kernels.hopper.schedules import Entry
 
 SHAPE = (4096, 14336)  # in the table that comes with the package
@@ -30,23 +30,27 @@ def entry(rows: int, columns: int, tokens: int) -> Entry:
     return Entry(rows, columns, tokens, MINE, 1.0, 2.0)
 
 
+def chosen(tokens: int, rows: int, columns: int) -> Schedule:
+    return schedules.choose(tokens, (rows,), columns, 0)
+
+
 def test_tuned_goes_first_for_its_shape_alone(path: Path) -> None:
-    shipped = schedules.choose(1, *SHAPE, 1, 0)
+    shipped = chosen(1, *SHAPE)
     assert schedules.keep([entry(*SHAPE, 1)], 0) == path
-    assert schedules.choose(1, *SHAPE, 1, 0) == MINE != shipped
+    assert chosen(1, *SHAPE) == MINE != shipped
     other = schedules.shipped().entry(1, 4096, 4096).schedule
-    assert schedules.choose(1, 4096, 4096, 1, 0) == other
+    assert chosen(1, 4096, 4096) == other
     path.unlink()
     schedules.forget()
-    assert schedules.choose(1, *SHAPE, 1, 0) == shipped
+    assert chosen(1, *SHAPE) == shipped
 
 
 def test_numbers_of_tokens_that_were_not_tuned_come_from_the_shipped_table() -> None:
-    want = {tokens: schedules.choose(tokens, *SHAPE, 1, 0) for tokens in (8, 16, 8192, 10**5)}
+    want = {tokens: chosen(tokens, *SHAPE) for tokens in (8, 16, 8192, 10**5)}
     schedules.keep([entry(*SHAPE, tokens) for tokens in (1, 4096)], 0)
     for tokens, schedule in want.items():
-        assert schedules.choose(tokens, *SHAPE, 1, 0) == schedule
-    assert schedules.choose(3000, *SHAPE, 1, 0) == MINE
+        assert chosen(tokens, *SHAPE) == schedule
+    assert chosen(3000, *SHAPE) == MINE
 
 
 def test_keeping_twice(path: Path) -> None:
@@ -67,16 +71,38 @@ def test_keeping_twice(path: Path) -> None:
     ],
 )  # fmt: skip
 def test_stale_tables_are_ignored_aloud_and_once(text: str, path: Path) -> None:
-    want = schedules.choose(1, *SHAPE, 1, 0)
+    want = chosen(1, *SHAPE)
     path.parent.mkdir()
     path.write_text(text)
     schedules.forget()
     with pytest.warns(UserWarning, match="zqfp-convert tune") as said:
-        assert schedules.choose(1, *SHAPE, 1, 0) == want
+        assert chosen(1, *SHAPE) == want
     assert str(path) in str(said[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        schedules.choose(16, *SHAPE, 1, 0)
-        schedules.choose(1, 64, 64, 1, 0)
+        chosen(16, *SHAPE)
+        chosen(1, 64, 64)
     schedules.keep([entry(64, 64, 1)], 0)
     assert schedules.read(path) == [entry(64, 64, 1)]
+
+
+def test_weights_of_the_same_input_count_as_one() -> None:
+    schedules.keep([entry(192, 64, 1)], 0)
+    assert schedules.choose(1, (64, 96, 32), 64, 0) == MINE
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_expanded_goes_one_weight_at_a_time(apart: bool) -> None:
+    """Three small products can take longer than the large one."""
+    small = Entry(64, 64, 1, MINE, 9.0, 4.0 if apart else 3.0)
+    schedules.keep([small, Entry(192, 64, 1, MINE, 10.0, 1.0)], 0)
+    assert schedules.prefers_expanded(1, (64, 64, 64), 64, 0, 0) != apart
+
+
+@pytest.mark.parametrize("inputs", [0, 14336, 8 * 14336])
+@pytest.mark.parametrize("inner", [False, True])
+def test_fitting(inner: bool, inputs: int) -> None:
+    for schedule in schedules.candidates(1, 28672, 4096):
+        fitting = schedule.fit(4, inner, inputs)
+        assert fitting.shared(4, inner, inputs) <= SHARED_LIMIT
+        assert 2 * schedule.shares <= fitting.stages <= schedule.stages

@@ -1,6 +1,7 @@
 // The warpgroups that multiply: they convert weights, feed the tensor cores, scale, compensate and
 // write, or hand their sums to those that write.
 #pragma once
+#include "inputs.cuh"
 #include "wgmma.cuh"
 #include "work.cuh"
 
@@ -52,7 +53,23 @@ constexpr int SCALES = (TOKENS + 31) / 32;
 
 struct Factors {
   float upper[TILES], lower[TILES], token[SCALES];
+  uint2 outer[TILES];  // INNER: B
+  float2 inner;        // INNER: s, of ranks lane % 4 * 2 and the next
 };
+
+constexpr int INNER_TILES = (TOKENS + 15) / 16;  // of 16 tokens
+// z of the columns that this warp has met: tokens lane / 4 and 8 further, ranks lane % 4 * 2 and the
+// next.
+typedef float InnerSums[INNER_TILES][4];
+
+// sums[16 tokens, 8 ranks] += x[16, 32] A^T[32, 8].
+DEVICE void project(float (&sums)[4], const u32 (&x)[4], uint2 a) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(a.x), "r"(a.y));
+}
 
 struct Consumer {
   const Problem &p;
@@ -61,6 +78,8 @@ struct Consumer {
   int thread, lane, warp;  // in the warpgroup
   int stretch, pair;       // of the block in its cluster
   u32 exchange_now;        // where partial sums meet
+  int column;              // INLINE: the next stage's place in the inputs, in chunks
+  InnerSums inner;         // INNER
 
   DEVICE void fetch(Words &words, const Step &step, int tile) const {
     load_words(words, s.weights(step.slot) + (group * TILES + tile) * CHUNK_BYTES, thread);
@@ -70,15 +89,42 @@ struct Consumer {
   DEVICE void chunk(Sums &sums, Weights &w, const Words &words, const Step &step, int tile) const {
     if (BUFFERS == 1) wgmma_wait<0>();
     convert(w, words);
-    u64 codes = operand_128(s.codes(step.slot));
+    u64 codes = INLINE ? operand_plain(inputs(), p.tokens * 16) : operand_128(s.codes(step.slot));
+    int apart = INLINE ? p.tokens * 2 : 2;
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_e4m3(sums[tile], w[k], codes + k * 2);
+    for (int k = 0; k < 4; ++k) wgmma_e4m3(sums[tile], w[k], codes + k * apart);
     wgmma_commit();
     if (BUFFERS == 2) wgmma_wait<1>();
   }
 
-  DEVICE void stage(Sums &sums, Weights &first, Weights &second, Step &step, int &before) const {
+  // INLINE: the activations of this stage.
+  DEVICE u32 inputs() const { return s.inputs + column * CHUNK_COLUMNS * p.tokens; }
+
+  // Adds to z, each warp 32 of the stage's columns.
+  DEVICE void project_stage(const Step &step) {
+    uint2 a = load_shared2(s.inner(step.slot) + (warp * 32 + lane) * 8);
+    int row = lane / 4, piece = warp * 2;  // of 16 columns
+#pragma unroll
+    for (int i = 0; i < INNER_TILES; ++i) {
+      u32 x[4] = {0, 0, 0, 0};
+      if (INLINE) {  // beyond the tokens lies something that nobody will ask for
+        u32 from = inputs() + (piece * p.tokens + row) * 16 + lane % 4 * 4;
+        x[0] = load_shared(from), x[2] = load_shared(from + p.tokens * 16);
+      } else {
+        u32 from = s.codes(step.slot) + (i * 16 + row) * CHUNK_COLUMNS + lane % 4 * 4;
+        u32 left = (piece ^ row) * 16, right = (piece + 1 ^ row) * 16;
+        x[0] = load_shared(from + left), x[2] = load_shared(from + right);
+        if (TOKENS > 8) {
+          x[1] = load_shared(from + 8 * CHUNK_COLUMNS + left);
+          x[3] = load_shared(from + 8 * CHUNK_COLUMNS + right);
+        }
+      }
+      project(inner[i], x, a);
+    }
+  }
+
+  DEVICE void stage(Sums &sums, Weights &first, Weights &second, Step &step, int &before) {
     Words words;
     barrier_wait(s.full(step.slot), step.parity);
     fetch(words, step, 0);
@@ -89,11 +135,15 @@ struct Consumer {
       fetch(words, step, TILES - 1);
       chunk(sums, second, words, step, TILES - 1);
     }
+    if (INNER) project_stage(step);
+    if (INLINE) column += SHARES;
     step.next(SHARES);
   }
 
   // The stages first, first + SHARES, ... of the ring, as many as `depth`.
-  DEVICE void multiply(Sums &sums, int first, int depth) const {
+  DEVICE void multiply(Sums &sums, int first, int depth) {
+#pragma unroll
+    for (int i = 0; i < INNER_TILES; ++i) inner[i][0] = inner[i][1] = inner[i][2] = inner[i][3] = 0;
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
 #pragma unroll
@@ -112,12 +162,19 @@ struct Consumer {
   }
 
   DEVICE void load(Factors &f, const Tile &t) const {
+    const Matrix &matrix = p.matrices[t.matrix];
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
       bool there = t.row_tiles > group * TILES + i;
-      f.upper[i] = there ? p.row_factor[row(t, i)] : 0;
-      f.lower[i] = there ? p.row_factor[row(t, i) + 8] : 0;
+      f.upper[i] = there ? matrix.row_factor[row(t, i)] : 0;
+      f.lower[i] = there ? matrix.row_factor[row(t, i) + 8] : 0;
+      if (INNER) {
+        f.outer[i] = make_uint2(0, 0);
+        const u8 *from = matrix.outer + (u64)(t.row_tile + group * TILES + i) * OUTER_BYTES;
+        if (there) f.outer[i] = __ldg((const uint2 *)from + thread);
+      }
     }
+    if (INNER) f.inner = __ldg((const float2 *)matrix.inner_scale + lane % 4);
   }
 
   // The tokens' scales, spread over the lanes.
@@ -125,7 +182,8 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < SCALES; ++i) {
       int m = i * 32 + lane;
-      f.token[i] = m < t.tokens ? load_result(p.token_scale + t.token + m) : 0;
+      f.token[i] = 0;
+      if (m < t.tokens) f.token[i] = INLINE ? input_scale[m] : load_result(p.token_scale + t.token + m);
     }
   }
 
@@ -146,9 +204,9 @@ struct Consumer {
   }
 
   // Low-rank compensation: B z, where both halves of an operand row meet the same B.
-  DEVICE void compensate(Sums &sums, int first) const {
+  DEVICE void compensate(Sums &sums, const Tile &t, int first) const {
     Step step(first);
-    for (int r = 0; r < p.rank_steps; ++r) {
+    for (int r = 0; r < p.matrices[t.matrix].rank_steps; ++r) {
       barrier_wait(s.full(step.slot), step.parity);
       u32 outer[TILES][4];
 #pragma unroll
@@ -167,6 +225,49 @@ struct Consumer {
     }
   }
 
+  // The same with the z of this warpgroup's own columns: the rest of y has the rest.
+  DEVICE void compensate_part(Sums &sums, const Factors &f) const {
+    constexpr int SLAB = TOKENS * 32;  // one warp's z
+    constexpr int SLABS = 2 * STAGING_BYTES / SLAB < 4 ? 2 * STAGING_BYTES / SLAB : 4;  // at a time
+    static_assert(SLABS > 0 && 4 % SLABS == 0, "a warp's z has to fit");
+    int self = share * WARPGROUPS + group;
+    u32 staging = s.staging + self * 2 * STAGING_BYTES;
+#pragma unroll
+    for (int first = 0; first < 4; first += SLABS) {
+      if (first) sync_threads(1 + self, 128);
+      if (warp >= first && warp < first + SLABS) {
+        u32 slab = staging + (warp - first) * SLAB;
+#pragma unroll
+        for (int i = 0; i < TOKENS / 8; ++i) {
+          int token = i * 8 + lane / 4;
+          float scale = __shfl_sync(~0u, f.token[i / 4], token % 32);
+          float left = inner[i / 2][i % 2 * 2] * scale * f.inner.x;
+          float right = inner[i / 2][i % 2 * 2 + 1] * scale * f.inner.y;
+          u32 high = bfloat16x2(left, right);
+          u32 low = bfloat16x2(left - __uint_as_float(high << 16),
+                               right - __uint_as_float(high & 0xFFFF0000u));
+          u32 to = slab + token * 32 + lane % 4 * 4;
+          int swap = token >> 2 & 1;
+          store_shared(to + (0 ^ swap) * 16, high);
+          store_shared(to + (1 ^ swap) * 16, low);
+        }
+        async_proxy_fence();
+      }
+      sync_threads(1 + self, 128);
+      wgmma_fence();
+#pragma unroll
+      for (int w = 0; w < SLABS; ++w)
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+          u32 outer[4] = {f.outer[i].x, f.outer[i].y, f.outer[i].x, f.outer[i].y};
+          wgmma_bf16(sums[i], outer, operand_32(staging + w * SLAB));
+        }
+      wgmma_commit();
+      wgmma_wait<0>();
+    }
+    sync_threads(1 + self, 128);  // results go through the same memory
+  }
+
   DEVICE int row(const Tile &t, int i) const {
     return (t.row_tile + group * TILES + i) * CHUNK_ROWS + warp * 16 + lane / 4;
   }
@@ -181,13 +282,15 @@ struct Consumer {
     u32 to = staging + (lane / 16 * 8 + lane % 8) * 128 +
              ((warp * 2 + (lane / 8 & 1)) ^ (lane % 8)) * 16;
     u32 from = staging + thread / 8 * 128 + ((thread % 8) ^ (thread / 8 % 8)) * 16;
-    bool aligned = p.rows % 8 == 0;
-    u64 down = (u64)16 * p.rows;
+    const Matrix &matrix = p.matrices[t.matrix];
+    int rows = matrix.rows;
+    bool aligned = rows % 8 == 0;
+    u64 down = (u64)16 * rows;
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
       if (group * TILES + i >= t.row_tiles) break;
-      if (p.bias) {
-        float upper = p.bias[row(t, i)], lower = p.bias[row(t, i) + 8];
+      if (matrix.bias) {
+        float upper = matrix.bias[row(t, i)], lower = matrix.bias[row(t, i) + 8];
 #pragma unroll
         for (int j = 0; j < COUNT; ++j) {
           v[i][j * 4] += upper, v[i][j * 4 + 1] += upper;
@@ -195,8 +298,8 @@ struct Consumer {
         }
       }
       int feature = (t.row_tile + group * TILES + i) * CHUNK_ROWS + thread % 8 * 8;
-      u16 *line = p.y + (u64)(t.token + token + thread / 8) * p.rows + feature;
-      int left = feature < p.rows ? t.tokens - token - thread / 8 : 0;
+      u16 *line = matrix.y + (u64)(t.token + token + thread / 8) * rows + feature;
+      int left = feature < rows ? t.tokens - token - thread / 8 : 0;
 #pragma unroll
       for (int j = 0; j < COUNT; j += TOGETHER) {
         u32 half = (i * COUNT + j) / TOGETHER % 2 * STAGING_BYTES;
@@ -225,7 +328,7 @@ struct Consumer {
             if (aligned)
               store_global(line, out);
             else
-              write(line, out, p.rows - feature);
+              write(line, out, rows - feature);
           }
           line += TOGETHER > 1 ? down : down / 2;
         }

@@ -9,27 +9,33 @@ struct Source {
   Tile t;
   int pair;
   const u8 *tiles, *tokens;  // of weights or B, of activations or z
+  const u8 *inner;           // of A
   u64 tile_step, tile_apart, token_step;
   u32 tile_bytes, token_bytes;  // of a tile of 64 rows, of a token
 
   DEVICE Source(const Problem &p, const Shared &s, const Tile &t, int pair, int k)
       : s(s), t(t), pair(pair) {
-    tile_bytes = tile_step = CHUNK_BYTES, token_bytes = CHUNK_COLUMNS;
-    start(p, p.chunks, p.codes, p.depth, k);
+    const Matrix &matrix = p.matrices[t.matrix];
+    tile_bytes = tile_step = CHUNK_BYTES, token_bytes = INLINE ? 0 : CHUNK_COLUMNS;
+    start(p, matrix.chunks, p.codes, p.depth, k, k);
+    inner = matrix.inner_factor + k * INNER_BYTES;
   }
   DEVICE void compensation(const Problem &p) {
+    const Matrix &matrix = p.matrices[t.matrix];
     tile_bytes = tile_step = OUTER_BYTES, token_bytes = 32;
-    start(p, p.outer, p.inner, p.rank_steps, 0);
+    start(p, matrix.outer, p.inner, matrix.rank_steps, 0, matrix.rank_step);
   }
-  DEVICE void start(const Problem &p, const u8 *of_tiles, const u8 *of_tokens, int steps, int step) {
+  DEVICE void start(const Problem &p, const u8 *of_tiles, const u8 *of_tokens, int steps,
+                    int tile_at, int token_at) {
     tile_apart = (u64)steps * tile_bytes;
-    tiles = of_tiles + t.row_tile * tile_apart + (u64)step * tile_bytes;
+    tiles = of_tiles + t.row_tile * tile_apart + (u64)tile_at * tile_bytes;
     token_step = (u64)p.tokens * token_bytes;
-    tokens = of_tokens + step * token_step + (u64)t.token * token_bytes;
+    tokens = of_tokens + token_at * token_step + (u64)t.token * token_bytes;
   }
 
   DEVICE void expect(int slot) const {
-    barrier_expect(s.full(slot), t.tokens * token_bytes + t.row_tiles * tile_bytes);
+    u32 bytes = t.tokens * token_bytes + t.row_tiles * tile_bytes + INNER_BYTES;
+    barrier_expect(s.full(slot), bytes);
   }
   // Constants, so they may be copied before the kernel ahead has ended.
   DEVICE void copy_tiles(int slot) {
@@ -41,6 +47,8 @@ struct Source {
     tiles += tile_step;
   }
   DEVICE void copy_tokens(int slot) {
+    if (INNER) copy(s.inner(slot), inner, INNER_BYTES, s.full(slot)), inner += INNER_BYTES;
+    if (INLINE) return;
     if (PAIR == 1) {
       copy(s.codes(slot), tokens, t.tokens * token_bytes, s.full(slot));
     } else {
@@ -56,7 +64,7 @@ struct Source {
 };
 
 // Copies all stages: the thread that copies the weights also says how much there is to come.
-// `tiles`, `tokens`: which part this thread copies, or both.
+// `tiles`, `tokens`: which part this thread copies, or both. A goes with the tokens.
 DEVICE void produce(const Problem &p, const Shared &s, int pair, Work work, bool tiles,
                     bool tokens) {
   Step step(0);
@@ -73,7 +81,7 @@ DEVICE void produce(const Problem &p, const Shared &s, int pair, Work work, bool
       wrapped |= step.slot == 0;
     }
   };
-  bool waited = !tokens;
+  bool waited = INLINE || !tokens;
   while (work.next()) {
     Source source(p, s, tile_at(p, work.index, pair), pair, work.begin);
     int count = work.end - work.begin;
@@ -93,9 +101,9 @@ DEVICE void produce(const Problem &p, const Shared &s, int pair, Work work, bool
       waited = true;
     }
     copy_stages(source, count);
-    if (work.owns && p.rank_steps) {
+    if (!INNER && work.owns && p.matrices[source.t.matrix].rank_steps) {
       source.compensation(p);
-      copy_stages(source, p.rank_steps);
+      copy_stages(source, p.matrices[source.t.matrix].rank_steps);
     }
   }
 }

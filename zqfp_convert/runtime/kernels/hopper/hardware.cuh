@@ -76,6 +76,9 @@ DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
+// What threads have written to shared memory becomes visible to asynchronous reads (wgmma's).
+DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // ---- Bulk copies from global to shared memory; bytes and addresses are multiples of 16.
 
 DEVICE void copy(u32 to, const void *from, u32 bytes, u32 barrier) {
@@ -95,6 +98,13 @@ DEVICE void copy_to_all(u32 to, const void *from, u32 bytes, u32 barrier, u16 ma
       : "memory");
 }
 
+// Two values to bfloat16, the first in the low half.
+DEVICE u32 bfloat16x2(float first, float second) {
+  u32 out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(second), "f"(first));
+  return out;
+}
+
 // ---- Clusters.
 
 DEVICE u32 cluster_rank() {
@@ -109,9 +119,9 @@ DEVICE u32 cluster_size() {
   return size;
 }
 
-DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+DEVICE void cluster_sync() { cluster_arrive(), cluster_wait(); }
 
 DEVICE u32 address_at(u32 address, u32 rank) {
   u32 there;
@@ -218,6 +228,11 @@ DEVICE void wgmma_wait() {
 // of 32 bytes (swizzled over 32).
 DEVICE u64 operand_128(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+// In pieces of 8 rows by 16 bytes, not swizzled, `apart` from one 16 columns to the next. Pieces may
+// overlap: with fewer rows than 8 what follows counts as the others.
+DEVICE u64 operand_plain(u32 address, u32 apart) {
+  return (u64)((address & 0x3FFFF) >> 4) | (u64)(apart >> 4) << 16 | (u64)1 << 32;
 }
 DEVICE u64 operand_32(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(256 >> 4) << 32 | (u64)3 << 62;

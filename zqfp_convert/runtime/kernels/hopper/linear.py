@@ -1,6 +1,9 @@
-"""A quantized linear on Hopper: its arranged weights, and the operator that multiplies."""
+"""Quantized linears on Hopper: arranged weights, and the operator that multiplies."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +15,16 @@ from zqfp_convert.runtime import expanded, operators
 from zqfp_convert.runtime.kernels.hopper import layout, schedules
 from zqfp_convert.runtime.kernels.hopper.expand import expand
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
-from zqfp_convert.runtime.kernels.hopper.multiply import flag_count, multiply
-from zqfp_convert.runtime.kernels.hopper.quantize import quantize
+from zqfp_convert.runtime.kernels.hopper.multiply import (
+    INNER_TOKENS,
+    MATRICES,
+    Inputs,
+    Matrix,
+    can_inline,
+    flag_count,
+    multiply,
+)
+from zqfp_convert.runtime.kernels.hopper.quantize import STEPS, quantize
 from zqfp_convert.runtime.scratch import scratch as scratch_of
 
 
@@ -29,6 +40,7 @@ class HopperWeights(nn.Module):
     bias: Tensor | None
     input_offset: Tensor | None
     inner_factor: Tensor | None
+    inner_codes: Tensor | None
     inner_scale: Tensor | None
     outer: Tensor | None
     lorc_B: Tensor | None
@@ -40,9 +52,12 @@ class HopperWeights(nn.Module):
         self.groups = chunks.groups
         factor = expanded.row_factor(layer.scale, layer.row_scale)
         A, B, s = layer.lorc_A, layer.lorc_B, layer.lorc_scale
+        codes = None
         if A is not None:
             s = torch.ones(A.shape[0], device=A.device) if s is None else s.float()
             s = torch.nn.functional.pad(s, (0, -s.shape[0] % layout.RANKS))
+            if A.dtype == fp8.DTYPE and A.shape[0] <= layout.RANKS:
+                codes = layout.inner_codes(A)
         buffers = {
             "chunks": chunks.data,
             "row_top": layer.scale.amax(1),  # uint8 [N]: the largest exponent byte
@@ -50,6 +65,7 @@ class HopperWeights(nn.Module):
             "bias": None if bias is None else layout.by_row(bias),
             "input_offset": layer.input_offset,
             "inner_factor": None if A is None else layout.inner_factor(A),
+            "inner_codes": codes,
             "inner_scale": s,
             "outer": None if B is None else layout.outer_factor(B),
             "lorc_B": B,
@@ -57,28 +73,19 @@ class HopperWeights(nn.Module):
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
 
+    @property
+    def rank(self) -> int:
+        """r, 0 without low-rank factors."""
+        return 0 if self.lorc_B is None else self.lorc_B.shape[1]
+
     def multiply(self, x: Tensor, way: str, scratch: int) -> Tensor:
         """`[M, K]` to `[M, N]`; `way` is fused, expanded or auto."""
-        return operator(
-            x,
-            self.rows,
-            self.chunks,
-            self.groups,
-            self.row_factor,
-            self.bias,
-            self.input_offset,
-            self.inner_factor,
-            self.inner_scale,
-            self.outer,
-            self.lorc_B,
-            way,
-            scratch,
-        )
+        return multiply_all([self], x, way, scratch)[0]
 
     def prefers_expanded(self, tokens: int) -> bool:
         """What `auto` means for M tokens."""
-        rank = 0 if self.lorc_B is None else self.lorc_B.shape[1]
-        return _prefers_expanded(tokens, self.rows, self.columns, rank, self.chunks.device)
+        index = self.chunks.device.index or 0
+        return schedules.prefers_expanded(tokens, (self.rows,), self.columns, self.rank, index)
 
     def restore(self) -> tuple[Tensor, Tensor]:
         """The canonical tensors: packed uint8 `[N, ceil(K / 2)]`, exponents uint8 `[N, G]`."""
@@ -87,39 +94,74 @@ class HopperWeights(nn.Module):
         return packed, self.row_top[:, None] - below
 
 
-def _prefers_expanded(
-    tokens: int, rows: int, columns: int, rank: int, device: torch.device
-) -> bool:
-    return schedules.prefers_expanded(tokens, rows, columns, rank, device.index or 0)
+def together(weights: Sequence[HopperWeights]) -> bool:
+    """Whether weights that get the same input can be multiplied at once."""
+
+    def about(one: HopperWeights) -> tuple[object, ...]:
+        return one.columns, one.groups, one.rank, one.inner_codes is None, one.chunks.device
+
+    first = weights[0]
+    steps = len(weights) * -(-first.rank // layout.RANKS)
+    return (
+        len(weights) <= MATRICES
+        and all(about(one) == about(first) for one in weights)
+        and all(one.input_offset is None for one in weights)
+        and steps <= STEPS
+    )
+
+
+def multiply_all(
+    weights: Sequence[HopperWeights], x: Tensor, way: str, scratch: int
+) -> list[Tensor]:
+    """`[M, K]` to `[M, N]` for each of the weights, which are one, or fit `together`."""
+    first = weights[0]
+    return operator(
+        x,
+        [one.rows for one in weights],
+        [one.chunks for one in weights],
+        first.groups,
+        [one.row_factor for one in weights],
+        [one.bias for one in weights],
+        first.input_offset,
+        [one.inner_factor for one in weights if one.inner_factor is not None],
+        [one.inner_codes for one in weights if one.inner_codes is not None],
+        [one.inner_scale for one in weights if one.inner_scale is not None],
+        [one.outer for one in weights if one.outer is not None],
+        [one.lorc_B for one in weights if one.lorc_B is not None],
+        way,
+        scratch,
+    )
 
 
 def _work(
     x: Tensor,
-    rows: int,
-    chunks: Tensor,
+    rows: Sequence[int],
+    chunks: Sequence[Tensor],
     groups: int,
-    row_factor: Tensor,
-    bias: Tensor | None,
+    row_factor: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
     input_offset: Tensor | None,
-    inner_factor: Tensor | None,
-    inner_scale: Tensor | None,
-    outer: Tensor | None,
-    lorc_B: Tensor | None,
+    inner_factor: Sequence[Tensor],
+    inner_codes: Sequence[Tensor],
+    inner_scale: Sequence[Tensor],
+    outer: Sequence[Tensor],
+    lorc_B: Sequence[Tensor],
     way: str,
     scratch: int,
-) -> Tensor:
-    """The whole of `y = W^ x^ + B (s (A x^)) + bias`.
+) -> list[Tensor]:
+    """The whole of `y = W^ x^ + B (s (A x^)) + bias`, for weights that get the same input.
 
     Args:
         x: bfloat16 or float16 `[M, K]`.
-        rows: N.
+        rows: N of each.
         chunks, groups: the weights, see `layout.Chunks`.
-        row_factor: float32 `[ceil(N / 64) * 64]`.
+        row_factor: float32 `[ceil(N / 64) * 64]`, of each.
         bias: the same, or None.
         input_offset: bfloat16 `[K]`, or None.
-        inner_factor, inner_scale: A and s, as `quantize` takes them, or None.
-        outer: B, as `multiply` takes it, or None.
-        lorc_B: B as it lies on disk, for the expanded path, or None.
+        inner_factor, inner_scale: A and s of each, as `quantize` takes them, or none.
+        inner_codes: A of each, as `multiply` takes it, where it does.
+        outer: B of each, as `multiply` takes it, or none.
+        lorc_B: B of each as it lies on disk, for the expanded path, or none.
         way: fused, expanded, or auto: whichever is faster for M tokens.
         scratch: key of the buffer for the expanded path.
 
@@ -127,57 +169,88 @@ def _work(
         OptionError: x is on another device than the weights, or has another K.
     """
     tokens, columns = x.shape
-    if x.device != chunks.device or -(-columns // layout.COLUMNS) != chunks.shape[1]:
+    depth = chunks[0].shape[1]
+    if x.device != chunks[0].device or -(-columns // layout.COLUMNS) != depth:
         raise OptionError(
             "the input of a quantized linear",
             f"{columns} features on {x.device}",
-            needed=f"chunks of {layout.COLUMNS} features: {chunks.shape[1]}, on {chunks.device}",
+            needed=f"chunks of {layout.COLUMNS} features: {depth}, on {chunks[0].device}",
             do="Move the input to the model's device.",
         )
     if not tokens:
-        return x.new_empty(0, rows)
+        return [x.new_empty(0, count) for count in rows]
     x = x if x.stride(1) == 1 else x.contiguous()
-    rank = 0 if lorc_B is None else lorc_B.shape[1]
-    if way == "auto" and _prefers_expanded(tokens, rows, columns, rank, x.device):
+    rank = lorc_B[0].shape[1] if lorc_B else 0
+    index = x.device.index or 0
+    if way == "auto" and schedules.prefers_expanded(tokens, tuple(rows), columns, rank, index):
         way = "expanded"
-    weights = Chunks(chunks, groups)
-    inner = None
+    steps = sum(one.shape[0] for one in inner_factor) // layout.RANKS
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        if inner_factor is not None:
-            steps = inner_factor.shape[0] // layout.RANKS
-            inner = x.new_empty(steps, tokens, 2 * layout.RANKS, dtype=torch.bfloat16)
         if way != "expanded":
-            depth, device = chunks.shape[1], x.device.index or 0
-            schedule = schedules.choose(tokens, rows, columns, groups, device)
+            schedule = schedules.choose(tokens, tuple(rows), columns, index)
+            inside = bool(inner_codes) and schedule.tokens <= INNER_TOKENS
+            if not can_inline(x) or (rank and not inside):
+                schedule = replace(schedule, inline=False)
+            schedule = schedule.fit(groups, inside, schedule.input_bytes(tokens, depth))
+            matrices = [
+                Matrix(
+                    Chunks(chunks[i], groups),
+                    row_factor[i],
+                    bias[i],
+                    x.new_empty(tokens, rows[i]),
+                    outer[i] if rank else None,
+                    inner_codes[i] if inside else None,
+                    inner_scale[i] if inside else None,
+                )
+                for i in range(len(rows))
+            ]
+            if schedule.inline:
+                multiply(x, input_offset, matrices, schedule, None)
+                return [matrix.y for matrix in matrices]
             codes = x.new_empty(depth, tokens, layout.COLUMNS, dtype=torch.uint8)
             token_scale = x.new_empty(tokens, dtype=torch.float32)
-            count = flag_count(schedule, tokens, rows, depth, device)
+            count = flag_count(schedule, tokens, tuple(rows), depth, index)
             flags = x.new_empty(count, dtype=torch.int32)
-            quantize(x, input_offset, inner_factor, inner_scale, codes, token_scale, inner, flags)
-            y = x.new_empty(tokens, rows)
-            multiply(
-                codes, token_scale, inner, weights, outer, row_factor, bias, y, schedule, flags
-            )  # fmt: skip
-            return y
-        matrix = scratch_of(scratch).matrix(*expanded.matrix_shape(rows, columns), x.device)
-        expand(weights, matrix)
+            inner = None if inside else _room_for_z(x, steps)
+            factors = ([], []) if inside else (inner_factor, inner_scale)
+            quantize(x, input_offset, *factors, codes, token_scale, inner, flags)
+            multiply(Inputs(codes, token_scale, inner), None, matrices, schedule, flags)
+            return [matrix.y for matrix in matrices]
         # Some tokens more, for `_scaled_mm`; what they hold does not reach the others.
         padded = tokens + -tokens % expanded.ALIGNMENT
-        codes = x.new_empty(padded, matrix.shape[1], dtype=torch.uint8)
+        codes = x.new_empty(padded, depth * layout.COLUMNS, dtype=torch.uint8)
         token_scale = x.new_empty(padded, dtype=torch.float32)
-        flags = x.new_empty(0, dtype=torch.int32)
-        quantize(x, input_offset, inner_factor, inner_scale, codes, token_scale, inner, flags)
-        y = expanded.product(
-            codes.view(fp8.DTYPE),
-            token_scale[:, None],
-            matrix.view(fp8.DTYPE),
-            row_factor[: matrix.shape[0]],
-            rows,
-        )
-        z = None if inner is None else both_parts(inner)[:, :rank]
-        return expanded.finish(
-            y[:tokens], z, lorc_B, None if bias is None else bias[:rows], x.dtype
-        )
+        inner = _room_for_z(x, steps)
+        quantize(x, input_offset, inner_factor, inner_scale, codes, token_scale, inner, None)
+        z = None if inner is None else both_parts(inner).split([8 * (steps // len(rows))] * len(rows), 1)
+        results = []
+        for i, count in enumerate(rows):
+            matrix = scratch_of(scratch).matrix(*expanded.matrix_shape(count, columns), x.device)
+            expand(Chunks(chunks[i], groups), matrix)
+            y = expanded.product(
+                codes.view(fp8.DTYPE),
+                token_scale[:, None],
+                matrix.view(fp8.DTYPE),
+                row_factor[i][: matrix.shape[0]],
+                count,
+            )
+            of_row = bias[i]
+            y = expanded.finish(
+                y[:tokens],
+                None if z is None else z[i][:, :rank],
+                lorc_B[i] if rank else None,
+                None if of_row is None else of_row[:count],
+                x.dtype,
+            )
+            results.append(y)
+        return results
+
+
+def _room_for_z(x: Tensor, steps: int) -> Tensor | None:
+    """For z of M tokens, bfloat16 `[steps, M, 16]`."""
+    if not steps:
+        return None
+    return x.new_empty(steps, x.shape[0], 2 * layout.RANKS, dtype=torch.bfloat16)
 
 
 def both_parts(inner: Tensor) -> Tensor:

@@ -16,7 +16,9 @@
 // on from when they began; otherwise a tile's last columns come in the block that is launched last.
 //
 // Given by the compiler's command line: TOKENS, WARPGROUPS, TILES, STAGES, SHARES, SPLIT, PAIR,
-// STREAM, PERSISTENT, BLOCKS (that share a multiprocessor), COPIERS (threads: 32, 64, or 128 that
+// INLINE (the activations come in bfloat16 or float16, and every block makes them E4M3 for itself),
+// INNER (z is made on the way too, each block's part from its own columns), STREAM, PERSISTENT,
+// BLOCKS (that share a multiprocessor), COPIERS (threads: 32, 64, or 128 that
 // give registers away, down to COPIER_REGISTERS, so that the others have CONSUMER_REGISTERS), GROUPS
 // (scales in 128 columns: 1, 2 or 4), HALF (float16 results), LARGEST_EXCHANGE (bytes of partial sums
 // that have room of their own).
@@ -92,9 +94,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + COPIERS, BLOCKS)
   Shared s;
   s.stages = (shared_address(memory) + 1023) & ~1023u;
   s.staging = s.stages + STAGES * STAGE_BYTES;
+  if (INNER) s.staging = (s.staging + 255) & ~255u;
   u32 exchange = s.staging + WARPGROUPS * SHARES * 2 * STAGING_BYTES;
   s.exchange = IN_STAGES ? s.stages : exchange;
   s.barriers = exchange + (IN_STAGES ? 0 : EXCHANGES * EXCHANGE_BYTES);
+  s.inputs = s.barriers + STAGES * 16;
 
   int rank = SPLIT * PAIR > 1 ? cluster_rank() : 0;
   int pair = rank % PAIR, stretch = rank / PAIR;
@@ -118,7 +122,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + COPIERS, BLOCKS)
     if (COPIERS == 128) give_registers<COPIER_REGISTERS>();
     if (COPIERS == 32 && thread == 0) produce(p, s, pair, work, true, true);
     if (COPIERS > 32 && thread == 0) produce(p, s, pair, work, true, false);
-    if (COPIERS > 32 && thread == 32) produce(p, s, pair, work, false, true);
+    if (COPIERS > 32 && thread == 32 && (INNER || !INLINE))
+      produce(p, s, pair, work, false, true);
     __syncwarp();
     if (SPLIT > 1 && IN_STAGES) cluster_sync();
     if (SPLIT * PAIR > 1) cluster_sync();
@@ -127,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + COPIERS, BLOCKS)
   if (COPIERS == 128) take_registers<CONSUMER_REGISTERS>();
   int group = warpgroup % WARPGROUPS, share = warpgroup / WARPGROUPS;
   Consumer c{p,       s,           group, share,     thread, thread % 32, thread / 32,
-             stretch, pair, s.exchange};
+             stretch, pair, s.exchange, 0,      {}};
   int first = 0;  // stage of this tile, counted from the launch
   Sums sums;
   bool waited = false;
@@ -135,17 +140,23 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + COPIERS, BLOCKS)
     Tile t = tile_at(p, work.index, pair);
     Factors f;
     c.load(f, t);
-    if (!waited) wait_for_inputs(), waited = true;
+    if (!waited) {
+      wait_for_inputs();
+      if (INLINE) quantize_inputs(p, s, work.begin, work.end);
+      waited = true;
+    }
     c.load_tokens(f, t);
     int depth = work.end - work.begin;
+    c.column = share;
     c.multiply(sums, first + share, (depth - share + SHARES - 1) / SHARES);
     c.scale(sums, f);
-    if (share == 0 && work.owns) c.compensate(sums, first + depth);
+    if (INNER) c.compensate_part(sums, f);
+    else if (share == 0 && work.owns) c.compensate(sums, t, first + depth);
     if (STREAM)
       finish(c, sums, work, t, cluster, clusters);
     else if (PARTS == 1)
       c.store<BLOCKS_OF_8>(sums, t, 0);
-    first += depth + (work.owns ? p.rank_steps : 0);
+    first += depth + (!INNER && work.owns ? p.matrices[t.matrix].rank_steps : 0);
   }
   if (PARTS > 1 && !STREAM) {  // one tile for each cluster
     if (IN_STAGES) sync_parts();

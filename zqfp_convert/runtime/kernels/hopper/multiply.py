@@ -1,9 +1,10 @@
-"""The fused product: packed weights and E4M3 activations in, results out."""
+"""The fused product: packed weights and activations in, results out."""
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 import torch
@@ -13,8 +14,14 @@ from zqfp_convert.runtime.kernels.hopper import layout
 from zqfp_convert.runtime.kernels.hopper.driver import Kernel
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
 
+SHARED = 228 * 1024  # bytes of a multiprocessor
+RESERVED = 1024  # of them for each block
+STATIC = 1024  # bytes at most beside those asked for at the launch
 SHARED_LIMIT = 227 * 1024  # bytes a block can have
 ALIGNMENT = 1024  # of the stages in shared memory
+MATRICES = 4  # that one launch multiplies, at most
+INLINE_TOKENS = 8  # that the product itself can quantize, at most
+INNER_TOKENS = 64  # of a tile, of which it can make z, at most
 LARGEST_EXCHANGE = 32 * 1024  # bytes of partial sums beside the stages, else in them
 # Registers of a thread, by the warpgroups that multiply. They come in quarters of a
 # multiprocessor's, each for every fourth warp.
@@ -37,6 +44,7 @@ class Schedule:
         blocks: on a multiprocessor at the same time.
         waves: 0 for one tile a cluster, else persistent blocks, this many on a multiprocessor.
         stream: the blocks take equal stretches of all columns of all tiles.
+        inline: every block makes the activations E4M3 by itself.
     """
 
     tokens: int
@@ -49,6 +57,7 @@ class Schedule:
     blocks: int = 1
     waves: int = 0
     stream: bool = False
+    inline: bool = False
 
     @property
     def rows(self) -> int:
@@ -93,48 +102,143 @@ class Schedule:
             "LARGEST_EXCHANGE": LARGEST_EXCHANGE,
         }
 
-    def shared(self, groups: int) -> int:
-        """Bytes of shared memory."""
+    def input_bytes(self, tokens: int, depth: int) -> int:
+        """Bytes of shared memory for M tokens of `128 depth` columns, if they are quantized here."""
+        if not self.inline:
+            return 0
+        columns = -(-depth // self.cluster_split) * layout.COLUMNS
+        return tokens * columns + INLINE_TOKENS * 16  # as if there were 8 tokens at the end
+
+    def shared(self, groups: int, inner: bool = False, inputs: int = 0) -> int:
+        """Bytes of shared memory; `inner`: z is made too, `inputs`: see `input_bytes`."""
         weights = self.warpgroups * self.tiles * layout.chunk_bytes(groups)
-        stage = self.tokens * layout.COLUMNS + weights + 16
+        codes = 0 if self.inline else self.tokens * layout.COLUMNS
+        stage = codes + weights + (layout.INNER_BYTES if inner else 0) + 16
         parts, slices, piece = self.slices
         staging = self.consumers * min(piece, 4) * 8 * layout.ROWS * 4
         exchange = (
             -(-slices // self.cluster_split) * parts * self.rows // layout.ROWS * piece * 2048
         )
         apart = exchange if parts > 1 and exchange <= LARGEST_EXCHANGE else 0
-        return ALIGNMENT + self.stages * stage + staging + apart * (2 if self.stream else 1)
+        apart *= 2 if self.stream else 1
+        inputs += (STATIC if self.inline else 0) + (ALIGNMENT if inner else 0)
+        return ALIGNMENT + self.stages * stage + staging + apart + inputs
+
+    def fit(self, groups: int, inner: bool = False, inputs: int = 0) -> Schedule:
+        """The schedule with as many stages as the shared memory has room for.
+
+        As many of its blocks as share a multiprocessor by themselves also do with what comes with
+        `inner` and `inputs`.
+        """
+        plain = replace(self, inline=False).shared(groups) + RESERVED
+        together = max(1, min(self.blocks, SHARED // plain))
+        fewest = 2 * self.shares
+        for limit in (SHARED // together - RESERVED, SHARED_LIMIT):
+            fitting = self
+            while fitting.shared(groups, inner, inputs) > limit and fitting.stages > fewest:
+                fitting = replace(fitting, stages=fitting.stages - 1)
+            if fitting.shared(groups, inner, inputs) <= limit:
+                break
+        return fitting
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("chunks", ctypes.c_void_p),
+        ("outer", ctypes.c_void_p),
+        ("inner_factor", ctypes.c_void_p),
+        ("inner_scale", ctypes.c_void_p),
+        ("row_factor", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("rows", ctypes.c_int),
+        ("stretch", ctypes.c_int),
+        ("rank_steps", ctypes.c_int),
+        ("rank_step", ctypes.c_int),
+    )
 
 
 class _Problem(ctypes.Structure):
     _fields_ = (
+        ("x", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
         ("token_scale", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
         ("inner", ctypes.c_void_p),
-        ("chunks", ctypes.c_void_p),
-        ("outer", ctypes.c_void_p),
-        ("row_factor", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
         ("flags", ctypes.c_void_p),
+        ("x_stride", ctypes.c_longlong),
         ("tokens", ctypes.c_int),
-        ("rows", ctypes.c_int),
+        ("columns", ctypes.c_int),
         ("depth", ctypes.c_int),
-        ("rank_steps", ctypes.c_int),
+        ("stretches", ctypes.c_int),
+        ("matrices", _Matrix * MATRICES),
     )
 
 
-@cache
-def _kernel(device: int, schedule: Schedule, groups: int, half: bool) -> Kernel:
-    constants = schedule.constants() | {"GROUPS": groups, "HALF": half}
-    return Kernel("multiply", constants, schedule.shared(groups))
+@dataclass(frozen=True)
+class Inputs:
+    """Activations, quantized.
+
+    Attributes:
+        codes: uint8 `[ceil(K / 128), M, 128]`, E4M3 as `quantize` writes them.
+        token_scale: float32 `[M]`.
+        inner: z of all matrices, bfloat16 `[steps, M, 16]`; None without low-rank compensation, and
+            where the product makes z.
+    """
+
+    codes: Tensor
+    token_scale: Tensor
+    inner: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight `[N, K]`, and what comes of it.
+
+    Attributes:
+        chunks: the weights.
+        row_factor: float32 `[ceil(N / 64) * 64]`.
+        bias: the same, or None.
+        y: bfloat16 or float16 `[M, N]`, contiguous; written.
+        outer: B, as `layout.outer_factor` makes it, or None.
+        inner_codes: A, as `layout.inner_codes` makes it, where the product makes z, else None.
+        inner_scale: s, float32 `[8]`, with `inner_codes`.
+    """
+
+    chunks: Chunks
+    row_factor: Tensor
+    bias: Tensor | None
+    y: Tensor
+    outer: Tensor | None = None
+    inner_codes: Tensor | None = None
+    inner_scale: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        """Of 8 ranks."""
+        return 0 if self.outer is None else self.outer.shape[1]
 
 
 @cache
-def clusters(schedule: Schedule, tokens: int, rows: int, depth: int, device: int) -> int:
-    """Clusters of blocks that a product is launched with; depth is `ceil(K / 128)`."""
-    tiles = -(-tokens // schedule.tokens) * -(-rows // (schedule.rows * schedule.pair))
+def _kernel(
+    device: int, schedule: Schedule, groups: int, half: bool, inner: bool, shared: int
+) -> Kernel:
+    constants = schedule.constants() | {"GROUPS": groups, "HALF": half, "INNER": inner}
+    return Kernel("multiply", constants, shared)
+
+
+def stretches(schedule: Schedule, rows: int) -> int:
+    """Of the rows of a matrix, as many as a block or a pair of blocks takes."""
+    return -(-rows // (schedule.rows * schedule.pair))
+
+
+@cache
+def clusters(
+    schedule: Schedule, tokens: int, rows: tuple[int, ...], depth: int, device: int
+) -> int:
+    """Clusters of blocks that a product is launched with; N of each matrix, `ceil(K / 128)`."""
+    tiles = -(-tokens // schedule.tokens) * sum(stretches(schedule, count) for count in rows)
     if schedule.waves:
         most = torch.cuda.get_device_properties(device).multi_processor_count * schedule.waves
         most //= schedule.cluster_split * schedule.pair
@@ -142,7 +246,9 @@ def clusters(schedule: Schedule, tokens: int, rows: int, depth: int, device: int
     return tiles * min(schedule.split, depth) if schedule.stream else tiles
 
 
-def flag_count(schedule: Schedule, tokens: int, rows: int, depth: int, device: int) -> int:
+def flag_count(
+    schedule: Schedule, tokens: int, rows: tuple[int, ...], depth: int, device: int
+) -> int:
     """Flags that the blocks of a stream need to wait for one another."""
     if not schedule.stream:
         return 0
@@ -150,57 +256,73 @@ def flag_count(schedule: Schedule, tokens: int, rows: int, depth: int, device: i
     return clusters(schedule, tokens, rows, depth, device) * slices * schedule.warpgroups
 
 
+def can_inline(x: Tensor) -> bool:
+    """Whether a product can quantize these activations by itself."""
+    few, whole = x.shape[0] <= INLINE_TOKENS, x.shape[1] % 8 == 0
+    return few and whole and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
 def multiply(
-    codes: Tensor,
-    token_scale: Tensor,
-    inner: Tensor | None,
-    chunks: Chunks,
-    outer: Tensor | None,
-    row_factor: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
+    x: Inputs | Tensor,
+    offset: Tensor | None,
+    matrices: Sequence[Matrix],
     schedule: Schedule,
-    flags: Tensor,
+    flags: Tensor | None,
 ) -> None:
-    """`y = W^ x^ + B z + bias`.
+    """`y = W^ x^ + B z + bias` for weights that get the same activations.
 
     Args:
-        codes: uint8 `[ceil(K / 128), M, 128]`, E4M3 as `quantize` writes them.
-        token_scale: float32 `[M]`.
-        inner: z, bfloat16 `[steps, M, 16]`, or None.
-        chunks: the weights.
-        outer: B, as `layout.outer_factor` makes it, or None.
-        row_factor: float32 `[ceil(N / 64) * 64]`.
-        bias: the same, or None.
-        y: bfloat16 or float16 `[M, N]`, contiguous; written.
+        x: the activations; with an `inline` schedule as they come, `[M, K]` in bfloat16 or float16.
+        offset: subtracted from those first, bfloat16 `[K]`, or None.
+        matrices: 1 to 4 of them, all with as many scales for 128 columns.
         schedule: see there.
-        flags: int32, as many as `flag_count` says, which `quantize` has set to 0.
+        flags: int32, as many as `flag_count` says, which `quantize` has set to 0; None without.
     """
-    tokens, rows = y.shape
-    depth = codes.shape[0]
-    device = y.device.index or 0
-    cluster = schedule.cluster_split * schedule.pair
+    first = matrices[0]
+    _, depth, _ = first.chunks.data.shape
+    tokens, device = first.y.shape[0], first.y.device.index or 0
+    inner = first.inner_codes is not None
+    rows = tuple(matrix.y.shape[1] for matrix in matrices)
     count = clusters(schedule, tokens, rows, depth, device)
-    workspace = None
+    problem = _Problem(tokens=tokens, depth=depth)
+    if isinstance(x, Inputs):
+        problem.codes, problem.token_scale = x.codes.data_ptr(), x.token_scale.data_ptr()
+        problem.inner = _address(x.inner)
+        inputs = 0
+    else:
+        problem.x, problem.x_stride, problem.columns = x.data_ptr(), x.stride(0), x.shape[1]
+        problem.offset = _address(offset)
+        inputs = schedule.input_bytes(tokens, depth)
     if schedule.stream:
         sums = schedule.tokens * schedule.rows  # float32
-        workspace = torch.empty(count * sums, dtype=torch.float32, device=y.device)
-    problem = _Problem(
-        codes.data_ptr(),
-        token_scale.data_ptr(),
-        None if inner is None else inner.data_ptr(),
-        chunks.data.data_ptr(),
-        None if outer is None else outer.data_ptr(),
-        row_factor.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        None if workspace is None else workspace.data_ptr(),
-        flags.data_ptr(),
-        tokens,
-        rows,
-        depth,
-        0 if inner is None else inner.shape[0],
-    )
-    kernel = _kernel(device, schedule, chunks.groups, y.dtype == torch.float16)
+        workspace = torch.empty(count * sums, dtype=torch.float32, device=first.y.device)
+        problem.workspace, problem.flags = workspace.data_ptr(), _address(flags)
+    steps = 0
+    for index, matrix in enumerate(matrices):
+        problem.matrices[index] = _Matrix(
+            matrix.chunks.data.data_ptr(),
+            _address(matrix.outer),
+            _address(matrix.inner_codes),
+            _address(matrix.inner_scale),
+            matrix.row_factor.data_ptr(),
+            _address(matrix.bias),
+            matrix.y.data_ptr(),
+            rows[index],
+            problem.stretches,
+            matrix.steps,
+            steps,
+        )
+        problem.stretches += stretches(schedule, rows[index])
+        steps += matrix.steps
+    for index in range(len(matrices), MATRICES):
+        problem.matrices[index].stretch = problem.stretches  # which no block will have
+    groups, half = first.chunks.groups, first.y.dtype == torch.float16
+    shared = schedule.shared(groups, inner, inputs)
+    kernel = _kernel(device, schedule, groups, half, inner, shared)
     threads = schedule.consumers * 128 + schedule.copiers
+    cluster = schedule.cluster_split * schedule.pair
     kernel.launch(problem, (count * cluster, 1), threads, cluster)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

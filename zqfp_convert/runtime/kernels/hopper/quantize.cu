@@ -7,15 +7,16 @@
 // Given by the compiler's command line: WARPS, HELD (pieces of 8 features that a lane keeps in
 // registers between finding the scale and using it; 0: it reads them again), AHEAD (whether it holds
 // A too, from before the kernel ahead has ended), BLOCKS (on a multiprocessor), RANK_STEPS (of 8),
-// HALF (float16 activations), TILED (codes as multiply.cu wants them, else row by row), VECTORS (rows
-// of x start on 16 bytes and K is a multiple of 8), OFFSET (an offset is subtracted first).
+// HALF (float16 activations), TILED (codes as multiply.cu wants them, else row by row), VECTORS (see
+// `read`).
+#include "activations.cuh"
 #include "chunk.cuh"
 
 struct Problem {
   const u16 *x;              // [M, K] bfloat16 or float16, rows x_stride apart
-  const u16 *offset;         // [K] bfloat16, or null
-  const u16 *inner_factor;   // A: [RANK_STEPS * 8, depth * 128] bfloat16
-  const float *inner_scale;  // s: [RANK_STEPS * 8]
+  const u16 *offset;         // [K] bfloat16, subtracted first, or null
+  const u16 *inner_factor[5];   // A: [8, depth * 128] bfloat16, for each of RANK_STEPS
+  const float *inner_scale[5];  // s: [8]
   u8 *codes;                 // [depth, M, 128] swizzled, or [M, code_stride]
   float *token_scale;        // [M]
   u16 *inner;                // z: [RANK_STEPS, M, 16] bfloat16, high parts and low parts
@@ -26,35 +27,6 @@ struct Problem {
 };
 
 constexpr int LANES = RANK_STEPS > 0 ? RANK_STEPS : 1;
-
-// As torch: NaN wins.
-DEVICE float larger(float a, float b) {
-  float out;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
-  return out;
-}
-
-DEVICE float widen(u32 half) {
-  float out;
-  if (HALF)
-    asm("{\n.reg .b16 h;\ncvt.u16.u32 h, %1;\ncvt.f32.f16 %0, h;\n}" : "=f"(out) : "r"(half));
-  else
-    out = __uint_as_float(half << 16);
-  return out;
-}
-
-DEVICE u32 bfloat16x2(float first, float second) {
-  u32 out;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(second), "f"(first));
-  return out;
-}
-
-// Two values to E4M3 bytes (nearest even, saturating, NaN stays), the first in the low byte.
-DEVICE u32 to_codes(float first, float second) {
-  u16 out;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(out) : "f"(second), "f"(first));
-  return out;
-}
 
 // The bfloat16 values of two E4M3 bytes: exact.
 DEVICE u32 codes_to_bfloat16(u32 codes) {
@@ -77,66 +49,6 @@ DEVICE void project(float (&sums)[4], u32 a0, u32 a2, u32 b0, u32 b1) {
       : "r"(a0), "r"(0), "r"(a2), "r"(0), "r"(b0), "r"(b1));
 }
 
-// v / scale in IEEE arithmetic, whatever v is. `inverse` is 1 / scale, correctly rounded, so one
-// step of correction rounds the quotient correctly (Markstein), as long as nothing leaves float32's
-// range.
-DEVICE float divide(float v, float scale, float inverse) {
-  float quotient = __fmul_rn(v, inverse);
-  return __fmaf_rn(__fmaf_rn(-quotient, scale, v), inverse, quotient);
-}
-
-// The same for every scale.
-__device__ __noinline__ float divide_slowly(float v, float scale) { return __fdiv_rn(v, scale); }
-
-struct Piece {
-  float v[8];
-};
-
-struct Reader {
-  const Problem &p;
-  int token;
-
-  DEVICE uint4 raw(int k) const {
-    uint4 out = make_uint4(0, 0, 0, 0);
-    if (token >= p.tokens || k >= p.columns) return out;
-    const u16 *from = p.x + token * p.x_stride + k;
-    if (VECTORS) {
-      asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
-                   : "l"(from));
-    } else {
-      u16 one[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        one[i] = 0;
-        if (k + i < p.columns)
-          asm volatile("ld.global.u16 %0, [%1];" : "=h"(one[i]) : "l"(from + i));
-      }
-      out.x = one[0] | (u32)one[1] << 16, out.y = one[2] | (u32)one[3] << 16;
-      out.z = one[4] | (u32)one[5] << 16, out.w = one[6] | (u32)one[7] << 16;
-    }
-    return out;
-  }
-
-  DEVICE Piece values(uint4 raw, int k) const {
-    u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
-    Piece out;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      out.v[i] = widen(i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xFFFF);
-      if (OFFSET && k + i < p.columns)
-        out.v[i] -= __uint_as_float((u32)p.offset[k + i] << 16);
-    }
-    return out;
-  }
-};
-
-DEVICE float largest(const Piece &piece, float so_far) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) so_far = larger(so_far, fabsf(piece.v[i]));
-  return so_far;
-}
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantize(
     const __grid_constant__ Problem p) {
   __shared__ float warp_largest[WARPS][8], block_largest[16][8];
@@ -144,20 +56,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantize(
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int blocks = cluster_size(), rank = cluster_rank();
   int first_token = blockIdx.x / blocks * 8;
-  Reader reader{p, first_token + lane / 4};
+  int token = first_token + lane / 4;
+  Activations x{p.x, p.offset, p.x_stride, p.tokens, p.columns};
   int slices = p.depth * 4;  // of 32 features
   int begin = slices * rank / blocks + warp, end = slices * (rank + 1) / blocks;
   int column = lane % 4 * 8;
   int factor_stride = p.depth * 128;
   launch_dependents();
+  if (blocks > 1) cluster_arrive();  // that all have started: nobody writes to them before
 
   constexpr int KEPT = HELD > 0 ? HELD : 1;
   uint4 kept[KEPT], factor[KEPT];
-  const u16 *factors = p.inner_factor + (u64)(lane / 4) * factor_stride + column;
+  int of_lane = lane / 4 * factor_stride + column;
   if (AHEAD) {  // constants: before the kernel ahead has ended
 #pragma unroll
     for (int i = 0; i < KEPT; ++i)
-      if (begin + i * WARPS < end) factor[i] = __ldg((const uint4 *)(factors + (begin + i * WARPS) * 32));
+      if (begin + i * WARPS < end) factor[i] = __ldg((const uint4 *)(p.inner_factor[0] + of_lane + (begin + i * WARPS) * 32));
   }
   wait_for_inputs();
   if (blockIdx.x == gridDim.x - 1)
@@ -168,17 +82,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantize(
 #pragma unroll
     for (int i = 0; i < KEPT; ++i) {
       int slice = begin + i * WARPS;
-      kept[i] = slice < end ? reader.raw(slice * 32 + column) : make_uint4(0, 0, 0, 0);
+      kept[i] = slice < end ? read<VECTORS>(x, token, slice * 32 + column) : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int i = 0; i < KEPT; ++i) {
       int slice = begin + i * WARPS;
-      if (slice < end) most = largest(reader.values(kept[i], slice * 32 + column), most);
+      if (slice < end) most = values(x, kept[i], slice * 32 + column).largest(most);
     }
   } else {
 #pragma unroll 4
     for (int slice = begin; slice < end; slice += WARPS)
-      most = largest(reader.values(reader.raw(slice * 32 + column), slice * 32 + column), most);
+      most = values(x, read<VECTORS>(x, token, slice * 32 + column), slice * 32 + column).largest(most);
   }
   most = larger(most, __shfl_xor_sync(~0u, most, 1));
   most = larger(most, __shfl_xor_sync(~0u, most, 2));
@@ -187,47 +101,26 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantize(
 #pragma unroll
   for (int w = 0; w < WARPS; ++w) most = larger(most, warp_largest[w][lane / 4]);
   if (blocks > 1) {
+    cluster_wait();
     if (warp == 0 && lane % 4 == 0)
       for (int b = 0; b < blocks; ++b)
         store_at(address_at(shared_address(&block_largest[rank][lane / 4]), b), most);
     cluster_sync();
     for (int b = 0; b < blocks; ++b) most = larger(most, block_largest[b][lane / 4]);
   }
-  float scale = __fdiv_rn(larger(most, 0x1p-100f), 448.0f);
-  float inverse = __frcp_rn(scale);
-  bool quick = scale >= 0x1p-60f && scale <= 0x1p+120f;
-  bool there = reader.token < p.tokens;
-  if (there && rank == 0 && warp == 0 && lane % 4 == 0) p.token_scale[reader.token] = scale;
+  Scale scale(most);
+  bool there = token < p.tokens;
+  if (there && rank == 0 && warp == 0 && lane % 4 == 0) p.token_scale[token] = scale.value;
 
   float sums[LANES][4];
 #pragma unroll
   for (int r = 0; r < LANES; ++r) sums[r][0] = sums[r][1] = sums[r][2] = sums[r][3] = 0;
-  if (!there) scale = inverse = quick = 1;  // nobody's token takes the slow way
+  if (!there) scale = Scale(448);  // nobody's token takes the slow way
   auto finish = [&](uint4 raw, uint4 kept_factor, int slice) {
     int k = slice * 32 + column;
-    Piece piece = reader.values(raw, k);
-    u32 codes[4];
-    if (quick) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        codes[i] = to_codes(divide(piece.v[i * 2], scale, inverse),
-                            divide(piece.v[i * 2 + 1], scale, inverse));
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        codes[i] = to_codes(divide_slowly(piece.v[i * 2], scale),
-                            divide_slowly(piece.v[i * 2 + 1], scale));
-    }
-    // What lies beyond K is 0 also in a token of NaN: 0 / NaN would not be.
-    if (k + 8 > p.columns)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (k + i * 2 >= p.columns) codes[i] = 0;
-        if (k + i * 2 + 1 >= p.columns) codes[i] &= 0xFF;
-      }
+    uint2 out = values(x, raw, k).codes(scale, k, p.columns);
     if (there) {
-      uint2 out = make_uint2(codes[0] | codes[1] << 16, codes[2] | codes[3] << 16);
-      int inside = k % CHUNK_COLUMNS, m = reader.token;
+      int inside = k % CHUNK_COLUMNS, m = token;
       if (TILED) {
         u64 row = (u64)(k / CHUNK_COLUMNS) * p.tokens + m;
         *(uint2 *)(p.codes + row * CHUNK_COLUMNS + ((inside / 16 ^ (m & 7)) * 16 + inside % 16)) = out;
@@ -236,16 +129,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantize(
       }
     }
     if (RANK_STEPS > 0) {
-      u32 x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = codes_to_bfloat16(codes[i]);
+      u32 b[4] = {codes_to_bfloat16(out.x), codes_to_bfloat16(out.x >> 16),
+                  codes_to_bfloat16(out.y), codes_to_bfloat16(out.y >> 16)};
 #pragma unroll
       for (int r = 0; r < RANK_STEPS; ++r) {
         uint4 a = AHEAD
                       ? kept_factor
-                      : __ldg((const uint4 *)(factors + (u64)r * 8 * factor_stride + slice * 32));
-        project(sums[r], a.x, a.y, x[0], x[1]);
-        project(sums[r], a.z, a.w, x[2], x[3]);
+                      : __ldg((const uint4 *)(p.inner_factor[r] + of_lane + slice * 32));
+        project(sums[r], a.x, a.y, b[0], b[1]);
+        project(sums[r], a.z, a.w, b[2], b[3]);
       }
     }
   };
@@ -256,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantize(
   } else {
 #pragma unroll 2
     for (int slice = begin; slice < end; slice += WARPS)
-      finish(reader.raw(slice * 32 + column), make_uint4(0, 0, 0, 0), slice);
+      finish(read<VECTORS>(x, token, slice * 32 + column), make_uint4(0, 0, 0, 0), slice);
   }
 
   if (RANK_STEPS > 0) {
@@ -289,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) quantize(
       else
         for (int w = 0; w < WARPS; ++w) token_most = larger(token_most, warp_largest[w][e % 8]);
       float token_scale = __fdiv_rn(larger(token_most, 0x1p-100f), 448.0f);
-      float z = sum * token_scale * p.inner_scale[step * 8 + r];
+      float z = sum * token_scale * p.inner_scale[step][r];
       u32 high = bfloat16x2(z, 0) & 0xFFFF;
       u32 low = bfloat16x2(z - __uint_as_float(high << 16), 0) & 0xFFFF;
       u16 *to = p.inner + ((u64)step * p.tokens + m) * 16;

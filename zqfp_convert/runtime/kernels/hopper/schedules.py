@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from zqfp_convert.errors import OutputError
-from zqfp_convert.runtime.kernels.hopper.multiply import SHARED_LIMIT, Schedule
+from zqfp_convert.runtime.kernels.hopper.multiply import INLINE_TOKENS, SHARED_LIMIT, Schedule
 
 SHIPPED = Path(__file__).parent / "table.json"
 BYTES_PER_MICROSECOND = 4e6  # what an H200 copies, read and written
@@ -35,7 +35,8 @@ class Entry:
     Attributes:
         rows, columns, tokens: N, K, M.
         schedule: the fastest of the fused product.
-        fused, expanded: microseconds of the product alone, without low-rank compensation.
+        fused, expanded: microseconds from bfloat16 activations to results, without low-rank
+            compensation.
     """
 
     rows: int
@@ -66,27 +67,26 @@ class Table:
 
 
 @cache
-def choose(tokens: int, rows: int, columns: int, groups: int, device: int) -> Schedule:
-    """The schedule for M tokens and a weight `[N, K]` with so many scales for 128 columns."""
-    return fit(_entry(tokens, rows, columns, device).schedule, groups)
+def choose(tokens: int, rows: tuple[int, ...], columns: int, device: int) -> Schedule:
+    """The schedule for M tokens and weights `[N, K]` that get the same; it may have to be fitted."""
+    return _entry(tokens, sum(rows), columns, device).schedule
 
 
 @cache
-def prefers_expanded(tokens: int, rows: int, columns: int, rank: int, device: int) -> bool:
-    """Whether the expanded path is the faster one.
+def prefers_expanded(
+    tokens: int, rows: tuple[int, ...], columns: int, rank: int, device: int
+) -> bool:
+    """Whether the expanded path is the faster one: a weight at a time, the fused one all at once.
 
     There low-rank compensation is a pass over the results, which the fused product does not need.
     """
-    entry = _entry(tokens, rows, columns, device)
-    after = 8 * entry.tokens * entry.rows / BYTES_PER_MICROSECOND if rank else 0.0
-    return entry.expanded + after < entry.fused
-
-
-def fit(schedule: Schedule, groups: int) -> Schedule:
-    """The schedule with as many stages as the shared memory has room for."""
-    while schedule.shared(groups) > SHARED_LIMIT:
-        schedule = replace(schedule, stages=schedule.stages - 1)
-    return schedule
+    fused = _entry(tokens, sum(rows), columns, device)
+    each = [_entry(tokens, count, columns, device) for count in rows]
+    expanded = sum(
+        entry.expanded * count / entry.rows for count, entry in zip(rows, each, strict=True)
+    )
+    after = 8 * fused.tokens * sum(rows) / BYTES_PER_MICROSECOND if rank else 0.0
+    return expanded + after < fused.fused * sum(rows) / fused.rows
 
 
 @cache
@@ -202,6 +202,8 @@ def candidates(tokens: int, rows: int, columns: int) -> list[Schedule]:
     found: list[Schedule]
     if size <= 16:
         found = _few(size)
+        if tokens <= INLINE_TOKENS:
+            found += [replace(one, inline=True) for one in found if not one.stream]
     elif size <= 64:
         found = _some(size)
     elif tokens <= 512:
@@ -212,7 +214,8 @@ def candidates(tokens: int, rows: int, columns: int) -> list[Schedule]:
     return [
         schedule
         for schedule in found
-        if schedule.shared(1) <= SHARED_LIMIT and schedule.split <= depth
+        if schedule.shared(1, inputs=schedule.input_bytes(tokens, depth)) <= SHARED_LIMIT
+        and schedule.split <= depth
     ]
 
 

@@ -14,11 +14,17 @@ from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.kernels.hopper import layout, schedules
 from zqfp_convert.runtime.kernels.hopper.expand import expand
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
-from zqfp_convert.runtime.kernels.hopper.multiply import Schedule, flag_count, multiply
+from zqfp_convert.runtime.kernels.hopper.multiply import (
+    Inputs,
+    Matrix,
+    Schedule,
+    flag_count,
+    multiply,
+)
 from zqfp_convert.runtime.kernels.hopper.quantize import quantize
 from zqfp_convert.runtime.kernels.hopper.schedules import Entry
 
-TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 COLD = 200 << 20  # bytes of weights in turn, so that none are still in the L2 cache
 REPLAYS = 5
 MICROSECONDS = 1e3  # in the milliseconds of an event
@@ -52,19 +58,20 @@ def _fastest(
     codes = torch.empty(depth, tokens, layout.COLUMNS, dtype=torch.uint8, device=device)
     token_scale = torch.empty(tokens, device=device)
     tried = schedules.candidates(tokens, rows, columns)
-    index = device.index or 0
-    counts = [flag_count(schedule, tokens, rows, depth, index) for schedule in tried]
-    # Streams leave them as they find them, so one product after another needs no zeros in between.
-    flags = torch.zeros(max(counts), dtype=torch.int32, device=device)
     factor = torch.rand(weights[0].data.shape[0] * layout.ROWS, device=device)
     y = torch.empty(tokens, rows, dtype=torch.bfloat16, device=device)
-    quantize(x, None, None, None, codes, token_scale, None, flags)
 
     def fused(schedule: Schedule) -> Callable[[Chunks], None]:
+        count = flag_count(schedule, tokens, (rows,), depth, device.index or 0)
+        flags = torch.empty(count, dtype=torch.int32, device=device)
+
         def run(chunks: Chunks) -> None:
-            multiply(
-                codes, token_scale, None, chunks, None, factor, None, y, schedule, flags
-            )  # fmt: skip
+            matrices = [Matrix(chunks, factor, None, y)]
+            if schedule.inline:
+                multiply(x, None, matrices, schedule, None)
+            else:
+                quantize(x, None, [], [], codes, token_scale, None, flags)
+                multiply(Inputs(codes, token_scale), None, matrices, schedule, flags)
 
         return run
 
@@ -82,16 +89,19 @@ def _fastest(
 def _expanded(
     rows: int, columns: int, x: Tensor, factor: Tensor, device: torch.device
 ) -> Callable[[Chunks], None]:
-    """The expanded path on activations that are quantized already."""
+    """The expanded path."""
     wide, deep = expanded.matrix_shape(rows, columns)
     matrix = torch.empty(wide, deep, dtype=torch.uint8, device=device)
     tokens = x.shape[0] + -x.shape[0] % expanded.ALIGNMENT
-    codes = torch.randn(tokens, deep, device=device).to(fp8.DTYPE)
-    scale = torch.rand(tokens, 1, device=device)
+    codes = torch.zeros(tokens, deep, dtype=torch.uint8, device=device)
+    scale = torch.ones(tokens, device=device)
 
     def run(chunks: Chunks) -> None:
+        quantize(x, None, [], [], codes, scale, None, None)
         expand(chunks, matrix)
-        expanded.product(codes, scale, matrix.view(fp8.DTYPE), factor[:wide], rows)
+        expanded.product(
+            codes.view(fp8.DTYPE), scale[:, None], matrix.view(fp8.DTYPE), factor[:wide], rows
+        )
 
     return run
 

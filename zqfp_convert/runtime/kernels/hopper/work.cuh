@@ -5,8 +5,9 @@
 constexpr int ROW_TILES = WARPGROUPS * TILES;  // of 64 features, in a block
 constexpr int CHUNK_BYTES = CHUNK_ROWS * CHUNK_COLUMNS / 2 + CHUNK_ROWS * GROUPS;
 constexpr int OUTER_BYTES = CHUNK_ROWS * 16;  // 64 rows of B, 8 ranks in bfloat16
-constexpr int CODES_BYTES = TOKENS * CHUNK_COLUMNS;
-constexpr int STAGE_BYTES = CODES_BYTES + ROW_TILES * CHUNK_BYTES;
+constexpr int CODES_BYTES = INLINE ? 0 : TOKENS * CHUNK_COLUMNS;
+constexpr int INNER_BYTES = INNER ? 8 * CHUNK_COLUMNS : 0;  // 8 ranks of A in E4M3
+constexpr int STAGE_BYTES = CODES_BYTES + ROW_TILES * CHUNK_BYTES + INNER_BYTES;
 constexpr int BLOCKS_OF_8 = TOKENS / 8;
 constexpr int PARTS = SHARES * SPLIT;  // sums that are added up, by slices of the tokens
 constexpr int SLICES = PARTS < BLOCKS_OF_8 ? PARTS : BLOCKS_OF_8;
@@ -22,59 +23,80 @@ constexpr int TOKEN_TILES_TOGETHER = 8;  // that meet a stretch of weights befor
 // Converted weights in registers: one chunk in use and one in the making, where there is room, and
 // few warpgroups to take turns.
 constexpr int BUFFERS = WARPGROUPS * SHARES > 2 && TOKENS * TILES >= 128 ? 1 : 2;
-constexpr int PARTS_MEET = 15;  // a barrier among threads, beside one for each warpgroup
+constexpr int PARTS_MEET = 15;  // barriers among threads, beside one for each warpgroup
+constexpr int INPUTS_MEET = 14;
+constexpr int MATRICES = 4;  // at most
 
 static_assert(STAGES >= 2 * SHARES, "a warpgroup gives a stage back when it has the next");
 static_assert(!PERSISTENT || STREAM || PARTS == 1, "sums meet once, after the last tile");
 static_assert(!STREAM || (SPLIT * PAIR == 1 && !IN_STAGES), "stages are in use from tile to tile");
+static_assert(!INLINE || (TOKENS == 8 && PAIR == 1 && !STREAM), "flags need somebody to set them to 0");
+static_assert(!INNER || TOKENS <= 64, "sums of z take registers too");
 static_assert(!IN_STAGES || EXCHANGE_BYTES <= STAGES * STAGE_BYTES, "the stages have to hold it");
 
-struct Problem {
-  const u8 *codes;           // [ceil(K / 128), M, 128] E4M3, 16-byte pieces swizzled by row % 8
-  const float *token_scale;  // [M]
-  const u8 *inner;           // z: [rank steps, M, 16] bfloat16, 8 high parts and 8 low parts
+// Weights that the activations meet.
+struct Matrix {
   const u8 *chunks;          // [ceil(N / 64), ceil(K / 128), CHUNK_BYTES]
   const u8 *outer;           // B: [ceil(N / 64), rank steps, 128 threads, 4] bfloat16
+  const u8 *inner_factor;    // INNER: A, [ceil(K / 128), 4 warps, 32 lanes, 8] E4M3
+  const float *inner_scale;  // INNER: s, [8]
   const float *row_factor;   // [ceil(N / 64) * 64]
   const float *bias;         // the same, or null
   u16 *y;                    // [M, N]
+  int rows;                  // N
+  int stretch;               // its first, of ROW_TILES * PAIR tiles; they are counted on
+  int rank_steps;            // ceil(r / 8)
+  int rank_step;             // its first in z
+};
+
+struct Problem {
+  const u16 *x;              // INLINE: [M, K] bfloat16 or float16, rows x_stride apart
+  const u8 *codes;           // else: [ceil(K / 128), M, 128] E4M3, 16-byte pieces swizzled by row % 8
+  const float *token_scale;  // else: [M]
+  const u16 *offset;         // INLINE: [K] bfloat16, subtracted from x, or null
+  const u8 *inner;           // z: [rank steps, M, 16] bfloat16, 8 high parts and 8 low parts
   float4 *workspace;         // STREAM: [blocks, SLICES, ROW_TILES, SLICE, 128 threads]
   u32 *flags;                // STREAM: [blocks, SLICES, WARPGROUPS], 0 at first
-  int tokens, rows, depth;   // M, N, ceil(K / 128)
-  int rank_steps;            // ceil(r / 8)
+  long long x_stride;
+  int tokens, columns, depth;  // M, K, ceil(K / 128)
+  int stretches;               // of all matrices
+  Matrix matrices[MATRICES];
 };
 
 struct Tile {
+  int matrix;
   int token, row_tile;    // the first of each
   int tokens, row_tiles;  // how many there are
 };
 
 DEVICE Tile tile_at(const Problem &p, int index, int pair) {
   int token_tiles = (p.tokens + TOKENS - 1) / TOKENS;
-  int row_tiles = (p.rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-  int stretches = (row_tiles + ROW_TILES * PAIR - 1) / (ROW_TILES * PAIR);
-  int width = TOKEN_TILES_TOGETHER * stretches;
+  int width = TOKEN_TILES_TOGETHER * p.stretches;
   int first = index / width * TOKEN_TILES_TOGETHER;
   int together = min(token_tiles - first, TOKEN_TILES_TOGETHER);
   int within = index % width;
   Tile t;
   t.token = (first + within % together) * TOKENS;
-  t.row_tile = (within / together * PAIR + pair) * ROW_TILES;
+  int stretch = within / together;
+  t.matrix = 0;
+#pragma unroll
+  for (int i = 1; i < MATRICES; ++i) t.matrix += stretch >= p.matrices[i].stretch;
+  const Matrix &matrix = p.matrices[t.matrix];
+  int row_tiles = (matrix.rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+  t.row_tile = ((stretch - matrix.stretch) * PAIR + pair) * ROW_TILES;
   t.tokens = min(TOKENS, p.tokens - t.token);
   t.row_tiles = max(0, min(ROW_TILES, row_tiles - t.row_tile));
   return t;
 }
 
 DEVICE int tile_count(const Problem &p) {
-  int row_tiles = (p.rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-  return (p.tokens + TOKENS - 1) / TOKENS *
-         ((row_tiles + ROW_TILES * PAIR - 1) / (ROW_TILES * PAIR));
+  return (p.tokens + TOKENS - 1) / TOKENS * p.stretches;
 }
 
 // What a block has to do: tile after tile, its stretch of K.
 struct Work {
   int index, begin, end;  // tile; 128 columns each
-  bool owns;              // writes the tile, and so has B z
+  bool owns;              // writes the tile, and has B z if nobody else has
   int step, last, depth;
 
   DEVICE Work(const Problem &p, int cluster, int clusters, int stretch) {
@@ -110,9 +132,13 @@ struct Work {
 // What lies in shared memory, by address.
 struct Shared {
   u32 stages, staging, exchange, barriers;
+  u32 inputs;  // INLINE: E4M3 [columns / 16, M, 16], of the block's own columns
   DEVICE u32 codes(int slot) const { return stages + slot * CODES_BYTES; }
   DEVICE u32 weights(int slot) const {
     return stages + STAGES * CODES_BYTES + slot * ROW_TILES * CHUNK_BYTES;
+  }
+  DEVICE u32 inner(int slot) const {
+    return stages + STAGES * (CODES_BYTES + ROW_TILES * CHUNK_BYTES) + slot * INNER_BYTES;
   }
   DEVICE u32 full(int slot) const { return barriers + slot * 8; }
   DEVICE u32 empty(int slot) const { return barriers + (STAGES + slot) * 8; }
