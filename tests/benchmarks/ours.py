@@ -68,8 +68,7 @@ class Ours:
         schedule = schedules.choose(*shape, 0)
         self.inside = self.weights.inner_codes is not None and schedule.tokens <= INNER_TOKENS
         device, depth = self.x.device, self.weights.chunks.shape[1]
-        inputs = schedule.input_bytes(tokens, depth)
-        self.schedule = schedule.fit(self.weights.groups, self.inside, inputs)
+        self.schedule = schedule.fit(self.weights.groups, self.inside)
         self.tile = {"expanded": True} if self.wide else vars(self.schedule)
         self.inner = None
         if self.rank and (self.wide or not self.inside):
@@ -101,14 +100,13 @@ class Ours:
         return self.codes
 
     def multiply(self, copy: int) -> Tensor:
-        """The product; with an inline schedule from activations as they come."""
+        """The product."""
         chunks, weights = self.copies[copy], self.weights
         if not self.wide:
             made = (weights.inner_codes, weights.inner_scale) if self.inside else (None, None)
             matrix = Matrix(chunks, weights.row_factor, None, self.y, weights.outer, *made)
             inputs = Inputs(self.codes, self.token_scale, self.inner)
-            x = self.x if self.schedule.inline else inputs
-            multiply(x, None, [matrix], self.schedule, self.flags)
+            multiply(inputs, [matrix], self.schedule, self.flags)
             return self.y
         expand(chunks, self.matrix)
         y = expanded.product(
@@ -125,8 +123,7 @@ class Ours:
 
     def quantize_and_multiply(self, copy: int) -> Tensor:
         """Both, as in a model."""
-        if self.wide or not self.schedule.inline:
-            self.quantize()
+        self.quantize()
         return self.multiply(copy)
 
     def error(self) -> float:

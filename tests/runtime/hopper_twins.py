@@ -19,7 +19,6 @@ from zqfp_convert.runtime.kernels.hopper.multiply import (
     Inputs,
     Matrix,
     Schedule,
-    can_inline,
     flag_count,
 )
 
@@ -117,32 +116,15 @@ def in_order(codes: Tensor) -> Tensor:
 
 
 def multiply(
-    x: Inputs | Tensor,
-    offset: Tensor | None,
-    matrices: Sequence[Matrix],
-    schedule: Schedule,
-    flags: Tensor | None,
+    inputs: Inputs, matrices: Sequence[Matrix], schedule: Schedule, flags: Tensor
 ) -> None:
     tokens, depth = matrices[0].y.shape[0], matrices[0].chunks.data.shape[1]
     makes_z = matrices[0].inner_codes is not None
-    inputs = schedule.input_bytes(tokens, depth)
-    assert schedule.shared(matrices[0].chunks.groups, makes_z, inputs) <= SHARED_LIMIT
-    inner = None
-    if isinstance(x, Inputs):
-        assert not schedule.inline
-        assert offset is None
-        rows = tuple(matrix.y.shape[1] for matrix in matrices)
-        assert flags is not None
-        assert flags.shape == (flag_count(schedule, tokens, rows, depth, 0),)
-        assert not flags.any()
-        values, scale, inner = in_order(x.codes), x.token_scale[:, None], x.inner
-    else:
-        assert schedule.inline
-        assert can_inline(x)
-        seen = x.float() if offset is None else x.float() - offset.float()
-        values, scale = fp8.quantize(seen)
-        missing = depth * 128 - values.shape[1]
-        values = torch.nn.functional.pad(values.view(torch.uint8), (0, missing)).view(fp8.DTYPE)
+    assert schedule.shared(matrices[0].chunks.groups, makes_z) <= SHARED_LIMIT
+    rows = tuple(matrix.y.shape[1] for matrix in matrices)
+    assert flags.shape == (flag_count(schedule, tokens, rows, depth, 0),)
+    assert not flags.any()
+    values, scale, inner = in_order(inputs.codes), inputs.token_scale[:, None], inputs.inner
     step = 0
     for matrix in matrices:
         total = values.float() @ matrix_of(matrix.chunks).t() * scale * matrix.row_factor

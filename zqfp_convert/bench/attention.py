@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -52,8 +52,13 @@ def attend(
             module, query, key, value, attention_mask, **about
         )
         return usual
+    # Its kernels go through the cache with one multiprocessor for each shared head.
     packed = query.reshape(batch, shared, heads // shared, depth)
-    y = scaled_dot_product_attention(
-        packed, key, value, attn_mask=attention_mask, scale=about.get("scaling")
-    )
+    scores = (packed @ key.transpose(2, 3)).float() * (about.get("scaling") or depth**-0.5)
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, -torch.inf)
+        else:
+            scores = scores + attention_mask
+    y = scores.softmax(-1).to(value.dtype) @ value
     return y.reshape(batch, 1, heads, value.shape[-1]), None

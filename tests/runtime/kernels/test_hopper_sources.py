@@ -76,9 +76,8 @@ def chunks(groups: int) -> Chunks:
 
 
 def run_multiply(schedule: Schedule, groups: int, dtype: torch.dtype, rank: int = 0) -> None:
-    x = torch.ones(3, 256, dtype=dtype)
     inputs = Inputs(torch.empty(2, 3, 128, dtype=torch.uint8), torch.ones(3))
-    fitting = schedule.fit(groups, rank > 0, schedule.input_bytes(3, 2))
+    fitting = schedule.fit(groups, rank > 0)
     matrices = []
     for _ in range(2):
         y = torch.empty(3, 128, dtype=dtype)
@@ -86,7 +85,7 @@ def run_multiply(schedule: Schedule, groups: int, dtype: torch.dtype, rank: int 
         given = factors if rank else ()
         matrices.append(Matrix(chunks(groups), torch.ones(128), None, y, *given))
     flags = torch.zeros(flag_count(fitting, 3, (128, 128), 2, 0), dtype=torch.int32)
-    multiply.multiply(x if schedule.inline else inputs, None, matrices, fitting, flags)
+    multiply.multiply(inputs, matrices, fitting, flags)
 
 
 @pytest.mark.parametrize("schedule", sorted(CANDIDATES, key=str), ids=str)

@@ -1,7 +1,6 @@
 // The warpgroups that multiply: they convert weights, feed the tensor cores, scale, compensate and
 // write, or hand their sums to those that write.
 #pragma once
-#include "inputs.cuh"
 #include "wgmma.cuh"
 #include "work.cuh"
 
@@ -62,6 +61,12 @@ constexpr int INNER_TILES = (TOKENS + 15) / 16;  // of 16 tokens
 // next.
 typedef float InnerSums[INNER_TILES][4];
 
+// Operands of a stage's part of z.
+struct InnerWords {
+  uint2 a;
+  u32 x[INNER_TILES][4];
+};
+
 // sums[16 tokens, 8 ranks] += x[16, 32] A^T[32, 8].
 DEVICE void project(float (&sums)[4], const u32 (&x)[4], uint2 a) {
   asm volatile(
@@ -78,49 +83,40 @@ struct Consumer {
   int thread, lane, warp;  // in the warpgroup
   int stretch, pair;       // of the block in its cluster
   u32 exchange_now;        // where partial sums meet
-  int column;              // INLINE: the next stage's place in the inputs, in chunks
   InnerSums inner;         // INNER
+  InnerWords inner_words;
 
   DEVICE void fetch(Words &words, const Step &step, int tile) const {
     load_words(words, s.weights(step.slot) + (group * TILES + tile) * CHUNK_BYTES, thread);
   }
 
   // Multiplies a chunk. The products run on; those of the chunk before have ended when this returns.
-  DEVICE void chunk(Sums &sums, Weights &w, const Words &words, const Step &step, int tile) const {
+  DEVICE void chunk(Sums &sums, Weights &w, const Words &words, const Step &step, int tile) {
     if (BUFFERS == 1) wgmma_wait<0>();
     convert(w, words);
-    u64 codes = INLINE ? operand_plain(inputs(), p.tokens * 16) : operand_128(s.codes(step.slot));
-    int apart = INLINE ? p.tokens * 2 : 2;
+    u64 codes = operand_128(s.codes(step.slot));
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_e4m3(sums[tile], w[k], codes + k * apart);
+    for (int k = 0; k < 4; ++k) wgmma_e4m3(sums[tile], w[k], codes + k * 2);
     wgmma_commit();
+    if (INNER && tile == 0) {  // meanwhile
+#pragma unroll
+      for (int i = 0; i < INNER_TILES; ++i) project(inner[i], inner_words.x[i], inner_words.a);
+    }
     if (BUFFERS == 2) wgmma_wait<1>();
   }
 
-  // INLINE: the activations of this stage.
-  DEVICE u32 inputs() const { return s.inputs + column * CHUNK_COLUMNS * p.tokens; }
-
-  // Adds to z, each warp 32 of the stage's columns.
-  DEVICE void project_stage(const Step &step) {
-    uint2 a = load_shared2(s.inner(step.slot) + (warp * 32 + lane) * 8);
+  // What a stage adds to z, each warp for 32 of its columns.
+  DEVICE void fetch(InnerWords &words, const Step &step) const {
+    words.a = load_shared2(s.inner(step.slot) + (warp * 32 + lane) * 8);
     int row = lane / 4, piece = warp * 2;  // of 16 columns
+    u32 left = (piece ^ row) * 16, right = (piece + 1 ^ row) * 16;
 #pragma unroll
     for (int i = 0; i < INNER_TILES; ++i) {
-      u32 x[4] = {0, 0, 0, 0};
-      if (INLINE) {  // beyond the tokens lies something that nobody will ask for
-        u32 from = inputs() + (piece * p.tokens + row) * 16 + lane % 4 * 4;
-        x[0] = load_shared(from), x[2] = load_shared(from + p.tokens * 16);
-      } else {
-        u32 from = s.codes(step.slot) + (i * 16 + row) * CHUNK_COLUMNS + lane % 4 * 4;
-        u32 left = (piece ^ row) * 16, right = (piece + 1 ^ row) * 16;
-        x[0] = load_shared(from + left), x[2] = load_shared(from + right);
-        if (TOKENS > 8) {
-          x[1] = load_shared(from + 8 * CHUNK_COLUMNS + left);
-          x[3] = load_shared(from + 8 * CHUNK_COLUMNS + right);
-        }
-      }
-      project(inner[i], x, a);
+      u32 from = s.codes(step.slot) + (i * 16 + row) * CHUNK_COLUMNS + lane % 4 * 4;
+      words.x[i][0] = load_shared(from + left), words.x[i][2] = load_shared(from + right);
+      words.x[i][1] = TOKENS > 8 ? load_shared(from + 8 * CHUNK_COLUMNS + left) : 0;
+      words.x[i][3] = TOKENS > 8 ? load_shared(from + 8 * CHUNK_COLUMNS + right) : 0;
     }
   }
 
@@ -128,6 +124,7 @@ struct Consumer {
     Words words;
     barrier_wait(s.full(step.slot), step.parity);
     fetch(words, step, 0);
+    if (INNER) fetch(inner_words, step);
     chunk(sums, first, words, step, 0);
     if (before >= 0) release(s, before, lane, stretch * PAIR);
     before = step.slot;
@@ -135,8 +132,6 @@ struct Consumer {
       fetch(words, step, TILES - 1);
       chunk(sums, second, words, step, TILES - 1);
     }
-    if (INNER) project_stage(step);
-    if (INLINE) column += SHARES;
     step.next(SHARES);
   }
 
@@ -183,7 +178,7 @@ struct Consumer {
     for (int i = 0; i < SCALES; ++i) {
       int m = i * 32 + lane;
       f.token[i] = 0;
-      if (m < t.tokens) f.token[i] = INLINE ? input_scale[m] : load_result(p.token_scale + t.token + m);
+      if (m < t.tokens) f.token[i] = load_result(p.token_scale + t.token + m);
     }
   }
 

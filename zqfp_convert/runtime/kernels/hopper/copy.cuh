@@ -16,7 +16,7 @@ struct Source {
   DEVICE Source(const Problem &p, const Shared &s, const Tile &t, int pair, int k)
       : s(s), t(t), pair(pair) {
     const Matrix &matrix = p.matrices[t.matrix];
-    tile_bytes = tile_step = CHUNK_BYTES, token_bytes = INLINE ? 0 : CHUNK_COLUMNS;
+    tile_bytes = tile_step = CHUNK_BYTES, token_bytes = CHUNK_COLUMNS;
     start(p, matrix.chunks, p.codes, p.depth, k, k);
     inner = matrix.inner_factor + k * INNER_BYTES;
   }
@@ -48,7 +48,6 @@ struct Source {
   }
   DEVICE void copy_tokens(int slot) {
     if (INNER) copy(s.inner(slot), inner, INNER_BYTES, s.full(slot)), inner += INNER_BYTES;
-    if (INLINE) return;
     if (PAIR == 1) {
       copy(s.codes(slot), tokens, t.tokens * token_bytes, s.full(slot));
     } else {
@@ -81,7 +80,7 @@ DEVICE void produce(const Problem &p, const Shared &s, int pair, Work work, bool
       wrapped |= step.slot == 0;
     }
   };
-  bool waited = INLINE || !tokens;
+  bool waited = !tokens;
   while (work.next()) {
     Source source(p, s, tile_at(p, work.index, pair), pair, work.begin);
     int count = work.end - work.begin;

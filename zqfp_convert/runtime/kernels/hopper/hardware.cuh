@@ -229,11 +229,6 @@ DEVICE void wgmma_wait() {
 DEVICE u64 operand_128(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
-// In pieces of 8 rows by 16 bytes, not swizzled, `apart` from one 16 columns to the next. Pieces may
-// overlap: with fewer rows than 8 what follows counts as the others.
-DEVICE u64 operand_plain(u32 address, u32 apart) {
-  return (u64)((address & 0x3FFFF) >> 4) | (u64)(apart >> 4) << 16 | (u64)1 << 32;
-}
 DEVICE u64 operand_32(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(256 >> 4) << 32 | (u64)3 << 62;
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ from zqfp_convert.runtime.kernels.hopper.multiply import (
     MATRICES,
     Inputs,
     Matrix,
-    can_inline,
     flag_count,
     multiply,
 )
@@ -189,9 +187,7 @@ def _work(
         if way != "expanded":
             schedule = schedules.choose(tokens, tuple(rows), columns, index)
             inside = bool(inner_codes) and schedule.tokens <= INNER_TOKENS
-            if not can_inline(x) or (rank and not inside):
-                schedule = replace(schedule, inline=False)
-            schedule = schedule.fit(groups, inside, schedule.input_bytes(tokens, depth))
+            schedule = schedule.fit(groups, inside)
             matrices = [
                 Matrix(
                     Chunks(chunks[i], groups),
@@ -204,9 +200,6 @@ def _work(
                 )
                 for i in range(len(rows))
             ]
-            if schedule.inline:
-                multiply(x, input_offset, matrices, schedule, None)
-                return [matrix.y for matrix in matrices]
             codes = x.new_empty(depth, tokens, layout.COLUMNS, dtype=torch.uint8)
             token_scale = x.new_empty(tokens, dtype=torch.float32)
             count = flag_count(schedule, tokens, tuple(rows), depth, index)
@@ -214,7 +207,7 @@ def _work(
             inner = None if inside else _room_for_z(x, steps)
             factors = ([], []) if inside else (inner_factor, inner_scale)
             quantize(x, input_offset, *factors, codes, token_scale, inner, flags)
-            multiply(Inputs(codes, token_scale, inner), None, matrices, schedule, flags)
+            multiply(Inputs(codes, token_scale, inner), matrices, schedule, flags)
             return [matrix.y for matrix in matrices]
         # Some tokens more, for `_scaled_mm`; what they hold does not reach the others.
         padded = tokens + -tokens % expanded.ALIGNMENT

@@ -16,9 +16,7 @@
 // on from when they began; otherwise a tile's last columns come in the block that is launched last.
 //
 // Given by the compiler's command line: TOKENS, WARPGROUPS, TILES, STAGES, SHARES, SPLIT, PAIR,
-// INLINE (the activations come in bfloat16 or float16, and every block makes them E4M3 for itself),
-// INNER (z is made on the way too, each block's part from its own columns), STREAM, PERSISTENT,
-// BLOCKS (that share a multiprocessor), COPIERS (threads: 32, 64, or 128 that
+// INNER (z is made on the way, each block's part from its own columns), STREAM, PERSISTENT, BLOCKS (that share a multiprocessor), COPIERS (threads: 32, 64, or 128 that
 // give registers away, down to COPIER_REGISTERS, so that the others have CONSUMER_REGISTERS), GROUPS
 // (scales in 128 columns: 1, 2 or 4), HALF (float16 results), LARGEST_EXCHANGE (bytes of partial sums
 // that have room of their own).
@@ -98,7 +96,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + COPIERS, BLOCKS)
   u32 exchange = s.staging + WARPGROUPS * SHARES * 2 * STAGING_BYTES;
   s.exchange = IN_STAGES ? s.stages : exchange;
   s.barriers = exchange + (IN_STAGES ? 0 : EXCHANGES * EXCHANGE_BYTES);
-  s.inputs = s.barriers + STAGES * 16;
 
   int rank = SPLIT * PAIR > 1 ? cluster_rank() : 0;
   int pair = rank % PAIR, stretch = rank / PAIR;
@@ -122,8 +119,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + COPIERS, BLOCKS)
     if (COPIERS == 128) give_registers<COPIER_REGISTERS>();
     if (COPIERS == 32 && thread == 0) produce(p, s, pair, work, true, true);
     if (COPIERS > 32 && thread == 0) produce(p, s, pair, work, true, false);
-    if (COPIERS > 32 && thread == 32 && (INNER || !INLINE))
-      produce(p, s, pair, work, false, true);
+    if (COPIERS > 32 && thread == 32) produce(p, s, pair, work, false, true);
     __syncwarp();
     if (SPLIT > 1 && IN_STAGES) cluster_sync();
     if (SPLIT * PAIR > 1) cluster_sync();
@@ -132,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + COPIERS, BLOCKS)
   if (COPIERS == 128) take_registers<CONSUMER_REGISTERS>();
   int group = warpgroup % WARPGROUPS, share = warpgroup / WARPGROUPS;
   Consumer c{p,       s,           group, share,     thread, thread % 32, thread / 32,
-             stretch, pair, s.exchange, 0,      {}};
+             stretch, pair, s.exchange, {}, {}};
   int first = 0;  // stage of this tile, counted from the launch
   Sums sums;
   bool waited = false;
@@ -140,14 +136,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + COPIERS, BLOCKS)
     Tile t = tile_at(p, work.index, pair);
     Factors f;
     c.load(f, t);
-    if (!waited) {
-      wait_for_inputs();
-      if (INLINE) quantize_inputs(p, s, work.begin, work.end);
-      waited = true;
-    }
+    if (!waited) wait_for_inputs(), waited = true;
     c.load_tokens(f, t);
     int depth = work.end - work.begin;
-    c.column = share;
     c.multiply(sums, first + share, (depth - share + SHARES - 1) / SHARES);
     c.scale(sums, f);
     if (INNER) c.compensate_part(sums, f);

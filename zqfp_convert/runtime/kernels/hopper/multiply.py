@@ -1,4 +1,4 @@
-"""The fused product: packed weights and activations in, results out."""
+"""The fused product: packed weights and E4M3 activations in, results out."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from zqfp_convert.runtime.kernels.hopper.layout import Chunks
 
 SHARED = 228 * 1024  # bytes of a multiprocessor
 RESERVED = 1024  # of them for each block
-STATIC = 1024  # bytes at most beside those asked for at the launch
 SHARED_LIMIT = 227 * 1024  # bytes a block can have
 ALIGNMENT = 1024  # of the stages in shared memory
 MATRICES = 4  # that one launch multiplies, at most
-INLINE_TOKENS = 8  # that the product itself can quantize, at most
 INNER_TOKENS = 64  # of a tile, of which it can make z, at most
 LARGEST_EXCHANGE = 32 * 1024  # bytes of partial sums beside the stages, else in them
 # Registers of a thread, by the warpgroups that multiply. They come in quarters of a
@@ -44,7 +42,6 @@ class Schedule:
         blocks: on a multiprocessor at the same time.
         waves: 0 for one tile a cluster, else persistent blocks, this many on a multiprocessor.
         stream: the blocks take equal stretches of all columns of all tiles.
-        inline: every block makes the activations E4M3 by itself.
     """
 
     tokens: int
@@ -57,7 +54,6 @@ class Schedule:
     blocks: int = 1
     waves: int = 0
     stream: bool = False
-    inline: bool = False
 
     @property
     def rows(self) -> int:
@@ -102,18 +98,10 @@ class Schedule:
             "LARGEST_EXCHANGE": LARGEST_EXCHANGE,
         }
 
-    def input_bytes(self, tokens: int, depth: int) -> int:
-        """Bytes of shared memory for M tokens of `128 depth` columns, if they are quantized here."""
-        if not self.inline:
-            return 0
-        columns = -(-depth // self.cluster_split) * layout.COLUMNS
-        return tokens * columns + INLINE_TOKENS * 16  # as if there were 8 tokens at the end
-
-    def shared(self, groups: int, inner: bool = False, inputs: int = 0) -> int:
-        """Bytes of shared memory; `inner`: z is made too, `inputs`: see `input_bytes`."""
+    def shared(self, groups: int, inner: bool = False) -> int:
+        """Bytes of shared memory; `inner`: z is made too."""
         weights = self.warpgroups * self.tiles * layout.chunk_bytes(groups)
-        codes = 0 if self.inline else self.tokens * layout.COLUMNS
-        stage = codes + weights + (layout.INNER_BYTES if inner else 0) + 16
+        stage = self.tokens * layout.COLUMNS + weights + (layout.INNER_BYTES if inner else 0) + 16
         parts, slices, piece = self.slices
         staging = self.consumers * min(piece, 4) * 8 * layout.ROWS * 4
         exchange = (
@@ -121,23 +109,21 @@ class Schedule:
         )
         apart = exchange if parts > 1 and exchange <= LARGEST_EXCHANGE else 0
         apart *= 2 if self.stream else 1
-        inputs += (STATIC if self.inline else 0) + (ALIGNMENT if inner else 0)
-        return ALIGNMENT + self.stages * stage + staging + apart + inputs
+        aligned = ALIGNMENT * (2 if inner else 1)
+        return aligned + self.stages * stage + staging + apart
 
-    def fit(self, groups: int, inner: bool = False, inputs: int = 0) -> Schedule:
+    def fit(self, groups: int, inner: bool = False) -> Schedule:
         """The schedule with as many stages as the shared memory has room for.
 
-        As many of its blocks as share a multiprocessor by themselves also do with what comes with
-        `inner` and `inputs`.
+        As many of its blocks as share a multiprocessor by themselves also do where they make z.
         """
-        plain = replace(self, inline=False).shared(groups) + RESERVED
-        together = max(1, min(self.blocks, SHARED // plain))
-        fewest = 2 * self.shares
+        together = max(1, min(self.blocks, SHARED // (self.shared(groups) + RESERVED)))
+        fitting = self
         for limit in (SHARED // together - RESERVED, SHARED_LIMIT):
             fitting = self
-            while fitting.shared(groups, inner, inputs) > limit and fitting.stages > fewest:
+            while fitting.shared(groups, inner) > limit and fitting.stages > 2 * self.shares:
                 fitting = replace(fitting, stages=fitting.stages - 1)
-            if fitting.shared(groups, inner, inputs) <= limit:
+            if fitting.shared(groups, inner) <= limit:
                 break
         return fitting
 
@@ -160,16 +146,12 @@ class _Matrix(ctypes.Structure):
 
 class _Problem(ctypes.Structure):
     _fields_ = (
-        ("x", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
         ("token_scale", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p),
         ("inner", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
         ("flags", ctypes.c_void_p),
-        ("x_stride", ctypes.c_longlong),
         ("tokens", ctypes.c_int),
-        ("columns", ctypes.c_int),
         ("depth", ctypes.c_int),
         ("stretches", ctypes.c_int),
         ("matrices", _Matrix * MATRICES),
@@ -256,27 +238,16 @@ def flag_count(
     return clusters(schedule, tokens, rows, depth, device) * slices * schedule.warpgroups
 
 
-def can_inline(x: Tensor) -> bool:
-    """Whether a product can quantize these activations by itself."""
-    few, whole = x.shape[0] <= INLINE_TOKENS, x.shape[1] % 8 == 0
-    return few and whole and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-
-
 def multiply(
-    x: Inputs | Tensor,
-    offset: Tensor | None,
-    matrices: Sequence[Matrix],
-    schedule: Schedule,
-    flags: Tensor | None,
+    inputs: Inputs, matrices: Sequence[Matrix], schedule: Schedule, flags: Tensor
 ) -> None:
     """`y = W^ x^ + B z + bias` for weights that get the same activations.
 
     Args:
-        x: the activations; with an `inline` schedule as they come, `[M, K]` in bfloat16 or float16.
-        offset: subtracted from those first, bfloat16 `[K]`, or None.
+        inputs: the activations.
         matrices: 1 to 4 of them, all with as many scales for 128 columns.
         schedule: see there.
-        flags: int32, as many as `flag_count` says, which `quantize` has set to 0; None without.
+        flags: int32, as many as `flag_count` says, which `quantize` has set to 0.
     """
     first = matrices[0]
     _, depth, _ = first.chunks.data.shape
@@ -284,19 +255,17 @@ def multiply(
     inner = first.inner_codes is not None
     rows = tuple(matrix.y.shape[1] for matrix in matrices)
     count = clusters(schedule, tokens, rows, depth, device)
-    problem = _Problem(tokens=tokens, depth=depth)
-    if isinstance(x, Inputs):
-        problem.codes, problem.token_scale = x.codes.data_ptr(), x.token_scale.data_ptr()
-        problem.inner = _address(x.inner)
-        inputs = 0
-    else:
-        problem.x, problem.x_stride, problem.columns = x.data_ptr(), x.stride(0), x.shape[1]
-        problem.offset = _address(offset)
-        inputs = schedule.input_bytes(tokens, depth)
+    problem = _Problem(
+        inputs.codes.data_ptr(),
+        inputs.token_scale.data_ptr(),
+        _address(inputs.inner),
+        tokens=tokens,
+        depth=depth,
+    )
     if schedule.stream:
         sums = schedule.tokens * schedule.rows  # float32
         workspace = torch.empty(count * sums, dtype=torch.float32, device=first.y.device)
-        problem.workspace, problem.flags = workspace.data_ptr(), _address(flags)
+        problem.workspace, problem.flags = workspace.data_ptr(), flags.data_ptr()
     steps = 0
     for index, matrix in enumerate(matrices):
         problem.matrices[index] = _Matrix(
@@ -317,7 +286,7 @@ def multiply(
     for index in range(len(matrices), MATRICES):
         problem.matrices[index].stretch = problem.stretches  # which no block will have
     groups, half = first.chunks.groups, first.y.dtype == torch.float16
-    shared = schedule.shared(groups, inner, inputs)
+    shared = schedule.shared(groups, inner)
     kernel = _kernel(device, schedule, groups, half, inner, shared)
     threads = schedule.consumers * 128 + schedule.copiers
     cluster = schedule.cluster_split * schedule.pair

@@ -14,14 +14,14 @@ import tempfile
 import warnings
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from zqfp_convert.errors import OutputError
-from zqfp_convert.runtime.kernels.hopper.multiply import INLINE_TOKENS, SHARED_LIMIT, Schedule
+from zqfp_convert.runtime.kernels.hopper.multiply import SHARED_LIMIT, Schedule
 
 SHIPPED = Path(__file__).parent / "table.json"
 BYTES_PER_MICROSECOND = 4e6  # what an H200 copies, read and written
@@ -202,8 +202,6 @@ def candidates(tokens: int, rows: int, columns: int) -> list[Schedule]:
     found: list[Schedule]
     if size <= 16:
         found = _few(size)
-        if tokens <= INLINE_TOKENS:
-            found += [replace(one, inline=True) for one in found if not one.stream]
     elif size <= 64:
         found = _some(size)
     elif tokens <= 512:
@@ -214,8 +212,7 @@ def candidates(tokens: int, rows: int, columns: int) -> list[Schedule]:
     return [
         schedule
         for schedule in found
-        if schedule.shared(1, inputs=schedule.input_bytes(tokens, depth)) <= SHARED_LIMIT
-        and schedule.split <= depth
+        if schedule.shared(1) <= SHARED_LIMIT and schedule.split <= depth
     ]
 
 

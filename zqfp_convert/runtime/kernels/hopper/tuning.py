@@ -66,12 +66,9 @@ def _fastest(
         flags = torch.empty(count, dtype=torch.int32, device=device)
 
         def run(chunks: Chunks) -> None:
-            matrices = [Matrix(chunks, factor, None, y)]
-            if schedule.inline:
-                multiply(x, None, matrices, schedule, None)
-            else:
-                quantize(x, None, [], [], codes, token_scale, None, flags)
-                multiply(Inputs(codes, token_scale), None, matrices, schedule, flags)
+            quantize(x, None, [], [], codes, token_scale, None, flags)
+            inputs = Inputs(codes, token_scale)
+            multiply(inputs, [Matrix(chunks, factor, None, y)], schedule, flags)
 
         return run
 

@@ -5,7 +5,7 @@
 constexpr int ROW_TILES = WARPGROUPS * TILES;  // of 64 features, in a block
 constexpr int CHUNK_BYTES = CHUNK_ROWS * CHUNK_COLUMNS / 2 + CHUNK_ROWS * GROUPS;
 constexpr int OUTER_BYTES = CHUNK_ROWS * 16;  // 64 rows of B, 8 ranks in bfloat16
-constexpr int CODES_BYTES = INLINE ? 0 : TOKENS * CHUNK_COLUMNS;
+constexpr int CODES_BYTES = TOKENS * CHUNK_COLUMNS;
 constexpr int INNER_BYTES = INNER ? 8 * CHUNK_COLUMNS : 0;  // 8 ranks of A in E4M3
 constexpr int STAGE_BYTES = CODES_BYTES + ROW_TILES * CHUNK_BYTES + INNER_BYTES;
 constexpr int BLOCKS_OF_8 = TOKENS / 8;
@@ -23,14 +23,12 @@ constexpr int TOKEN_TILES_TOGETHER = 8;  // that meet a stretch of weights befor
 // Converted weights in registers: one chunk in use and one in the making, where there is room, and
 // few warpgroups to take turns.
 constexpr int BUFFERS = WARPGROUPS * SHARES > 2 && TOKENS * TILES >= 128 ? 1 : 2;
-constexpr int PARTS_MEET = 15;  // barriers among threads, beside one for each warpgroup
-constexpr int INPUTS_MEET = 14;
+constexpr int PARTS_MEET = 15;  // a barrier among threads, beside one for each warpgroup
 constexpr int MATRICES = 4;  // at most
 
 static_assert(STAGES >= 2 * SHARES, "a warpgroup gives a stage back when it has the next");
 static_assert(!PERSISTENT || STREAM || PARTS == 1, "sums meet once, after the last tile");
 static_assert(!STREAM || (SPLIT * PAIR == 1 && !IN_STAGES), "stages are in use from tile to tile");
-static_assert(!INLINE || (TOKENS == 8 && PAIR == 1 && !STREAM), "flags need somebody to set them to 0");
 static_assert(!INNER || TOKENS <= 64, "sums of z take registers too");
 static_assert(!IN_STAGES || EXCHANGE_BYTES <= STAGES * STAGE_BYTES, "the stages have to hold it");
 
@@ -50,16 +48,13 @@ struct Matrix {
 };
 
 struct Problem {
-  const u16 *x;              // INLINE: [M, K] bfloat16 or float16, rows x_stride apart
-  const u8 *codes;           // else: [ceil(K / 128), M, 128] E4M3, 16-byte pieces swizzled by row % 8
-  const float *token_scale;  // else: [M]
-  const u16 *offset;         // INLINE: [K] bfloat16, subtracted from x, or null
+  const u8 *codes;           // [ceil(K / 128), M, 128] E4M3, 16-byte pieces swizzled by row % 8
+  const float *token_scale;  // [M]
   const u8 *inner;           // z: [rank steps, M, 16] bfloat16, 8 high parts and 8 low parts
   float4 *workspace;         // STREAM: [blocks, SLICES, ROW_TILES, SLICE, 128 threads]
   u32 *flags;                // STREAM: [blocks, SLICES, WARPGROUPS], 0 at first
-  long long x_stride;
-  int tokens, columns, depth;  // M, K, ceil(K / 128)
-  int stretches;               // of all matrices
+  int tokens, depth;         // M, ceil(K / 128)
+  int stretches;             // of all matrices
   Matrix matrices[MATRICES];
 };
 
@@ -132,7 +127,6 @@ struct Work {
 // What lies in shared memory, by address.
 struct Shared {
   u32 stages, staging, exchange, barriers;
-  u32 inputs;  // INLINE: E4M3 [columns / 16, M, 16], of the block's own columns
   DEVICE u32 codes(int slot) const { return stages + slot * CODES_BYTES; }
   DEVICE u32 weights(int slot) const {
     return stages + STAGES * CODES_BYTES + slot * ROW_TILES * CHUNK_BYTES;
