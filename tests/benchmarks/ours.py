@@ -13,13 +13,12 @@ from zqfp_convert.runtime.kernels.hopper import layout, schedules
 from zqfp_convert.runtime.kernels.hopper.expand import expand
 from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights, both_parts
 from zqfp_convert.runtime.kernels.hopper.multiply import (
-    INNER_TOKENS,
     Inputs,
     Matrix,
     flag_count,
     multiply,
 )
-from zqfp_convert.runtime.kernels.hopper.quantize import quantize
+from zqfp_convert.runtime.kernels.hopper.quantize import cut, quantize
 
 
 class Ours:
@@ -66,13 +65,13 @@ class Ours:
         shape = (tokens, (self.rows,), self.columns)
         self.wide = schedules.prefers_expanded(*shape, self.rank, 0)
         schedule = schedules.choose(*shape, 0)
-        self.inside = self.weights.inner_codes is not None and schedule.tokens <= INNER_TOKENS
         device, depth = self.x.device, self.weights.chunks.shape[1]
-        self.schedule = schedule.fit(self.weights.groups, self.inside)
+        self.schedule = schedule.fit(self.weights.groups)
         self.tile = {"expanded": True} if self.wide else vars(self.schedule)
         self.inner = None
-        if self.rank and (self.wide or not self.inside):
-            size = (-(-self.rank // layout.RANKS), tokens, 2 * layout.RANKS)
+        if self.rank:
+            steps = -(-self.rank // layout.RANKS)
+            size = (cut(tokens, depth, steps).parts, steps, tokens, 2 * layout.RANKS)
             self.inner = torch.empty(size, dtype=torch.bfloat16, device=device)
         if self.wide:
             rows, columns = expanded.matrix_shape(self.rows, self.columns)
@@ -90,7 +89,7 @@ class Ours:
         self.quantize()
 
     def quantize(self) -> Tensor:
-        """Activations to FP8, and z where the product does not make it."""
+        """Activations to FP8, and z."""
         factors: tuple[list[Tensor], list[Tensor]] = [], []
         if self.inner is not None:
             assert self.weights.inner_factor is not None
@@ -103,8 +102,7 @@ class Ours:
         """The product."""
         chunks, weights = self.copies[copy], self.weights
         if not self.wide:
-            made = (weights.inner_codes, weights.inner_scale) if self.inside else (None, None)
-            matrix = Matrix(chunks, weights.row_factor, None, self.y, weights.outer, *made)
+            matrix = Matrix(chunks, weights.row_factor, None, self.y, weights.outer)
             inputs = Inputs(self.codes, self.token_scale, self.inner)
             multiply(inputs, [matrix], self.schedule, self.flags)
             return self.y

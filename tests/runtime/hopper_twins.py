@@ -21,6 +21,7 @@ from zqfp_convert.runtime.kernels.hopper.multiply import (
     Schedule,
     flag_count,
 )
+from zqfp_convert.runtime.kernels.hopper.quantize import cut
 
 NAN = 0x7F  # of E4M3
 
@@ -91,7 +92,11 @@ def quantize(
     A, s = torch.cat([*inner_factors]), torch.cat([*inner_scales])
     z = values.float() @ A[:, :columns].float().t() * scale * s
     z = z.view(tokens, -1, 8).transpose(0, 1)  # [steps, M, 8]
-    assert inner.shape[0] == z.shape[0]
+    parts = inner.shape[0]
+    assert parts == cut(tokens, -(-columns // 128), z.shape[0]).parts
+    share = torch.arange(1.0, parts + 1)
+    z = z * (share / share.sum())[:, None, None, None]
+    assert inner.shape[:3] == z.shape[:3]
     high = z.bfloat16()
     low = (z - high.float()).bfloat16()
     swapped = (torch.arange(tokens) >> 2 & 1).bool()[:, None]
@@ -119,8 +124,7 @@ def multiply(
     inputs: Inputs, matrices: Sequence[Matrix], schedule: Schedule, flags: Tensor
 ) -> None:
     tokens, depth = matrices[0].y.shape[0], matrices[0].chunks.data.shape[1]
-    makes_z = matrices[0].inner_codes is not None
-    assert schedule.shared(matrices[0].chunks.groups, makes_z) <= SHARED_LIMIT
+    assert schedule.shared(matrices[0].chunks.groups) <= SHARED_LIMIT
     rows = tuple(matrix.y.shape[1] for matrix in matrices)
     assert flags.shape == (flag_count(schedule, tokens, rows, depth, 0),)
     assert not flags.any()
@@ -130,15 +134,10 @@ def multiply(
         total = values.float() @ matrix_of(matrix.chunks).t() * scale * matrix.row_factor
         z = None
         if inner is not None:
-            z = inner[step : step + matrix.steps].view(-1, tokens, 2, 8).float().sum(2)
+            own = inner[:, step : step + matrix.steps]
+            z = own.view(len(inner), -1, tokens, 2, 8).float().sum((0, 3))
             z = z.transpose(0, 1).reshape(tokens, -1)
         step += matrix.steps
-        if makes_z:
-            assert matrix.inner_codes is not None
-            assert matrix.inner_scale is not None
-            split = matrix.inner_codes.view(depth, 4, 8, 4, 2, 4)  # chunk, warp, rank, ., half, .
-            A = split.permute(2, 0, 1, 4, 3, 5).reshape(8, -1).view(fp8.DTYPE).float()
-            z = values.float() @ A.t() * scale * matrix.inner_scale
         if z is not None:
             assert matrix.outer is not None
             outer = matrix.outer.view(-1, matrix.steps, 4, 8, 4, 2, 2)  # ..., row / 8, rank

@@ -398,6 +398,6 @@ def test_an_input_that_does_not_fit_is_refused(columns: int, device: str) -> Non
     """Kernels are told addresses only, so what lies elsewhere must not reach them."""
     weights = HopperWeights(random_layer("m2", 64, 256), None).to(device)
     x = torch.ones(2, columns, dtype=torch.bfloat16)
-    buffers = ([weights.chunks], 1, [weights.row_factor], [None], None, *[[]] * 5)
+    buffers = ([weights.chunks], 1, [weights.row_factor], [None], None, *[[]] * 4)
     with pytest.raises(OptionError, match=f"{columns} features on cpu"):
         hopper_linear._work(x, [64], *buffers, "fused", 0)

@@ -23,7 +23,6 @@ from zqfp_convert.runtime.kernels.hopper import (
 )
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
 from zqfp_convert.runtime.kernels.hopper.multiply import (
-    INNER_TOKENS,
     SHARED_LIMIT,
     Inputs,
     Matrix,
@@ -63,11 +62,9 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     for module in (expand, multiply, quantize):
         monkeypatch.setattr(module, "Kernel", Kernel)
         module._kernel.cache_clear()
-        getattr(module, "_token_kernel", module._kernel).cache_clear()
     yield tmp_path / "zqfp-convert" / "kernels"
     for module in (expand, multiply, quantize):
         module._kernel.cache_clear()
-        getattr(module, "_token_kernel", module._kernel).cache_clear()
 
 
 def chunks(groups: int) -> Chunks:
@@ -75,15 +72,13 @@ def chunks(groups: int) -> Chunks:
     return Chunks(torch.zeros(2, 2, layout.chunk_bytes(groups), dtype=torch.uint8), groups)
 
 
-def run_multiply(schedule: Schedule, groups: int, dtype: torch.dtype, rank: int = 0) -> None:
+def run_multiply(schedule: Schedule, groups: int, dtype: torch.dtype) -> None:
     inputs = Inputs(torch.empty(2, 3, 128, dtype=torch.uint8), torch.ones(3))
-    fitting = schedule.fit(groups, rank > 0)
+    fitting = schedule.fit(groups)
     matrices = []
     for _ in range(2):
         y = torch.empty(3, 128, dtype=dtype)
-        factors = (torch.zeros(2, 1, 128, 4), torch.zeros(2, 4, 32, 8), torch.ones(8))
-        given = factors if rank else ()
-        matrices.append(Matrix(chunks(groups), torch.ones(128), None, y, *given))
+        matrices.append(Matrix(chunks(groups), torch.ones(128), None, y))
     flags = torch.zeros(flag_count(fitting, 3, (128, 128), 2, 0), dtype=torch.int32)
     multiply.multiply(inputs, matrices, fitting, flags)
 
@@ -91,8 +86,6 @@ def run_multiply(schedule: Schedule, groups: int, dtype: torch.dtype, rank: int 
 @pytest.mark.parametrize("schedule", sorted(CANDIDATES, key=str), ids=str)
 def test_multiply(schedule: Schedule) -> None:
     run_multiply(schedule, 1, torch.bfloat16)
-    if schedule.tokens <= INNER_TOKENS:
-        run_multiply(schedule, 1, torch.bfloat16, rank=8)
     if schedule.tokens == 8:
         run_multiply(schedule, 2, torch.float16)
         run_multiply(schedule, 4, torch.float16)
@@ -108,7 +101,7 @@ def test_quantize(rank: int, columns: int, dtype: torch.dtype) -> None:
     by_row = torch.empty(16, depth * 128, dtype=torch.uint8)
     A, s = [torch.ones(rank, depth * 128).bfloat16()], [torch.ones(rank)]
     factors = (A, s) if rank else ([], [])
-    inner = torch.empty(steps, 3, 16).bfloat16() if rank else None
+    inner = torch.empty(4, steps, 3, 16).bfloat16() if rank else None
     flags = torch.empty(5, dtype=torch.int32)
     for codes, offset in ((tiled, None), (by_row, torch.ones(columns).bfloat16())):
         quantize.quantize(x, offset, *factors, codes, torch.empty(16), inner, flags)

@@ -53,6 +53,13 @@ struct Scale {
     inverse = __frcp_rn(value);
     quick = value >= 0x1p-60f && value <= 0x1p+120f;
   }
+  // What another lane has.
+  DEVICE Scale of_lane(int lane) const {
+    Scale out = *this;
+    out.value = __shfl_sync(~0u, value, lane), out.inverse = __shfl_sync(~0u, inverse, lane);
+    out.quick = __shfl_sync(~0u, quick, lane);
+    return out;
+  }
 };
 
 // 8 neighbouring features of a token.

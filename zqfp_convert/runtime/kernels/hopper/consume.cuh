@@ -52,29 +52,7 @@ constexpr int SCALES = (TOKENS + 31) / 32;
 
 struct Factors {
   float upper[TILES], lower[TILES], token[SCALES];
-  uint2 outer[TILES];  // INNER: B
-  float2 inner;        // INNER: s, of ranks lane % 4 * 2 and the next
 };
-
-constexpr int INNER_TILES = (TOKENS + 15) / 16;  // of 16 tokens
-// z of the columns that this warp has met: tokens lane / 4 and 8 further, ranks lane % 4 * 2 and the
-// next.
-typedef float InnerSums[INNER_TILES][4];
-
-// Operands of a stage's part of z.
-struct InnerWords {
-  uint2 a;
-  u32 x[INNER_TILES][4];
-};
-
-// sums[16 tokens, 8 ranks] += x[16, 32] A^T[32, 8].
-DEVICE void project(float (&sums)[4], const u32 (&x)[4], uint2 a) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(a.x), "r"(a.y));
-}
 
 struct Consumer {
   const Problem &p;
@@ -83,15 +61,13 @@ struct Consumer {
   int thread, lane, warp;  // in the warpgroup
   int stretch, pair;       // of the block in its cluster
   u32 exchange_now;        // where partial sums meet
-  InnerSums inner;         // INNER
-  InnerWords inner_words;
 
   DEVICE void fetch(Words &words, const Step &step, int tile) const {
     load_words(words, s.weights(step.slot) + (group * TILES + tile) * CHUNK_BYTES, thread);
   }
 
   // Multiplies a chunk. The products run on; those of the chunk before have ended when this returns.
-  DEVICE void chunk(Sums &sums, Weights &w, const Words &words, const Step &step, int tile) {
+  DEVICE void chunk(Sums &sums, Weights &w, const Words &words, const Step &step, int tile) const {
     if (BUFFERS == 1) wgmma_wait<0>();
     convert(w, words);
     u64 codes = operand_128(s.codes(step.slot));
@@ -99,32 +75,13 @@ struct Consumer {
 #pragma unroll
     for (int k = 0; k < 4; ++k) wgmma_e4m3(sums[tile], w[k], codes + k * 2);
     wgmma_commit();
-    if (INNER && tile == 0) {  // meanwhile
-#pragma unroll
-      for (int i = 0; i < INNER_TILES; ++i) project(inner[i], inner_words.x[i], inner_words.a);
-    }
     if (BUFFERS == 2) wgmma_wait<1>();
   }
 
-  // What a stage adds to z, each warp for 32 of its columns.
-  DEVICE void fetch(InnerWords &words, const Step &step) const {
-    words.a = load_shared2(s.inner(step.slot) + (warp * 32 + lane) * 8);
-    int row = lane / 4, piece = warp * 2;  // of 16 columns
-    u32 left = (piece ^ row) * 16, right = (piece + 1 ^ row) * 16;
-#pragma unroll
-    for (int i = 0; i < INNER_TILES; ++i) {
-      u32 from = s.codes(step.slot) + (i * 16 + row) * CHUNK_COLUMNS + lane % 4 * 4;
-      words.x[i][0] = load_shared(from + left), words.x[i][2] = load_shared(from + right);
-      words.x[i][1] = TOKENS > 8 ? load_shared(from + 8 * CHUNK_COLUMNS + left) : 0;
-      words.x[i][3] = TOKENS > 8 ? load_shared(from + 8 * CHUNK_COLUMNS + right) : 0;
-    }
-  }
-
-  DEVICE void stage(Sums &sums, Weights &first, Weights &second, Step &step, int &before) {
+  DEVICE void stage(Sums &sums, Weights &first, Weights &second, Step &step, int &before) const {
     Words words;
     barrier_wait(s.full(step.slot), step.parity);
     fetch(words, step, 0);
-    if (INNER) fetch(inner_words, step);
     chunk(sums, first, words, step, 0);
     if (before >= 0) release(s, before, lane, stretch * PAIR);
     before = step.slot;
@@ -136,9 +93,7 @@ struct Consumer {
   }
 
   // The stages first, first + SHARES, ... of the ring, as many as `depth`.
-  DEVICE void multiply(Sums &sums, int first, int depth) {
-#pragma unroll
-    for (int i = 0; i < INNER_TILES; ++i) inner[i][0] = inner[i][1] = inner[i][2] = inner[i][3] = 0;
+  DEVICE void multiply(Sums &sums, int first, int depth) const {
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
 #pragma unroll
@@ -157,19 +112,13 @@ struct Consumer {
   }
 
   DEVICE void load(Factors &f, const Tile &t) const {
-    const Matrix &matrix = p.matrices[t.matrix];
+    const float *row_factor = p.matrices[t.matrix].row_factor;
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
       bool there = t.row_tiles > group * TILES + i;
-      f.upper[i] = there ? matrix.row_factor[row(t, i)] : 0;
-      f.lower[i] = there ? matrix.row_factor[row(t, i) + 8] : 0;
-      if (INNER) {
-        f.outer[i] = make_uint2(0, 0);
-        const u8 *from = matrix.outer + (u64)(t.row_tile + group * TILES + i) * OUTER_BYTES;
-        if (there) f.outer[i] = __ldg((const uint2 *)from + thread);
-      }
+      f.upper[i] = there ? row_factor[row(t, i)] : 0;
+      f.lower[i] = there ? row_factor[row(t, i) + 8] : 0;
     }
-    if (INNER) f.inner = __ldg((const float2 *)matrix.inner_scale + lane % 4);
   }
 
   // The tokens' scales, spread over the lanes.
@@ -177,8 +126,7 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < SCALES; ++i) {
       int m = i * 32 + lane;
-      f.token[i] = 0;
-      if (m < t.tokens) f.token[i] = load_result(p.token_scale + t.token + m);
+      f.token[i] = m < t.tokens ? load_result(p.token_scale + t.token + m) : 0;
     }
   }
 
@@ -210,57 +158,15 @@ struct Consumer {
         outer[i][0] = outer[i][2] = v.x, outer[i][1] = outer[i][3] = v.y;
       }
       wgmma_fence();
+      for (int part = 0; part < p.inner_parts; ++part)
 #pragma unroll
-      for (int i = 0; i < TILES; ++i)
-        wgmma_bf16(sums[i], outer[i], operand_32(s.codes(step.slot)));
+        for (int i = 0; i < TILES; ++i)
+          wgmma_bf16(sums[i], outer[i], operand_32(s.codes(step.slot) + part * INNER_BYTES));
       wgmma_commit();
       wgmma_wait<0>();
       release(s, step.slot, lane, stretch * PAIR);
       step.next();
     }
-  }
-
-  // The same with the z of this warpgroup's own columns: the rest of y has the rest.
-  DEVICE void compensate_part(Sums &sums, const Factors &f) const {
-    constexpr int SLAB = TOKENS * 32;  // one warp's z
-    constexpr int SLABS = 2 * STAGING_BYTES / SLAB < 4 ? 2 * STAGING_BYTES / SLAB : 4;  // at a time
-    static_assert(SLABS > 0 && 4 % SLABS == 0, "a warp's z has to fit");
-    int self = share * WARPGROUPS + group;
-    u32 staging = s.staging + self * 2 * STAGING_BYTES;
-#pragma unroll
-    for (int first = 0; first < 4; first += SLABS) {
-      if (first) sync_threads(1 + self, 128);
-      if (warp >= first && warp < first + SLABS) {
-        u32 slab = staging + (warp - first) * SLAB;
-#pragma unroll
-        for (int i = 0; i < TOKENS / 8; ++i) {
-          int token = i * 8 + lane / 4;
-          float scale = __shfl_sync(~0u, f.token[i / 4], token % 32);
-          float left = inner[i / 2][i % 2 * 2] * scale * f.inner.x;
-          float right = inner[i / 2][i % 2 * 2 + 1] * scale * f.inner.y;
-          u32 high = bfloat16x2(left, right);
-          u32 low = bfloat16x2(left - __uint_as_float(high << 16),
-                               right - __uint_as_float(high & 0xFFFF0000u));
-          u32 to = slab + token * 32 + lane % 4 * 4;
-          int swap = token >> 2 & 1;
-          store_shared(to + (0 ^ swap) * 16, high);
-          store_shared(to + (1 ^ swap) * 16, low);
-        }
-        async_proxy_fence();
-      }
-      sync_threads(1 + self, 128);
-      wgmma_fence();
-#pragma unroll
-      for (int w = 0; w < SLABS; ++w)
-#pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-          u32 outer[4] = {f.outer[i].x, f.outer[i].y, f.outer[i].x, f.outer[i].y};
-          wgmma_bf16(sums[i], outer, operand_32(staging + w * SLAB));
-        }
-      wgmma_commit();
-      wgmma_wait<0>();
-    }
-    sync_threads(1 + self, 128);  // results go through the same memory
   }
 
   DEVICE int row(const Tile &t, int i) const {

@@ -9,21 +9,21 @@ struct Source {
   Tile t;
   int pair;
   const u8 *tiles, *tokens;  // of weights or B, of activations or z
-  const u8 *inner;           // of A
-  u64 tile_step, tile_apart, token_step;
+  u64 tile_step, tile_apart, token_step, part_apart;
   u32 tile_bytes, token_bytes;  // of a tile of 64 rows, of a token
+  int token_parts;              // of z
 
   DEVICE Source(const Problem &p, const Shared &s, const Tile &t, int pair, int k)
       : s(s), t(t), pair(pair) {
     const Matrix &matrix = p.matrices[t.matrix];
-    tile_bytes = tile_step = CHUNK_BYTES, token_bytes = CHUNK_COLUMNS;
+    tile_bytes = tile_step = CHUNK_BYTES, token_bytes = CHUNK_COLUMNS, token_parts = 1;
     start(p, matrix.chunks, p.codes, p.depth, k, k);
-    inner = matrix.inner_factor + k * INNER_BYTES;
   }
   DEVICE void compensation(const Problem &p) {
     const Matrix &matrix = p.matrices[t.matrix];
-    tile_bytes = tile_step = OUTER_BYTES, token_bytes = 32;
+    tile_bytes = tile_step = OUTER_BYTES, token_bytes = 32, token_parts = p.inner_parts;
     start(p, matrix.outer, p.inner, matrix.rank_steps, 0, matrix.rank_step);
+    part_apart = (u64)p.rank_steps * token_step;
   }
   DEVICE void start(const Problem &p, const u8 *of_tiles, const u8 *of_tokens, int steps,
                     int tile_at, int token_at) {
@@ -34,8 +34,8 @@ struct Source {
   }
 
   DEVICE void expect(int slot) const {
-    u32 bytes = t.tokens * token_bytes + t.row_tiles * tile_bytes + INNER_BYTES;
-    barrier_expect(s.full(slot), bytes);
+    u32 of_tokens = t.tokens * token_bytes * token_parts;
+    barrier_expect(s.full(slot), of_tokens + t.row_tiles * tile_bytes);
   }
   // Constants, so they may be copied before the kernel ahead has ended.
   DEVICE void copy_tiles(int slot) {
@@ -47,9 +47,11 @@ struct Source {
     tiles += tile_step;
   }
   DEVICE void copy_tokens(int slot) {
-    if (INNER) copy(s.inner(slot), inner, INNER_BYTES, s.full(slot)), inner += INNER_BYTES;
     if (PAIR == 1) {
       copy(s.codes(slot), tokens, t.tokens * token_bytes, s.full(slot));
+      for (int i = 1; i < token_parts; ++i)
+        copy(s.codes(slot) + i * INNER_BYTES, tokens + i * part_apart, t.tokens * token_bytes,
+             s.full(slot));
     } else {
       constexpr int PART = TOKENS / PAIR;
       int part = min(PART, t.tokens - pair * PART), at = pair * PART * token_bytes;
@@ -63,7 +65,7 @@ struct Source {
 };
 
 // Copies all stages: the thread that copies the weights also says how much there is to come.
-// `tiles`, `tokens`: which part this thread copies, or both. A goes with the tokens.
+// `tiles`, `tokens`: which part this thread copies, or both.
 DEVICE void produce(const Problem &p, const Shared &s, int pair, Work work, bool tiles,
                     bool tokens) {
   Step step(0);
@@ -100,7 +102,7 @@ DEVICE void produce(const Problem &p, const Shared &s, int pair, Work work, bool
       waited = true;
     }
     copy_stages(source, count);
-    if (!INNER && work.owns && p.matrices[source.t.matrix].rank_steps) {
+    if (work.owns && p.matrices[source.t.matrix].rank_steps) {
       source.compensation(p);
       copy_stages(source, p.matrices[source.t.matrix].rank_steps);
     }

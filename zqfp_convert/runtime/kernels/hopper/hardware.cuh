@@ -76,9 +76,6 @@ DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// What threads have written to shared memory becomes visible to asynchronous reads (wgmma's).
-DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // ---- Bulk copies from global to shared memory; bytes and addresses are multiples of 16.
 
 DEVICE void copy(u32 to, const void *from, u32 bytes, u32 barrier) {
@@ -119,9 +116,9 @@ DEVICE u32 cluster_size() {
   return size;
 }
 
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-DEVICE void cluster_sync() { cluster_arrive(), cluster_wait(); }
+DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
 
 DEVICE u32 address_at(u32 address, u32 rank) {
   u32 there;

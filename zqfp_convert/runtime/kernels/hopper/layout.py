@@ -23,8 +23,7 @@ from zqfp_convert.numerics.scales import MAX_SPAN
 ROWS, COLUMNS = 64, 128  # of a chunk
 CODES_BYTES = ROWS * COLUMNS // 2
 RANKS = 8  # in one step of low-rank compensation
-INNER_BYTES = RANKS * COLUMNS  # of A in E4M3, for 128 columns
-MOST_RANKS = 40  # whose sums quantize.cu has room for in 48 KiB of shared memory
+MOST_RANKS = 40  # whose factors quantize.cu is told of
 PART = 1 << 24  # weights arranged at a time, to bound the temporary memory
 
 
@@ -160,19 +159,6 @@ def inner_factor(A: Tensor) -> Tensor:
     """`A [r, K]` filled up with zeros to whole steps of 8 ranks and 128 columns, in bfloat16."""
     missing = (0, -A.shape[1] % COLUMNS, 0, -A.shape[0] % RANKS)
     return torch.nn.functional.pad(A.to(torch.bfloat16), missing).contiguous()
-
-
-def inner_codes(A: Tensor) -> Tensor:
-    """`A [r, K]` in E4M3, r at most 8, as operands: uint8 `[ceil(K / 128), 4, 32, 8]`.
-
-    Thread `4 g + t` of warp w has of rank g, of 32 columns from `32 w` on, `4 t` to `4 t + 3` and 16
-    further.
-    """
-    missing = (0, -A.shape[1] % COLUMNS, 0, RANKS - A.shape[0])
-    full = torch.nn.functional.pad(A.view(torch.uint8), missing)
-    split = full.view(RANKS, -1, 4, 2, 4, 4)  # rank, chunk, warp, half, thread, column
-    ordered = split.permute(1, 2, 0, 4, 3, 5)
-    return ordered.reshape(-1, 4, 32, 8).contiguous()
 
 
 def by_row(values: Tensor, fill: float = 0.0) -> Tensor:

@@ -15,14 +15,13 @@ from zqfp_convert.runtime.kernels.hopper import layout, schedules
 from zqfp_convert.runtime.kernels.hopper.expand import expand
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
 from zqfp_convert.runtime.kernels.hopper.multiply import (
-    INNER_TOKENS,
     MATRICES,
     Inputs,
     Matrix,
     flag_count,
     multiply,
 )
-from zqfp_convert.runtime.kernels.hopper.quantize import STEPS, quantize
+from zqfp_convert.runtime.kernels.hopper.quantize import STEPS, cut, quantize
 from zqfp_convert.runtime.scratch import scratch as scratch_of
 
 
@@ -38,7 +37,6 @@ class HopperWeights(nn.Module):
     bias: Tensor | None
     input_offset: Tensor | None
     inner_factor: Tensor | None
-    inner_codes: Tensor | None
     inner_scale: Tensor | None
     outer: Tensor | None
     lorc_B: Tensor | None
@@ -50,12 +48,9 @@ class HopperWeights(nn.Module):
         self.groups = chunks.groups
         factor = expanded.row_factor(layer.scale, layer.row_scale)
         A, B, s = layer.lorc_A, layer.lorc_B, layer.lorc_scale
-        codes = None
         if A is not None:
             s = torch.ones(A.shape[0], device=A.device) if s is None else s.float()
             s = torch.nn.functional.pad(s, (0, -s.shape[0] % layout.RANKS))
-            if A.dtype == fp8.DTYPE and A.shape[0] <= layout.RANKS:
-                codes = layout.inner_codes(A)
         buffers = {
             "chunks": chunks.data,
             "row_top": layer.scale.amax(1),  # uint8 [N]: the largest exponent byte
@@ -63,7 +58,6 @@ class HopperWeights(nn.Module):
             "bias": None if bias is None else layout.by_row(bias),
             "input_offset": layer.input_offset,
             "inner_factor": None if A is None else layout.inner_factor(A),
-            "inner_codes": codes,
             "inner_scale": s,
             "outer": None if B is None else layout.outer_factor(B),
             "lorc_B": B,
@@ -96,7 +90,7 @@ def together(weights: Sequence[HopperWeights]) -> bool:
     """Whether weights that get the same input can be multiplied at once."""
 
     def about(one: HopperWeights) -> tuple[object, ...]:
-        return one.columns, one.groups, one.rank, one.inner_codes is None, one.chunks.device
+        return one.columns, one.groups, one.rank, one.chunks.device
 
     first = weights[0]
     steps = len(weights) * -(-first.rank // layout.RANKS)
@@ -122,7 +116,6 @@ def multiply_all(
         [one.bias for one in weights],
         first.input_offset,
         [one.inner_factor for one in weights if one.inner_factor is not None],
-        [one.inner_codes for one in weights if one.inner_codes is not None],
         [one.inner_scale for one in weights if one.inner_scale is not None],
         [one.outer for one in weights if one.outer is not None],
         [one.lorc_B for one in weights if one.lorc_B is not None],
@@ -140,7 +133,6 @@ def _work(
     bias: Sequence[Tensor | None],
     input_offset: Tensor | None,
     inner_factor: Sequence[Tensor],
-    inner_codes: Sequence[Tensor],
     inner_scale: Sequence[Tensor],
     outer: Sequence[Tensor],
     lorc_B: Sequence[Tensor],
@@ -157,7 +149,6 @@ def _work(
         bias: the same, or None.
         input_offset: bfloat16 `[K]`, or None.
         inner_factor, inner_scale: A and s of each, as `quantize` takes them, or none.
-        inner_codes: A of each, as `multiply` takes it, where it does.
         outer: B of each, as `multiply` takes it, or none.
         lorc_B: B of each as it lies on disk, for the expanded path, or none.
         way: fused, expanded, or auto: whichever is faster for M tokens.
@@ -186,8 +177,7 @@ def _work(
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         if way != "expanded":
             schedule = schedules.choose(tokens, tuple(rows), columns, index)
-            inside = bool(inner_codes) and schedule.tokens <= INNER_TOKENS
-            schedule = schedule.fit(groups, inside)
+            schedule = schedule.fit(groups)
             matrices = [
                 Matrix(
                     Chunks(chunks[i], groups),
@@ -195,8 +185,6 @@ def _work(
                     bias[i],
                     x.new_empty(tokens, rows[i]),
                     outer[i] if rank else None,
-                    inner_codes[i] if inside else None,
-                    inner_scale[i] if inside else None,
                 )
                 for i in range(len(rows))
             ]
@@ -204,9 +192,8 @@ def _work(
             token_scale = x.new_empty(tokens, dtype=torch.float32)
             count = flag_count(schedule, tokens, tuple(rows), depth, index)
             flags = x.new_empty(count, dtype=torch.int32)
-            inner = None if inside else _room_for_z(x, steps)
-            factors = ([], []) if inside else (inner_factor, inner_scale)
-            quantize(x, input_offset, *factors, codes, token_scale, inner, flags)
+            inner = _room_for_z(x, steps)
+            quantize(x, input_offset, inner_factor, inner_scale, codes, token_scale, inner, flags)
             multiply(Inputs(codes, token_scale, inner), matrices, schedule, flags)
             return [matrix.y for matrix in matrices]
         # Some tokens more, for `_scaled_mm`; what they hold does not reach the others.
@@ -240,19 +227,20 @@ def _work(
 
 
 def _room_for_z(x: Tensor, steps: int) -> Tensor | None:
-    """For z of M tokens, bfloat16 `[steps, M, 16]`."""
+    """For z of M tokens, bfloat16 `[parts, steps, M, 16]`."""
     if not steps:
         return None
-    return x.new_empty(steps, x.shape[0], 2 * layout.RANKS, dtype=torch.bfloat16)
+    parts = cut(x.shape[0], -(-x.shape[1] // layout.COLUMNS), steps).parts
+    return x.new_empty(parts, steps, x.shape[0], 2 * layout.RANKS, dtype=torch.bfloat16)
 
 
 def both_parts(inner: Tensor) -> Tensor:
-    """Of `quantize`, z in bfloat16 `[steps, M, 16]`, to float32 `[M, steps * 8]`.
+    """Of `quantize`, z in bfloat16 `[parts, steps, M, 16]`, to float32 `[M, steps * 8]`.
 
     Its high and low parts change places from one four tokens to the next; their sum is the same.
     """
-    steps, tokens, _ = inner.shape
-    z = inner.view(steps, tokens, 2, layout.RANKS).float().sum(2)
+    parts, steps, tokens, _ = inner.shape
+    z = inner.view(parts, steps, tokens, 2, layout.RANKS).float().sum((0, 3))
     return z.transpose(0, 1).reshape(tokens, -1)
 
 

@@ -16,7 +16,7 @@
 // on from when they began; otherwise a tile's last columns come in the block that is launched last.
 //
 // Given by the compiler's command line: TOKENS, WARPGROUPS, TILES, STAGES, SHARES, SPLIT, PAIR,
-// INNER (z is made on the way, each block's part from its own columns), STREAM, PERSISTENT, BLOCKS (that share a multiprocessor), COPIERS (threads: 32, 64, or 128 that
+// STREAM, PERSISTENT, BLOCKS (that share a multiprocessor), COPIERS (threads: 32, 64, or 128 that
 // give registers away, down to COPIER_REGISTERS, so that the others have CONSUMER_REGISTERS), GROUPS
 // (scales in 128 columns: 1, 2 or 4), HALF (float16 results), LARGEST_EXCHANGE (bytes of partial sums
 // that have room of their own).
@@ -92,7 +92,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + COPIERS, BLOCKS)
   Shared s;
   s.stages = (shared_address(memory) + 1023) & ~1023u;
   s.staging = s.stages + STAGES * STAGE_BYTES;
-  if (INNER) s.staging = (s.staging + 255) & ~255u;
   u32 exchange = s.staging + WARPGROUPS * SHARES * 2 * STAGING_BYTES;
   s.exchange = IN_STAGES ? s.stages : exchange;
   s.barriers = exchange + (IN_STAGES ? 0 : EXCHANGES * EXCHANGE_BYTES);
@@ -128,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + COPIERS, BLOCKS)
   if (COPIERS == 128) take_registers<CONSUMER_REGISTERS>();
   int group = warpgroup % WARPGROUPS, share = warpgroup / WARPGROUPS;
   Consumer c{p,       s,           group, share,     thread, thread % 32, thread / 32,
-             stretch, pair, s.exchange, {}, {}};
+             stretch, pair, s.exchange};
   int first = 0;  // stage of this tile, counted from the launch
   Sums sums;
   bool waited = false;
@@ -141,13 +140,12 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + COPIERS, BLOCKS)
     int depth = work.end - work.begin;
     c.multiply(sums, first + share, (depth - share + SHARES - 1) / SHARES);
     c.scale(sums, f);
-    if (INNER) c.compensate_part(sums, f);
-    else if (share == 0 && work.owns) c.compensate(sums, t, first + depth);
+    if (share == 0 && work.owns) c.compensate(sums, t, first + depth);
     if (STREAM)
       finish(c, sums, work, t, cluster, clusters);
     else if (PARTS == 1)
       c.store<BLOCKS_OF_8>(sums, t, 0);
-    first += depth + (!INNER && work.owns ? p.matrices[t.matrix].rank_steps : 0);
+    first += depth + (work.owns ? p.matrices[t.matrix].rank_steps : 0);
   }
   if (PARTS > 1 && !STREAM) {  // one tile for each cluster
     if (IN_STAGES) sync_parts();

@@ -14,12 +14,9 @@ from zqfp_convert.runtime.kernels.hopper import layout
 from zqfp_convert.runtime.kernels.hopper.driver import Kernel
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
 
-SHARED = 228 * 1024  # bytes of a multiprocessor
-RESERVED = 1024  # of them for each block
 SHARED_LIMIT = 227 * 1024  # bytes a block can have
 ALIGNMENT = 1024  # of the stages in shared memory
 MATRICES = 4  # that one launch multiplies, at most
-INNER_TOKENS = 64  # of a tile, of which it can make z, at most
 LARGEST_EXCHANGE = 32 * 1024  # bytes of partial sums beside the stages, else in them
 # Registers of a thread, by the warpgroups that multiply. They come in quarters of a
 # multiprocessor's, each for every fourth warp.
@@ -98,10 +95,10 @@ class Schedule:
             "LARGEST_EXCHANGE": LARGEST_EXCHANGE,
         }
 
-    def shared(self, groups: int, inner: bool = False) -> int:
-        """Bytes of shared memory; `inner`: z is made too."""
+    def shared(self, groups: int) -> int:
+        """Bytes of shared memory."""
         weights = self.warpgroups * self.tiles * layout.chunk_bytes(groups)
-        stage = self.tokens * layout.COLUMNS + weights + (layout.INNER_BYTES if inner else 0) + 16
+        stage = self.tokens * layout.COLUMNS + weights + 16
         parts, slices, piece = self.slices
         staging = self.consumers * min(piece, 4) * 8 * layout.ROWS * 4
         exchange = (
@@ -109,22 +106,13 @@ class Schedule:
         )
         apart = exchange if parts > 1 and exchange <= LARGEST_EXCHANGE else 0
         apart *= 2 if self.stream else 1
-        aligned = ALIGNMENT * (2 if inner else 1)
-        return aligned + self.stages * stage + staging + apart
+        return ALIGNMENT + self.stages * stage + staging + apart
 
-    def fit(self, groups: int, inner: bool = False) -> Schedule:
-        """The schedule with as many stages as the shared memory has room for.
-
-        As many of its blocks as share a multiprocessor by themselves also do where they make z.
-        """
-        together = max(1, min(self.blocks, SHARED // (self.shared(groups) + RESERVED)))
+    def fit(self, groups: int) -> Schedule:
+        """The schedule with as many stages as the shared memory has room for."""
         fitting = self
-        for limit in (SHARED // together - RESERVED, SHARED_LIMIT):
-            fitting = self
-            while fitting.shared(groups, inner) > limit and fitting.stages > 2 * self.shares:
-                fitting = replace(fitting, stages=fitting.stages - 1)
-            if fitting.shared(groups, inner) <= limit:
-                break
+        while fitting.shared(groups) > SHARED_LIMIT:
+            fitting = replace(fitting, stages=fitting.stages - 1)
         return fitting
 
 
@@ -132,8 +120,6 @@ class _Matrix(ctypes.Structure):
     _fields_ = (
         ("chunks", ctypes.c_void_p),
         ("outer", ctypes.c_void_p),
-        ("inner_factor", ctypes.c_void_p),
-        ("inner_scale", ctypes.c_void_p),
         ("row_factor", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
@@ -154,6 +140,8 @@ class _Problem(ctypes.Structure):
         ("tokens", ctypes.c_int),
         ("depth", ctypes.c_int),
         ("stretches", ctypes.c_int),
+        ("rank_steps", ctypes.c_int),
+        ("inner_parts", ctypes.c_int),
         ("matrices", _Matrix * MATRICES),
     )
 
@@ -165,8 +153,8 @@ class Inputs:
     Attributes:
         codes: uint8 `[ceil(K / 128), M, 128]`, E4M3 as `quantize` writes them.
         token_scale: float32 `[M]`.
-        inner: z of all matrices, bfloat16 `[steps, M, 16]`; None without low-rank compensation, and
-            where the product makes z.
+        inner: z of all matrices in 1 to 4 parts, bfloat16 `[parts, steps, M, 16]`; None without
+            low-rank compensation.
     """
 
     codes: Tensor
@@ -184,8 +172,6 @@ class Matrix:
         bias: the same, or None.
         y: bfloat16 or float16 `[M, N]`, contiguous; written.
         outer: B, as `layout.outer_factor` makes it, or None.
-        inner_codes: A, as `layout.inner_codes` makes it, where the product makes z, else None.
-        inner_scale: s, float32 `[8]`, with `inner_codes`.
     """
 
     chunks: Chunks
@@ -193,8 +179,6 @@ class Matrix:
     bias: Tensor | None
     y: Tensor
     outer: Tensor | None = None
-    inner_codes: Tensor | None = None
-    inner_scale: Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -204,10 +188,10 @@ class Matrix:
 
 @cache
 def _kernel(
-    device: int, schedule: Schedule, groups: int, half: bool, inner: bool, shared: int
+    device: int, schedule: Schedule, groups: int, half: bool
 ) -> Kernel:
-    constants = schedule.constants() | {"GROUPS": groups, "HALF": half, "INNER": inner}
-    return Kernel("multiply", constants, shared)
+    constants = schedule.constants() | {"GROUPS": groups, "HALF": half}
+    return Kernel("multiply", constants, schedule.shared(groups))
 
 
 def stretches(schedule: Schedule, rows: int) -> int:
@@ -252,7 +236,6 @@ def multiply(
     first = matrices[0]
     _, depth, _ = first.chunks.data.shape
     tokens, device = first.y.shape[0], first.y.device.index or 0
-    inner = first.inner_codes is not None
     rows = tuple(matrix.y.shape[1] for matrix in matrices)
     count = clusters(schedule, tokens, rows, depth, device)
     problem = _Problem(
@@ -271,8 +254,6 @@ def multiply(
         problem.matrices[index] = _Matrix(
             matrix.chunks.data.data_ptr(),
             _address(matrix.outer),
-            _address(matrix.inner_codes),
-            _address(matrix.inner_scale),
             matrix.row_factor.data_ptr(),
             _address(matrix.bias),
             matrix.y.data_ptr(),
@@ -283,11 +264,12 @@ def multiply(
         )
         problem.stretches += stretches(schedule, rows[index])
         steps += matrix.steps
+    problem.rank_steps = steps
+    problem.inner_parts = 0 if inputs.inner is None else inputs.inner.shape[0]
     for index in range(len(matrices), MATRICES):
         problem.matrices[index].stretch = problem.stretches  # which no block will have
     groups, half = first.chunks.groups, first.y.dtype == torch.float16
-    shared = schedule.shared(groups, inner)
-    kernel = _kernel(device, schedule, groups, half, inner, shared)
+    kernel = _kernel(device, schedule, groups, half)
     threads = schedule.consumers * 128 + schedule.copiers
     cluster = schedule.cluster_split * schedule.pair
     kernel.launch(problem, (count * cluster, 1), threads, cluster)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 
 import torch
@@ -12,18 +13,12 @@ from torch import Tensor
 from zqfp_convert.runtime.kernels.hopper import layout
 from zqfp_convert.runtime.kernels.hopper.driver import Kernel
 
-TOKENS = 8  # of a block
-SLICE = 32  # features that a warp takes at a time
+THREADS = 1024  # of a block, at most
 PIECE = 8  # features that a thread takes at a time
-MOST_HELD = 8  # pieces that a lane keeps in registers
-MOST_WARPS = 16
-LARGEST_CLUSTER = 8
+SLICE = 32  # features that a warp takes at a time for z
+STEPS = 5  # of 8 ranks, at most
 MULTIPROCESSORS = 132  # of an H100 or H200
-STEPS = 5  # of 8 ranks, whose sums quantize.cu has room for
-# A block for each token:
-FEW_TOKENS = 4 * MULTIPROCESSORS  # at most
-THREADS = 1024  # at most
-FEW_HELD = 4  # pieces of a thread, at most
+HELD = 32  # registers of a thread for activations, and as many for A
 
 
 class _Problem(ctypes.Structure):
@@ -45,54 +40,75 @@ class _Problem(ctypes.Structure):
     )
 
 
-class _TokenProblem(ctypes.Structure):
-    _fields_ = tuple(field for field in _Problem._fields_ if not field[0].startswith("inner"))
+@dataclass(frozen=True)
+class Cut:
+    """How activations are shared out; the names are those of quantize.cu.
+
+    Attributes:
+        tokens: of a block.
+        parts: blocks that have the same tokens, and parts of z.
+        warps: of a block.
+        held: pieces of a token that a thread keeps.
+        ahead: slices of A that a warp keeps.
+        blocks: on a multiprocessor.
+    """
+
+    tokens: int
+    parts: int
+    warps: int
+    held: int
+    ahead: int
+    blocks: int
+
+    def constants(self) -> dict[str, int]:
+        """What the kernel's source is compiled with."""
+        return {key.upper(): value for key, value in asdict(self).items()}
+
+    def shared(self, depth: int, steps: int) -> int:
+        """Bytes of shared memory for `128 depth` columns."""
+        if not steps:
+            return 0
+        slices = -(-depth * layout.COLUMNS // SLICE // self.parts)
+        ranks = -(-steps // 2) * 16
+        return self.tokens * (slices * SLICE + 16 + self.warps * ranks * 4)
+
+
+@cache
+def cut(tokens: int, depth: int, steps: int) -> Cut:
+    """For M tokens of `128 depth` columns and z of so many steps of 8 ranks.
+
+    As many tokens in a block as leave every multiprocessor something to do: the more there are, the
+    less often A is read. Where there are few, several blocks make z of the same tokens.
+    """
+    pieces = depth * layout.COLUMNS // PIECE
+    held = -(-pieces // THREADS)
+    warps = -(-pieces // (32 * held))
+    together = 1
+    while (
+        together < 8
+        and tokens >= 2 * together * MULTIPROCESSORS
+        and 2 * together * held * 4 <= HELD
+    ):
+        together *= 2
+    parts = next((n for n in (4, 2) if tokens * n <= MULTIPROCESSORS), 1) if steps else 1
+    slices = -(-depth * layout.COLUMNS // SLICE // parts)
+    each = -(-slices // warps)
+    ahead = each if each * steps * 4 <= HELD else 0
+    blocks = 2 if tokens > 2 * MULTIPROCESSORS * together and warps <= 16 else 1
+    return Cut(together, parts, warps, held, ahead if steps else 0, blocks)
 
 
 @cache
 def _kernel(
-    device: int,
-    warps: int,
-    held: int,
-    ahead: bool,
-    steps: int,
-    half: bool,
-    tiled: bool,
-    vectors: bool,
+    device: int, cut: Cut, depth: int, steps: int, half: bool, tiled: bool, vectors: bool
 ) -> Kernel:
-    constants = {
-        "WARPS": warps,
-        "HELD": held,
-        "AHEAD": ahead,
-        "BLOCKS": 1 if ahead or held > 8 else 1024 // (warps * 32),
-        "RANK_STEPS": steps,
+    constants = cut.constants() | {
+        "STEPS": steps,
         "HALF": half,
         "TILED": tiled,
         "VECTORS": vectors,
     }
-    return Kernel("quantize", constants)
-
-
-@cache
-def _token_kernel(
-    device: int, warps: int, held: int, half: bool, tiled: bool, vectors: bool
-) -> Kernel:
-    constants = {"WARPS": warps, "HELD": held, "HALF": half, "TILED": tiled, "VECTORS": vectors}
-    return Kernel("quantize_token", constants)
-
-
-def blocks_for(tokens: int, slices: int) -> int:
-    """Blocks of a cluster, which share out the features of 8 tokens.
-
-    Few tokens: more blocks for each. Many: as few as can hold their part of K in registers.
-    """
-    blocks, cluster = -(-tokens // TOKENS), 1
-    while cluster < LARGEST_CLUSTER and (
-        (blocks * cluster < MULTIPROCESSORS and slices >= 16 * cluster)
-        or slices > cluster * MOST_WARPS * MOST_HELD
-    ):
-        cluster *= 2
-    return cluster
+    return Kernel("quantize", constants, cut.shared(depth, steps))
 
 
 def quantize(
@@ -115,8 +131,8 @@ def quantize(
         codes: written: uint8 `[ceil(K / 128), M, 128]` in the order of the fused product, or
             `[M, K']` row by row, K' a multiple of 16 (zeros beyond K).
         token_scale: written: float32 `[M]`.
-        inner: written: z of all matrices, bfloat16 `[steps, M, 16]`, 8 high parts and 8 low parts,
-            at most 5 steps; None without factors.
+        inner: written: z of all matrices, to be added up, bfloat16 `[parts, steps, M, 16]`, 8 high
+            parts and 8 low parts; as many parts as `cut` says, at most 5 steps; None without.
         flags: set to 0: int32, for `multiply`; or None.
     """
     tokens, columns = x.shape
@@ -124,38 +140,20 @@ def quantize(
     tiled = codes.dim() == 3
     half = x.dtype == torch.float16
     vectors = columns % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    pieces = depth * layout.COLUMNS // PIECE
-    alone = inner is None and tokens <= FEW_TOKENS and pieces <= THREADS * FEW_HELD
-    problem = _TokenProblem() if alone else _Problem()
-    problem.x, problem.x_stride = x.data_ptr(), x.stride(0)
-    problem.offset = None if offset is None else offset.data_ptr()
-    problem.codes, problem.code_stride = codes.data_ptr(), 0 if tiled else codes.stride(0)
-    problem.token_scale = token_scale.data_ptr()
-    if flags is not None:
-        problem.flags, problem.flag_count = flags.data_ptr(), flags.numel()
-    problem.tokens, problem.columns, problem.depth = tokens, columns, depth
-    device = x.device.index or 0
-    if alone:
-        held = -(-pieces // THREADS)
-        warps = -(-pieces // (32 * held))
-        _token_kernel(device, warps, held, half, tiled, vectors).launch(
-            problem, (tokens, 1), warps * 32
-        )
-        return
+    problem = _Problem(x.data_ptr(), None if offset is None else offset.data_ptr())
     steps = 0
     for factor, scale in zip(inner_factors, inner_scales, strict=True):
         for ranks in range(0, factor.shape[0], layout.RANKS):
             problem.inner_factor[steps] = factor[ranks:].data_ptr()
             problem.inner_scale[steps] = scale[ranks:].data_ptr()
             steps += 1
+    problem.codes, problem.code_stride = codes.data_ptr(), 0 if tiled else codes.stride(0)
+    problem.token_scale = token_scale.data_ptr()
     problem.inner = None if inner is None else inner.data_ptr()
-    blocks = -(-tokens // TOKENS)
-    slices = depth * layout.COLUMNS // SLICE
-    cluster = blocks_for(tokens, slices)
-    share = -(-slices // cluster)  # slices of a block
-    warps = MOST_WARPS if share >= 64 else 8
-    pieces = -(-share // warps)
-    held = next((n for n in (1, 2, 4, 8, 16) if MOST_HELD >= n >= pieces), 0)
-    ahead = 0 < held <= 8 and steps == 1 and tokens <= 64
-    kernel = _kernel(device, warps, held, ahead, steps, half, tiled, vectors)
-    kernel.launch(problem, (blocks * cluster, 1), warps * 32, cluster)
+    if flags is not None:
+        problem.flags, problem.flag_count = flags.data_ptr(), flags.numel()
+    problem.x_stride = x.stride(0)
+    problem.tokens, problem.columns, problem.depth = tokens, columns, depth
+    way = cut(tokens, depth, steps)
+    kernel = _kernel(x.device.index or 0, way, depth, steps, half, tiled, vectors)
+    kernel.launch(problem, (-(-tokens // way.tokens) * way.parts, 1), way.warps * 32)

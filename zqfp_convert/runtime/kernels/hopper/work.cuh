@@ -6,8 +6,8 @@ constexpr int ROW_TILES = WARPGROUPS * TILES;  // of 64 features, in a block
 constexpr int CHUNK_BYTES = CHUNK_ROWS * CHUNK_COLUMNS / 2 + CHUNK_ROWS * GROUPS;
 constexpr int OUTER_BYTES = CHUNK_ROWS * 16;  // 64 rows of B, 8 ranks in bfloat16
 constexpr int CODES_BYTES = TOKENS * CHUNK_COLUMNS;
-constexpr int INNER_BYTES = INNER ? 8 * CHUNK_COLUMNS : 0;  // 8 ranks of A in E4M3
-constexpr int STAGE_BYTES = CODES_BYTES + ROW_TILES * CHUNK_BYTES + INNER_BYTES;
+constexpr int INNER_BYTES = TOKENS * 32;  // z of 8 ranks: a stage has room for 4 parts
+constexpr int STAGE_BYTES = CODES_BYTES + ROW_TILES * CHUNK_BYTES;
 constexpr int BLOCKS_OF_8 = TOKENS / 8;
 constexpr int PARTS = SHARES * SPLIT;  // sums that are added up, by slices of the tokens
 constexpr int SLICES = PARTS < BLOCKS_OF_8 ? PARTS : BLOCKS_OF_8;
@@ -29,32 +29,30 @@ constexpr int MATRICES = 4;  // at most
 static_assert(STAGES >= 2 * SHARES, "a warpgroup gives a stage back when it has the next");
 static_assert(!PERSISTENT || STREAM || PARTS == 1, "sums meet once, after the last tile");
 static_assert(!STREAM || (SPLIT * PAIR == 1 && !IN_STAGES), "stages are in use from tile to tile");
-static_assert(!INNER || TOKENS <= 64, "sums of z take registers too");
 static_assert(!IN_STAGES || EXCHANGE_BYTES <= STAGES * STAGE_BYTES, "the stages have to hold it");
 
 // Weights that the activations meet.
 struct Matrix {
-  const u8 *chunks;          // [ceil(N / 64), ceil(K / 128), CHUNK_BYTES]
-  const u8 *outer;           // B: [ceil(N / 64), rank steps, 128 threads, 4] bfloat16
-  const u8 *inner_factor;    // INNER: A, [ceil(K / 128), 4 warps, 32 lanes, 8] E4M3
-  const float *inner_scale;  // INNER: s, [8]
-  const float *row_factor;   // [ceil(N / 64) * 64]
-  const float *bias;         // the same, or null
-  u16 *y;                    // [M, N]
-  int rows;                  // N
-  int stretch;               // its first, of ROW_TILES * PAIR tiles; they are counted on
-  int rank_steps;            // ceil(r / 8)
-  int rank_step;             // its first in z
+  const u8 *chunks;         // [ceil(N / 64), ceil(K / 128), CHUNK_BYTES]
+  const u8 *outer;          // B: [ceil(N / 64), rank steps, 128 threads, 4] bfloat16
+  const float *row_factor;  // [ceil(N / 64) * 64]
+  const float *bias;        // the same, or null
+  u16 *y;                   // [M, N]
+  int rows;                 // N
+  int stretch;              // its first, of ROW_TILES * PAIR tiles; they are counted on
+  int rank_steps;           // ceil(r / 8)
+  int rank_step;            // its first in z
 };
 
 struct Problem {
   const u8 *codes;           // [ceil(K / 128), M, 128] E4M3, 16-byte pieces swizzled by row % 8
   const float *token_scale;  // [M]
-  const u8 *inner;           // z: [rank steps, M, 16] bfloat16, 8 high parts and 8 low parts
+  const u8 *inner;           // z: [parts, rank steps, M, 16] bfloat16, 8 high and 8 low parts
   float4 *workspace;         // STREAM: [blocks, SLICES, ROW_TILES, SLICE, 128 threads]
   u32 *flags;                // STREAM: [blocks, SLICES, WARPGROUPS], 0 at first
   int tokens, depth;         // M, ceil(K / 128)
-  int stretches;             // of all matrices
+  int stretches, rank_steps;  // of all matrices
+  int inner_parts;            // 1 to 4, to be added up
   Matrix matrices[MATRICES];
 };
 
@@ -91,7 +89,7 @@ DEVICE int tile_count(const Problem &p) {
 // What a block has to do: tile after tile, its stretch of K.
 struct Work {
   int index, begin, end;  // tile; 128 columns each
-  bool owns;              // writes the tile, and has B z if nobody else has
+  bool owns;              // writes the tile, and so has B z
   int step, last, depth;
 
   DEVICE Work(const Problem &p, int cluster, int clusters, int stretch) {
@@ -130,9 +128,6 @@ struct Shared {
   DEVICE u32 codes(int slot) const { return stages + slot * CODES_BYTES; }
   DEVICE u32 weights(int slot) const {
     return stages + STAGES * CODES_BYTES + slot * ROW_TILES * CHUNK_BYTES;
-  }
-  DEVICE u32 inner(int slot) const {
-    return stages + STAGES * (CODES_BYTES + ROW_TILES * CHUNK_BYTES) + slot * INNER_BYTES;
   }
   DEVICE u32 full(int slot) const { return barriers + slot * 8; }
   DEVICE u32 empty(int slot) const { return barriers + (STAGES + slot) * 8; }
