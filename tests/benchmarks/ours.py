@@ -16,9 +16,10 @@ from zqfp_convert.runtime.kernels.hopper.multiply import (
     Inputs,
     Matrix,
     flag_count,
+    inner_parts,
     multiply,
 )
-from zqfp_convert.runtime.kernels.hopper.quantize import cut, quantize
+from zqfp_convert.runtime.kernels.hopper.quantize import quantize
 
 
 class Ours:
@@ -71,7 +72,7 @@ class Ours:
         self.inner = None
         if self.rank:
             steps = -(-self.rank // layout.RANKS)
-            size = (cut(tokens, depth, steps).parts, steps, tokens, 2 * layout.RANKS)
+            size = (inner_parts(tokens), steps, tokens, 2 * layout.RANKS)
             self.inner = torch.empty(size, dtype=torch.bfloat16, device=device)
         if self.wide:
             rows, columns = expanded.matrix_shape(self.rows, self.columns)

@@ -20,8 +20,8 @@ from zqfp_convert.runtime.kernels.hopper.multiply import (
     Matrix,
     Schedule,
     flag_count,
+    inner_parts,
 )
-from zqfp_convert.runtime.kernels.hopper.quantize import cut
 
 NAN = 0x7F  # of E4M3
 
@@ -93,7 +93,7 @@ def quantize(
     z = values.float() @ A[:, :columns].float().t() * scale * s
     z = z.view(tokens, -1, 8).transpose(0, 1)  # [steps, M, 8]
     parts = inner.shape[0]
-    assert parts == cut(tokens, -(-columns // 128), z.shape[0]).parts
+    assert parts == inner_parts(tokens)
     share = torch.arange(1.0, parts + 1)
     z = z * (share / share.sum())[:, None, None, None]
     assert inner.shape[:3] == z.shape[:3]
@@ -120,9 +120,7 @@ def in_order(codes: Tensor) -> Tensor:
     return ordered.reshape(tokens, -1).contiguous().view(fp8.DTYPE)
 
 
-def multiply(
-    inputs: Inputs, matrices: Sequence[Matrix], schedule: Schedule, flags: Tensor
-) -> None:
+def multiply(inputs: Inputs, matrices: Sequence[Matrix], schedule: Schedule, flags: Tensor) -> None:
     tokens, depth = matrices[0].y.shape[0], matrices[0].chunks.data.shape[1]
     assert schedule.shared(matrices[0].chunks.groups) <= SHARED_LIMIT
     rows = tuple(matrix.y.shape[1] for matrix in matrices)

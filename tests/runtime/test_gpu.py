@@ -386,6 +386,23 @@ def test_cuda_graph(tokens: int, way: tuple[str, str]) -> None:
         assert torch.equal(y, model(again))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [136, 3])
+def test_first_use_while_a_graph_is_captured(rows: int, way: tuple[str, str]) -> None:
+    """Of kernels that no other test has used before, most likely."""
+    if way != ("hopper", "fused"):
+        pytest.skip("torch's own products and Triton's kernels want to be warm")
+    columns = 264
+    layer = moderate(random_layer("m2", rows, columns, 32, 24))
+    module = module_of(layer)
+    x = inputs(41, columns, dtype=torch.float16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = module(x)
+    graph.replay()
+    assert relative(y, truth(layer, x)) < (TWICE if y.numel() >= 5000 else 2.0**-7)
+
+
 @pytest.mark.parametrize("kind", ["m1", "m2"])
 @pytest.mark.parametrize(("rows", "columns", "size"), [(130, 301, 32), (64, 256, 128), (5, 7, 7)])
 def test_there_and_back(

@@ -310,7 +310,9 @@ def test_the_way_is_chosen(
 ) -> None:
     called: list[int] = []
 
-    def prefers_expanded(tokens: int, rows: tuple[int], columns: int, rank: int, device: int) -> bool:
+    def prefers_expanded(
+        tokens: int, rows: tuple[int], columns: int, rank: int, device: int
+    ) -> bool:
         called.append(tokens)
         return tokens == 513
 

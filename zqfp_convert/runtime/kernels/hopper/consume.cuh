@@ -158,7 +158,8 @@ struct Consumer {
         outer[i][0] = outer[i][2] = v.x, outer[i][1] = outer[i][3] = v.y;
       }
       wgmma_fence();
-      for (int part = 0; part < p.inner_parts; ++part)
+#pragma unroll
+      for (int part = 0; part < INNER_PARTS; ++part)
 #pragma unroll
         for (int i = 0; i < TILES; ++i)
           wgmma_bf16(sums[i], outer[i], operand_32(s.codes(step.slot) + part * INNER_BYTES));

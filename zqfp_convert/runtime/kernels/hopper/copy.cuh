@@ -9,21 +9,19 @@ struct Source {
   Tile t;
   int pair;
   const u8 *tiles, *tokens;  // of weights or B, of activations or z
-  u64 tile_step, tile_apart, token_step, part_apart;
+  u64 tile_step, tile_apart, token_step;
   u32 tile_bytes, token_bytes;  // of a tile of 64 rows, of a token
-  int token_parts;              // of z
 
   DEVICE Source(const Problem &p, const Shared &s, const Tile &t, int pair, int k)
       : s(s), t(t), pair(pair) {
     const Matrix &matrix = p.matrices[t.matrix];
-    tile_bytes = tile_step = CHUNK_BYTES, token_bytes = CHUNK_COLUMNS, token_parts = 1;
+    tile_bytes = tile_step = CHUNK_BYTES, token_bytes = CHUNK_COLUMNS;
     start(p, matrix.chunks, p.codes, p.depth, k, k);
   }
   DEVICE void compensation(const Problem &p) {
     const Matrix &matrix = p.matrices[t.matrix];
-    tile_bytes = tile_step = OUTER_BYTES, token_bytes = 32, token_parts = p.inner_parts;
+    tile_bytes = tile_step = OUTER_BYTES, token_bytes = 32;
     start(p, matrix.outer, p.inner, matrix.rank_steps, 0, matrix.rank_step);
-    part_apart = (u64)p.rank_steps * token_step;
   }
   DEVICE void start(const Problem &p, const u8 *of_tiles, const u8 *of_tokens, int steps,
                     int tile_at, int token_at) {
@@ -33,9 +31,8 @@ struct Source {
     tokens = of_tokens + token_at * token_step + (u64)t.token * token_bytes;
   }
 
-  DEVICE void expect(int slot) const {
-    u32 of_tokens = t.tokens * token_bytes * token_parts;
-    barrier_expect(s.full(slot), of_tokens + t.row_tiles * tile_bytes);
+  DEVICE void expect(int slot, int parts) const {
+    barrier_expect(s.full(slot), t.tokens * token_bytes * parts + t.row_tiles * tile_bytes);
   }
   // Constants, so they may be copied before the kernel ahead has ended.
   DEVICE void copy_tiles(int slot) {
@@ -49,9 +46,6 @@ struct Source {
   DEVICE void copy_tokens(int slot) {
     if (PAIR == 1) {
       copy(s.codes(slot), tokens, t.tokens * token_bytes, s.full(slot));
-      for (int i = 1; i < token_parts; ++i)
-        copy(s.codes(slot) + i * INNER_BYTES, tokens + i * part_apart, t.tokens * token_bytes,
-             s.full(slot));
     } else {
       constexpr int PART = TOKENS / PAIR;
       int part = min(PART, t.tokens - pair * PART), at = pair * PART * token_bytes;
@@ -62,6 +56,15 @@ struct Source {
     }
     tokens += token_step;
   }
+  // The parts of z beside the first.
+  DEVICE void copy_parts(const Problem &p, int slot) {
+    const u8 *from = tokens;
+#pragma unroll
+    for (int i = 1; i < INNER_PARTS; ++i) {
+      from += p.rank_steps * token_step;
+      copy(s.codes(slot) + i * INNER_BYTES, from, t.tokens * token_bytes, s.full(slot));
+    }
+  }
 };
 
 // Copies all stages: the thread that copies the weights also says how much there is to come.
@@ -70,17 +73,9 @@ DEVICE void produce(const Problem &p, const Shared &s, int pair, Work work, bool
                     bool tokens) {
   Step step(0);
   bool wrapped = false;  // the ring has been filled once, so slots have to be waited for
-  auto copy_stages = [&](Source &source, int count) {
-    for (int i = 0; i < count; ++i) {
-      if (wrapped) barrier_wait(s.empty(step.slot), step.parity ^ 1);
-      if (tiles) {
-        source.expect(step.slot);
-        source.copy_tiles(step.slot);
-      }
-      if (tokens) source.copy_tokens(step.slot);
-      step.next();
-      wrapped |= step.slot == 0;
-    }
+  auto next = [&]() {
+    step.next();
+    wrapped |= step.slot == 0;
   };
   bool waited = !tokens;
   while (work.next()) {
@@ -89,7 +84,7 @@ DEVICE void produce(const Problem &p, const Shared &s, int pair, Work work, bool
     if (!waited) {
       int ahead = tiles ? min(STAGES, count) : 0;
       for (int i = 0; i < ahead; ++i) {
-        source.expect(i);
+        source.expect(i, 1);
         source.copy_tiles(i);
       }
       wait_for_inputs();
@@ -101,10 +96,29 @@ DEVICE void produce(const Problem &p, const Shared &s, int pair, Work work, bool
       count -= ahead;
       waited = true;
     }
-    copy_stages(source, count);
+    for (int i = 0; i < count; ++i) {
+      if (wrapped) barrier_wait(s.empty(step.slot), step.parity ^ 1);
+      if (tiles) {
+        source.expect(step.slot, 1);
+        source.copy_tiles(step.slot);
+      }
+      if (tokens) source.copy_tokens(step.slot);
+      next();
+    }
     if (work.owns && p.matrices[source.t.matrix].rank_steps) {
       source.compensation(p);
-      copy_stages(source, p.matrices[source.t.matrix].rank_steps);
+      for (int i = 0; i < p.matrices[source.t.matrix].rank_steps; ++i) {
+        if (wrapped) barrier_wait(s.empty(step.slot), step.parity ^ 1);
+        if (tiles) {
+          source.expect(step.slot, INNER_PARTS);
+          source.copy_tiles(step.slot);
+        }
+        if (tokens) {
+          source.copy_parts(p, step.slot);
+          source.copy_tokens(step.slot);
+        }
+        next();
+      }
     }
   }
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -15,6 +16,7 @@ MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class DriverError(ZqfpError):
@@ -64,6 +66,17 @@ def _enter() -> None:
         _check(code, "CUDA", "entering its context")
 
 
+@contextmanager
+def _capture_allowed() -> Iterator[None]:
+    """While a CUDA graph is captured, let this thread do what no graph can hold."""
+    mode = ctypes.c_int(RELAXED)
+    _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
 class Kernel:
     """A kernel on one device. Takes one structure by value."""
 
@@ -78,7 +91,8 @@ class Kernel:
         self._function = ctypes.c_void_p()
         driver = _driver()
         _enter()
-        _check(driver.cuModuleLoadData(ctypes.byref(module), image), name, "loading")
+        with _capture_allowed():
+            _check(driver.cuModuleLoadData(ctypes.byref(module), image), name, "loading")
         code = driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode())
         _check(code, name, "loading")
         if shared:

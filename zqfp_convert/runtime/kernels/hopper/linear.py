@@ -19,9 +19,10 @@ from zqfp_convert.runtime.kernels.hopper.multiply import (
     Inputs,
     Matrix,
     flag_count,
+    inner_parts,
     multiply,
 )
-from zqfp_convert.runtime.kernels.hopper.quantize import STEPS, cut, quantize
+from zqfp_convert.runtime.kernels.hopper.quantize import STEPS, quantize
 from zqfp_convert.runtime.scratch import scratch as scratch_of
 
 
@@ -173,11 +174,9 @@ def _work(
     index = x.device.index or 0
     if way == "auto" and schedules.prefers_expanded(tokens, tuple(rows), columns, rank, index):
         way = "expanded"
-    steps = sum(one.shape[0] for one in inner_factor) // layout.RANKS
+    factors = inner_factor, inner_scale
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         if way != "expanded":
-            schedule = schedules.choose(tokens, tuple(rows), columns, index)
-            schedule = schedule.fit(groups)
             matrices = [
                 Matrix(
                     Chunks(chunks[i], groups),
@@ -188,50 +187,64 @@ def _work(
                 )
                 for i in range(len(rows))
             ]
-            codes = x.new_empty(depth, tokens, layout.COLUMNS, dtype=torch.uint8)
-            token_scale = x.new_empty(tokens, dtype=torch.float32)
-            count = flag_count(schedule, tokens, tuple(rows), depth, index)
-            flags = x.new_empty(count, dtype=torch.int32)
-            inner = _room_for_z(x, steps)
-            quantize(x, input_offset, inner_factor, inner_scale, codes, token_scale, inner, flags)
-            multiply(Inputs(codes, token_scale, inner), matrices, schedule, flags)
-            return [matrix.y for matrix in matrices]
-        # Some tokens more, for `_scaled_mm`; what they hold does not reach the others.
-        padded = tokens + -tokens % expanded.ALIGNMENT
-        codes = x.new_empty(padded, depth * layout.COLUMNS, dtype=torch.uint8)
-        token_scale = x.new_empty(padded, dtype=torch.float32)
-        inner = _room_for_z(x, steps)
-        quantize(x, input_offset, inner_factor, inner_scale, codes, token_scale, inner, None)
-        z = None if inner is None else both_parts(inner).split([8 * (steps // len(rows))] * len(rows), 1)
+            return _fused(x, matrices, input_offset, factors)
+        codes, scale, z = _quantized_by_row(x, input_offset, factors, len(rows))
         results = []
         for i, count in enumerate(rows):
             matrix = scratch_of(scratch).matrix(*expanded.matrix_shape(count, columns), x.device)
             expand(Chunks(chunks[i], groups), matrix)
-            y = expanded.product(
-                codes.view(fp8.DTYPE),
-                token_scale[:, None],
-                matrix.view(fp8.DTYPE),
-                row_factor[i][: matrix.shape[0]],
-                count,
-            )
-            of_row = bias[i]
-            y = expanded.finish(
-                y[:tokens],
-                None if z is None else z[i][:, :rank],
-                lorc_B[i] if rank else None,
-                None if of_row is None else of_row[:count],
-                x.dtype,
-            )
-            results.append(y)
+            factor, of_row = row_factor[i][: matrix.shape[0]], bias[i]
+            y = expanded.product(codes, scale, matrix.view(fp8.DTYPE), factor, count)[:tokens]
+            of_row = None if of_row is None else of_row[:count]
+            B = lorc_B[i] if rank else None
+            results.append(expanded.finish(y, z[i][:, :rank] if z else None, B, of_row, x.dtype))
         return results
 
 
-def _room_for_z(x: Tensor, steps: int) -> Tensor | None:
+Factors = tuple[Sequence[Tensor], Sequence[Tensor]]  # A and s of each weight
+
+
+def _fused(
+    x: Tensor, matrices: Sequence[Matrix], input_offset: Tensor | None, factors: Factors
+) -> list[Tensor]:
+    """The fused product, in two launches; writes `y` of each."""
+    tokens, columns = x.shape
+    depth, index = matrices[0].chunks.data.shape[1], x.device.index or 0
+    rows = tuple(matrix.y.shape[1] for matrix in matrices)
+    schedule = schedules.choose(tokens, rows, columns, index).fit(matrices[0].chunks.groups)
+    codes = x.new_empty(depth, tokens, layout.COLUMNS, dtype=torch.uint8)
+    token_scale = x.new_empty(tokens, dtype=torch.float32)
+    flags = x.new_empty(flag_count(schedule, tokens, rows, depth, index), dtype=torch.int32)
+    inner = _room_for_z(x, factors)
+    quantize(x, input_offset, *factors, codes, token_scale, inner, flags)
+    multiply(Inputs(codes, token_scale, inner), matrices, schedule, flags)
+    return [matrix.y for matrix in matrices]
+
+
+def _quantized_by_row(
+    x: Tensor, input_offset: Tensor | None, factors: Factors, count: int
+) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
+    """What `_scaled_mm` takes: codes E4M3 `[M', K']` and scales `[M', 1]`; z `[M, .]` of each.
+
+    Some tokens more, for `_scaled_mm`; what they hold does not reach the others.
+    """
+    tokens, depth = x.shape[0], -(-x.shape[1] // layout.COLUMNS)
+    padded = tokens + -tokens % expanded.ALIGNMENT
+    codes = x.new_empty(padded, depth * layout.COLUMNS, dtype=torch.uint8)
+    token_scale = x.new_empty(padded, dtype=torch.float32)
+    inner = _room_for_z(x, factors)
+    quantize(x, input_offset, *factors, codes, token_scale, inner, None)
+    z = None if inner is None else both_parts(inner).tensor_split(count, 1)
+    return codes.view(fp8.DTYPE), token_scale[:, None], z
+
+
+def _room_for_z(x: Tensor, factors: Factors) -> Tensor | None:
     """For z of M tokens, bfloat16 `[parts, steps, M, 16]`."""
+    steps = sum(factor.shape[0] for factor in factors[0]) // layout.RANKS
     if not steps:
         return None
-    parts = cut(x.shape[0], -(-x.shape[1] // layout.COLUMNS), steps).parts
-    return x.new_empty(parts, steps, x.shape[0], 2 * layout.RANKS, dtype=torch.bfloat16)
+    shape = (inner_parts(x.shape[0]), steps, x.shape[0], 2 * layout.RANKS)
+    return x.new_empty(shape, dtype=torch.bfloat16)
 
 
 def both_parts(inner: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from zqfp_convert.runtime.kernels.hopper.layout import Chunks
 SHARED_LIMIT = 227 * 1024  # bytes a block can have
 ALIGNMENT = 1024  # of the stages in shared memory
 MATRICES = 4  # that one launch multiplies, at most
+FEW_TOKENS = 64
 LARGEST_EXCHANGE = 32 * 1024  # bytes of partial sums beside the stages, else in them
 # Registers of a thread, by the warpgroups that multiply. They come in quarters of a
 # multiprocessor's, each for every fourth warp.
@@ -141,7 +142,6 @@ class _Problem(ctypes.Structure):
         ("depth", ctypes.c_int),
         ("stretches", ctypes.c_int),
         ("rank_steps", ctypes.c_int),
-        ("inner_parts", ctypes.c_int),
         ("matrices", _Matrix * MATRICES),
     )
 
@@ -153,8 +153,8 @@ class Inputs:
     Attributes:
         codes: uint8 `[ceil(K / 128), M, 128]`, E4M3 as `quantize` writes them.
         token_scale: float32 `[M]`.
-        inner: z of all matrices in 1 to 4 parts, bfloat16 `[parts, steps, M, 16]`; None without
-            low-rank compensation.
+        inner: z of all matrices in `inner_parts(M)` parts, bfloat16 `[parts, steps, M, 16]`; None
+            without low-rank compensation.
     """
 
     codes: Tensor
@@ -187,10 +187,8 @@ class Matrix:
 
 
 @cache
-def _kernel(
-    device: int, schedule: Schedule, groups: int, half: bool
-) -> Kernel:
-    constants = schedule.constants() | {"GROUPS": groups, "HALF": half}
+def _kernel(device: int, schedule: Schedule, groups: int, half: bool, parts: int) -> Kernel:
+    constants = schedule.constants() | {"GROUPS": groups, "HALF": half, "INNER_PARTS": parts}
     return Kernel("multiply", constants, schedule.shared(groups))
 
 
@@ -222,9 +220,12 @@ def flag_count(
     return clusters(schedule, tokens, rows, depth, device) * slices * schedule.warpgroups
 
 
-def multiply(
-    inputs: Inputs, matrices: Sequence[Matrix], schedule: Schedule, flags: Tensor
-) -> None:
+def inner_parts(tokens: int) -> int:
+    """Parts that z of M tokens comes in: made by as many blocks, where tokens are few."""
+    return 4 if tokens <= FEW_TOKENS else 1
+
+
+def multiply(inputs: Inputs, matrices: Sequence[Matrix], schedule: Schedule, flags: Tensor) -> None:
     """`y = W^ x^ + B z + bias` for weights that get the same activations.
 
     Args:
@@ -265,11 +266,10 @@ def multiply(
         problem.stretches += stretches(schedule, rows[index])
         steps += matrix.steps
     problem.rank_steps = steps
-    problem.inner_parts = 0 if inputs.inner is None else inputs.inner.shape[0]
     for index in range(len(matrices), MATRICES):
         problem.matrices[index].stretch = problem.stretches  # which no block will have
     groups, half = first.chunks.groups, first.y.dtype == torch.float16
-    kernel = _kernel(device, schedule, groups, half)
+    kernel = _kernel(device, schedule, groups, half, inner_parts(tokens))
     threads = schedule.consumers * 128 + schedule.copiers
     cluster = schedule.cluster_split * schedule.pair
     kernel.launch(problem, (count * cluster, 1), threads, cluster)

@@ -74,6 +74,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize(
   auto factor_at = [&](int step, int slice) {
     return __ldg((const uint4 *)(p.inner_factor[step] + of_lane + slice * SLICE));
   };
+  // The scale of the element of z that this thread will add up first.
+  float first_scale = 0;
+  if (STEPS > 0 && threadIdx.x < STEPS * 8 * TOKENS) {
+    int rank = threadIdx.x / TOKENS;
+    first_scale = __ldg(p.inner_scale[rank / 8] + rank % 8);
+  }
   uint4 kept[KEPT][FACTORS];
   if (AHEAD > 0) {
 #pragma unroll
@@ -186,7 +192,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize(
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) sum += partial[(w * RANKS + rank) * TOKENS + t];
-    float z = sum * scales[t] * p.inner_scale[rank / 8][rank % 8];
+    float scale = e == threadIdx.x ? first_scale : p.inner_scale[rank / 8][rank % 8];
+    float z = sum * scales[t] * scale;
     u32 high = bfloat16x2(z, 0) & 0xFFFF;
     u32 low = bfloat16x2(z - __uint_as_float(high << 16), 0) & 0xFFFF;
     u16 *to = p.inner + ((u64)(part * STEPS + rank / 8) * p.tokens + m) * 16;

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zqfp_convert.runtime.kernels.hopper import layout
 from zqfp_convert.runtime.kernels.hopper.driver import Kernel
+from zqfp_convert.runtime.kernels.hopper.multiply import inner_parts
 
 THREADS = 1024  # of a block, at most
 PIECE = 8  # features that a thread takes at a time
@@ -77,24 +78,21 @@ class Cut:
 def cut(tokens: int, depth: int, steps: int) -> Cut:
     """For M tokens of `128 depth` columns and z of so many steps of 8 ranks.
 
-    As many tokens in a block as leave every multiprocessor something to do: the more there are, the
-    less often A is read. Where there are few, several blocks make z of the same tokens.
+    The more tokens a block has, the less often A is read; but every multiprocessor has to have
+    something to do. Where there are few tokens, several blocks make z of the same ones.
     """
     pieces = depth * layout.COLUMNS // PIECE
     held = -(-pieces // THREADS)
     warps = -(-pieces // (32 * held))
-    together = 1
-    while (
-        together < 8
-        and tokens >= 2 * together * MULTIPROCESSORS
-        and 2 * together * held * 4 <= HELD
-    ):
+    together, most, fewest = (1, 8, 128) if steps else (1, 4, 256)  # blocks at least
+    while together < most and tokens >= 2 * together * fewest and 2 * together * held * 4 <= HELD:
         together *= 2
-    parts = next((n for n in (4, 2) if tokens * n <= MULTIPROCESSORS), 1) if steps else 1
+    parts = inner_parts(tokens) if steps else 1
     slices = -(-depth * layout.COLUMNS // SLICE // parts)
     each = -(-slices // warps)
-    ahead = each if each * steps * 4 <= HELD else 0
-    blocks = 2 if tokens > 2 * MULTIPROCESSORS * together and warps <= 16 else 1
+    one_wave = -(-tokens // together) * parts <= 2 * MULTIPROCESSORS
+    ahead = each if one_wave and each * steps * 4 <= HELD else 0
+    blocks = 1 if one_wave or warps > 16 else 2
     return Cut(together, parts, warps, held, ahead if steps else 0, blocks)
 
 
@@ -132,7 +130,7 @@ def quantize(
             `[M, K']` row by row, K' a multiple of 16 (zeros beyond K).
         token_scale: written: float32 `[M]`.
         inner: written: z of all matrices, to be added up, bfloat16 `[parts, steps, M, 16]`, 8 high
-            parts and 8 low parts; as many parts as `cut` says, at most 5 steps; None without.
+            parts and 8 low parts; `inner_parts(M)` parts, at most 5 steps; None without factors.
         flags: set to 0: int32, for `multiply`; or None.
     """
     tokens, columns = x.shape

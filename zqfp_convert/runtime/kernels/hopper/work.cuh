@@ -6,7 +6,7 @@ constexpr int ROW_TILES = WARPGROUPS * TILES;  // of 64 features, in a block
 constexpr int CHUNK_BYTES = CHUNK_ROWS * CHUNK_COLUMNS / 2 + CHUNK_ROWS * GROUPS;
 constexpr int OUTER_BYTES = CHUNK_ROWS * 16;  // 64 rows of B, 8 ranks in bfloat16
 constexpr int CODES_BYTES = TOKENS * CHUNK_COLUMNS;
-constexpr int INNER_BYTES = TOKENS * 32;  // z of 8 ranks: a stage has room for 4 parts
+constexpr int INNER_BYTES = TOKENS * 32;  // z of 8 ranks
 constexpr int STAGE_BYTES = CODES_BYTES + ROW_TILES * CHUNK_BYTES;
 constexpr int BLOCKS_OF_8 = TOKENS / 8;
 constexpr int PARTS = SHARES * SPLIT;  // sums that are added up, by slices of the tokens
@@ -29,6 +29,8 @@ constexpr int MATRICES = 4;  // at most
 static_assert(STAGES >= 2 * SHARES, "a warpgroup gives a stage back when it has the next");
 static_assert(!PERSISTENT || STREAM || PARTS == 1, "sums meet once, after the last tile");
 static_assert(!STREAM || (SPLIT * PAIR == 1 && !IN_STAGES), "stages are in use from tile to tile");
+static_assert(INNER_PARTS * INNER_BYTES <= CODES_BYTES, "z takes the place of activations");
+static_assert(INNER_PARTS == 1 || PAIR == 1, "parts are not shared out to neighbours");
 static_assert(!IN_STAGES || EXCHANGE_BYTES <= STAGES * STAGE_BYTES, "the stages have to hold it");
 
 // Weights that the activations meet.
@@ -47,12 +49,11 @@ struct Matrix {
 struct Problem {
   const u8 *codes;           // [ceil(K / 128), M, 128] E4M3, 16-byte pieces swizzled by row % 8
   const float *token_scale;  // [M]
-  const u8 *inner;           // z: [parts, rank steps, M, 16] bfloat16, 8 high and 8 low parts
+  const u8 *inner;           // z: [INNER_PARTS, rank steps, M, 16] bfloat16, 8 high and 8 low parts
   float4 *workspace;         // STREAM: [blocks, SLICES, ROW_TILES, SLICE, 128 threads]
   u32 *flags;                // STREAM: [blocks, SLICES, WARPGROUPS], 0 at first
   int tokens, depth;         // M, ceil(K / 128)
   int stretches, rank_steps;  // of all matrices
-  int inner_parts;            // 1 to 4, to be added up
   Matrix matrices[MATRICES];
 };
 
