@@ -8,8 +8,8 @@ import pytest
 import torch
 from packed_layers import random_layer
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.linear import QuantizedLinear, Scratch

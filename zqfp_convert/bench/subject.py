@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,12 @@ from zqfp_convert.bench import attention
 from zqfp_convert.bench.workload import Workload
 
 WARM_UPS = 3  # of a compiled step: compiles, captures the CUDA graph, replays it
+
+
+def _early_launches() -> dict[str, Any]:
+    """Lets compiled kernels start before the one ahead has ended, where torch knows how."""
+    setting = "enable_pdl"
+    return {f"triton.{setting}": True} if hasattr(torch._inductor.config.triton, setting) else {}
 
 
 class Subject:
@@ -51,8 +58,10 @@ class Subject:
         if self._device.type != "cuda":
             return
         torch._dynamo.mark_static_address(self._token)
-        prefill = torch.compile(self._last_logits, fullgraph=True, dynamic=False)
-        step = torch.compile(self._next_token, fullgraph=True, mode="reduce-overhead")
+        options = _early_launches()
+        prefill = torch.compile(self._last_logits, fullgraph=True, dynamic=False, options=options)
+        graphs = {"triton.cudagraphs": True}
+        step = torch.compile(self._next_token, fullgraph=True, options=options | graphs)
         self._prefill, self._step, self.compiled = prefill, step, True
         try:
             self._rehearse(WARM_UPS)

@@ -68,7 +68,7 @@ class Table:
 
 @cache
 def choose(tokens: int, rows: tuple[int, ...], columns: int, device: int) -> Schedule:
-    """The schedule for M tokens and weights `[N, K]` that get the same; it may have to be fitted."""
+    """The schedule, still to be fitted, for M tokens and all N of weights that get the same."""
     return _entry(tokens, sum(rows), columns, device).schedule
 
 
