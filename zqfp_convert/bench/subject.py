@@ -19,8 +19,9 @@ WARM_UPS = 3  # of a compiled step: compiles, captures the CUDA graph, replays i
 
 def _early_launches() -> dict[str, Any]:
     """Lets compiled kernels start before the one ahead has ended, where torch knows how."""
-    setting = "enable_pdl"
-    return {f"triton.{setting}": True} if hasattr(torch._inductor.config.triton, setting) else {}
+    from torch._inductor import config
+
+    return {"triton.enable_pdl": True} if hasattr(config.triton, "enable_pdl") else {}
 
 
 class Subject:
