@@ -59,10 +59,9 @@ class Subject:
         if self._device.type != "cuda":
             return
         torch._dynamo.mark_static_address(self._token)
-        options = _early_launches()
-        prefill = torch.compile(self._last_logits, fullgraph=True, dynamic=False, options=options)
-        graphs = {"triton.cudagraphs": True}
-        step = torch.compile(self._next_token, fullgraph=True, options=options | graphs)
+        prefill = torch.compile(self._last_logits, fullgraph=True, dynamic=False)
+        options = {"triton.cudagraphs": True} | _early_launches()
+        step = torch.compile(self._next_token, fullgraph=True, options=options)
         self._prefill, self._step, self.compiled = prefill, step, True
         try:
             self._rehearse(WARM_UPS)
