@@ -51,7 +51,7 @@ def test_table(gpu: Path) -> None:
     assert [(e.rows, e.columns, e.tokens) for e in entries] == [
         (96, 64, 1), (96, 64, 64), (96, 64, 128),
         (4096, 14336, 1), (4096, 14336, 64), (4096, 14336, 128)]  # fmt: skip
-    assert schedules.choose(64, 96, 64, 1, 0) == Schedule(8, stages=8)
+    assert schedules.choose(64, (96,), 64, 0) == Schedule(8, stages=8)
     assert not [path for path in gpu.parent.iterdir() if path != gpu]
 
 
