@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from zqfp_convert.checkpoint import hub
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.errors import OptionError
 from zqfp_convert.model.device import resolve_device
-from zqfp_convert.runtime import paths
+from zqfp_convert.runtime import paths, siblings
 from zqfp_convert.runtime.kernels import hopper
 from zqfp_convert.runtime.kernels.hopper import schedules, tuning
 from zqfp_convert.runtime.kernels.hopper.layout import COLUMNS, ROWS, chunk_bytes
@@ -44,7 +45,7 @@ class Tuned:
 
     @property
     def read_rate(self) -> float | None:
-        """Bytes of weights a second, for few tokens."""
+        """Bytes of weights a second, for few tokens, the activations' quantization included."""
         if self.entry.tokens > MEMORY_BOUND:
             return None
         size = self.entry.rows * self.entry.columns * chunk_bytes(1) / (ROWS * COLUMNS)
@@ -52,7 +53,7 @@ class Tuned:
 
     @property
     def flops(self) -> float:
-        """Operations a second."""
+        """Operations a second, the activations' quantization included."""
         return 2 * self.entry.rows * self.entry.columns * self.entry.tokens / self._seconds
 
     @property
@@ -113,6 +114,8 @@ def tune(
 def wanted_shapes(checkpoints: Sequence[str | Path], shapes: Sequence[Shape] = ()) -> list[Shape]:
     """The distinct shapes (N, K) of the checkpoints' layers, and those given; else the shipped.
 
+    Layers that are multiplied at once count as one, beside each alone.
+
     Raises:
         OptionError: a shape below 1, or a checkpoint whose layers take no kernels.
         CheckpointError: no packed checkpoint.
@@ -127,8 +130,8 @@ def wanted_shapes(checkpoints: Sequence[str | Path], shapes: Sequence[Shape] = (
                 needed="scales m1 or m2",
                 do="There is nothing to tune for it.",
             )
-        for name in packed.layers:
-            rows, columns = packed.manifest["layers"][name]["shape"]
+        layers = {name: packed.manifest["layers"][name]["shape"] for name in packed.layers}
+        for rows, columns in [*layers.values(), *_at_once(layers)]:
             wanted[rows, columns] = None
     for rows, columns in shapes:
         if rows < 1 or columns < 1:
@@ -137,6 +140,16 @@ def wanted_shapes(checkpoints: Sequence[str | Path], shapes: Sequence[Shape] = (
             )
         wanted[rows, columns] = None
     return list(wanted or schedules.shipped().shapes)
+
+
+def _at_once(layers: Mapping[str, Shape]) -> Iterator[Shape]:
+    """Of layers that may get the same input: all N together, and K."""
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in layers)
+    for parent, names in product(parents, siblings.SETS):
+        members = [layers.get(f"{parent}.{name}") for name in names]
+        shapes = [shape for shape in members if shape is not None]
+        if len(shapes) == len(names) and len({columns for _, columns in shapes}) == 1:
+            yield sum(rows for rows, _ in shapes), shapes[0][1]
 
 
 def table_path(device: str | torch.device | None = None) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -24,15 +26,14 @@ COLUMNS = 136
 class Attention(nn.Module):
     """Three projections; `inputs` says which of its inputs each gets."""
 
-    def __init__(self, ranks: tuple[int, ...] = (3, 3, 3), device: str = "cpu") -> None:
+    def __init__(self, ranks: tuple[int, ...] = (3, 3, 3), seed: int = 0) -> None:
         super().__init__()
         scratch = Scratch()
         for (name, rows), rank in zip(SIZES.items(), ranks, strict=True):
-            layer = random_layer("m2", rows, COLUMNS, 64, rank=rank, seed=rows)
+            layer = random_layer("m2", rows, COLUMNS, 64, rank=rank, seed=seed + rows)
             assert layer.row_scale is not None
             layer.row_scale.mul_(2.0**-9)
-            linear = QuantizedLinear(layer, torch.randn(rows), scratch).to(device)
-            self.add_module(name, linear)
+            self.add_module(name, QuantizedLinear(layer, torch.randn(rows), scratch))
 
     def forward(self, *x: Tensor) -> Tensor:
         given = dict(zip(SIZES, x * 3 if len(x) == 1 else x, strict=True))
@@ -163,16 +164,67 @@ def test_factors_of_different_kinds(products: list[int]) -> None:
 
 
 def test_moved_copied_and_loaded(products: list[int]) -> None:
-    alone, linked = pair()
+    _, linked = pair()
+    torch.manual_seed(1)
+    other = Attention(seed=100)
     x = random(4)
-    want = alone(x)
     copied = copy.deepcopy(linked)
-    copied.load_state_dict(alone.state_dict())
-    assert copied.q_proj._siblings.members[0] is copied.q_proj
-    del linked
-    products.clear()
-    assert torch.equal(copied.bfloat16()(x), want)
-    assert products == [3]
+    copied.load_state_dict(other.state_dict())
+    want, before = other(x), linked(x)
+    assert not torch.equal(want, before)
+    copied.bfloat16()(x)  # in which they find one another
+    for _ in range(2):
+        products.clear()
+        assert torch.equal(copied(x), want)
+        assert products == [3]
+    assert torch.equal(linked(x), before)
+
+
+def test_weights_that_change_in_between() -> None:
+    _, linked = pair()
+    torch.manual_seed(1)
+    other = Attention(seed=100)
+    x = random(4)
+    linked.q_proj(x)
+    linked.k_proj.load_state_dict(other.k_proj.state_dict())
+    assert torch.equal(linked.k_proj(x), other.k_proj(x))
+
+
+def test_a_shallow_copy_works_alone(products: list[int]) -> None:
+    alone, linked = pair()
+    replica = copy.copy(linked.q_proj)
+    x = random(4)
+    assert torch.equal(replica(x), alone.q_proj(x))
+    assert linked.q_proj._siblings.pending is None
+
+
+def test_members_that_are_never_called(products: list[int]) -> None:
+    _, linked = pair()
+    for _ in range(5):
+        linked.q_proj(random(4))
+    assert products[-1] == 1
+    assert linked.q_proj._siblings.pending is None
+
+
+def test_nothing_is_kept_alive() -> None:
+    _, linked = pair()
+    linked(random(4))
+    watched = weakref.ref(linked.k_proj)
+    gc.disable()
+    try:
+        del linked
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
+def test_a_member_that_is_gone(products: list[int]) -> None:
+    alone, linked = pair()
+    linked.k_proj = nn.Linear(COLUMNS, 24, dtype=torch.bfloat16)
+    x = random(4)
+    assert torch.equal(linked.q_proj(x), alone.q_proj(x))
+    assert torch.equal(linked.v_proj(x), alone.v_proj(x))
+    assert products == [1] * 4
 
 
 def test_only_whole_sets_of_quantized_linears_are_linked() -> None:

@@ -2,7 +2,8 @@
 
 Compiled, transformers gives every prompt a mask of M x M, which keeps the flash kernel away, and
 copies keys and values for each head that shares them. Neither is needed: a prompt meets an empty
-cache, and one token's heads can be rows of one head. The results are the same.
+cache, and one token's heads can be rows of one head. The results are the same but for rounding: one
+token's scores are kept in the model's dtype before the softmax.
 """
 
 from __future__ import annotations
@@ -45,20 +46,21 @@ def attend(
     """Attention of `[B, heads, M, D]` over `[B, shared heads, L, D]`; `[B, M, heads, D]`."""
     batch, heads, tokens, depth = query.shape
     shared = key.shape[1]
-    one_mask = attention_mask is None or attention_mask.shape[1] == 1
+    one_mask = attention_mask is None or (
+        attention_mask.shape[1] == 1 and attention_mask.dtype == torch.bool
+    )
     plain = about.get("position_bias") is None and about.get("softcap") is None
     if tokens > 1 or heads == shared or not one_mask or not plain:
         usual: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **about
         )
         return usual
-    # Its kernels go through the cache with one multiprocessor for each shared head.
+    # torch's kernels go through the cache with one multiprocessor for each shared head.
     packed = query.reshape(batch, shared, heads // shared, depth)
-    scores = (packed @ key.transpose(2, 3)).float() * (about.get("scaling") or depth**-0.5)
+    # Scaled first, so that nothing leaves float16's range.
+    scaled = packed * (about.get("scaling") or depth**-0.5)
+    scores = (scaled @ key.transpose(2, 3)).float()
     if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask, -torch.inf)
-        else:
-            scores = scores + attention_mask
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
     y = scores.softmax(-1).to(value.dtype) @ value
     return y.reshape(batch, 1, heads, value.shape[-1]), None

@@ -105,7 +105,7 @@ class QuantizedLinear(nn.Module):
         return (weight if compensation is None else weight + compensation).to(self.dtype)
 
     def path(self, x: Tensor) -> Path:
-        """The way to multiply for an input.
+        """The way to multiply for an input, when it multiplies by itself.
 
         Raises:
             OptionError: `ZQFP_PATH` names no path, or one that this device or dtype cannot take.
@@ -132,7 +132,7 @@ class QuantizedLinear(nn.Module):
         tokens = x.reshape(-1, self.in_features)  # [M, K]
         made = None
         if self._siblings is not None:
-            made = self._siblings.output(self._place, x, way, self._scratch.key)
+            made = self._siblings.output(self._place, self, x, way, self._scratch.key)
         if made is not None:
             y = made
         elif self.arranged is not None:
@@ -171,6 +171,8 @@ class QuantizedLinear(nn.Module):
 
     def _arrange(self) -> None:
         """Lay the weights out for the kernels of the device they have arrived on, if it has any."""
+        if self._siblings is not None:
+            self._siblings.forget()
         layer = self.packed()
         device = layer.packed.device
         self._kernels: Kernels = paths.kernels_for(
@@ -196,6 +198,8 @@ class QuantizedLinear(nn.Module):
         layer = self.packed()
         self.weight_packed, self.weight_scale = layer.packed, layer.scale
         self.arranged, self._kernels = None, "none"
+        if self._siblings is not None:
+            self._siblings.forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Moves between devices; casts (`model.half()`) leave the packed tensors as they are."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from zqfp_convert.runtime.kernels.hopper import schedules
 from zqfp_convert.runtime.kernels.hopper.multiply import SHARED_LIMIT, Schedule
-from zqfp_convert.runtime.kernels.hopper.schedules import Entry
+from zqfp_convert.runtime.kernels.hopper.schedules import Entry, Table
 
 SHAPE = (4096, 14336)  # in the table that comes with the package
 MINE = Schedule(8, stages=3)
@@ -99,9 +100,16 @@ def test_expanded_goes_one_weight_at_a_time(apart: bool) -> None:
     assert schedules.prefers_expanded(1, (64, 64, 64), 64, 0, 0) != apart
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 64])
+def test_times_of_another_shape_count_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused time is known for the shape itself, the expanded one only for another K."""
+    known = [Entry(64, 64, 1, MINE, 9.0, 3.0), Entry(320, 256, 1, MINE, 40.0, 1.0)]
+    monkeypatch.setattr(schedules, "shipped", cache(lambda: Table(known)))
+    assert not schedules.prefers_expanded(1, (64,) * 5, 256, 0, 0)  # 12 us each
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 256, 8192])
 def test_fitting(tokens: int) -> None:
-    for schedule in schedules.candidates(tokens, 28672, 4096):
+    for schedule in schedules.candidates(tokens, 28672, 14336):
         fitting = schedule.fit(4)
         assert fitting.shared(4) <= SHARED_LIMIT
         assert 2 * schedule.shares <= fitting.stages <= schedule.stages

@@ -32,7 +32,7 @@ from zqfp_convert.runtime.kernels.hopper.multiply import (
 
 TOKENS = (8, 16, 64, 512, 4096)
 CANDIDATES = {
-    schedule for tokens in TOKENS for schedule in schedules.candidates(tokens, 4096, 4096)[::4]
+    schedule for tokens in TOKENS for schedule in schedules.candidates(tokens, 4096, 4096)[::3]
 }
 
 
@@ -73,13 +73,14 @@ def chunks(groups: int) -> Chunks:
 
 
 def run_multiply(schedule: Schedule, groups: int, dtype: torch.dtype) -> None:
-    inputs = Inputs(torch.empty(2, 3, 128, dtype=torch.uint8), torch.ones(3))
+    tokens = schedule.tokens
+    inputs = Inputs(torch.empty(2, tokens, 128, dtype=torch.uint8), torch.ones(tokens))
     fitting = schedule.fit(groups)
     matrices = []
     for _ in range(2):
-        y = torch.empty(3, 128, dtype=dtype)
+        y = torch.empty(tokens, 128, dtype=dtype)
         matrices.append(Matrix(chunks(groups), torch.ones(128), None, y))
-    flags = torch.zeros(flag_count(fitting, 3, (128, 128), 2, 0), dtype=torch.int32)
+    flags = torch.zeros(flag_count(fitting, tokens, (128, 128), 2, 0), dtype=torch.int32)
     multiply.multiply(inputs, matrices, fitting, flags)
 
 
@@ -106,6 +107,20 @@ def test_quantize(rank: int, columns: int, dtype: torch.dtype) -> None:
     for codes, offset in ((tiled, None), (by_row, torch.ones(columns).bfloat16())):
         quantize.quantize(x, offset, *factors, codes, torch.empty(16), inner, flags)
     assert len(Kernel.made) == 2
+
+
+@pytest.mark.parametrize("columns", [64, 4096, 14336])
+@pytest.mark.parametrize("tokens", [1, 64, 300, 1024, 8192])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_cuts_of_the_activations(steps: int, tokens: int, columns: int) -> None:
+    """Every way to share out the work compiles, and fits."""
+    depth = -(-columns // 128)
+    cut = quantize.cut(tokens, depth, steps, 132)
+    assert cut.tokens * cut.warps * 32 * cut.held * 8 >= cut.tokens * columns
+    assert cut.parts == (multiply.inner_parts(tokens) if steps else 1)
+    constants = cut.constants() | {"STEPS": steps, "HALF": 0, "TILED": 1, "VECTORS": 1}
+    kernel = Kernel("quantize", constants, cut.shared(depth, steps))
+    kernel.launch()
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

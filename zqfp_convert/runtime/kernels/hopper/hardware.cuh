@@ -110,12 +110,6 @@ DEVICE u32 cluster_rank() {
   return rank;
 }
 
-DEVICE u32 cluster_size() {
-  u32 size;
-  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return size;
-}
-
 DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
@@ -130,10 +124,6 @@ DEVICE void store_at(u32 there, float4 v) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there), "f"(v.x),
                "f"(v.y), "f"(v.z), "f"(v.w)
                : "memory");
-}
-
-DEVICE void store_at(u32 there, float v) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(v) : "memory");
 }
 
 // ---- Shared and global memory.

@@ -23,7 +23,7 @@ from zqfp_convert.numerics.scales import MAX_SPAN
 ROWS, COLUMNS = 64, 128  # of a chunk
 CODES_BYTES = ROWS * COLUMNS // 2
 RANKS = 8  # in one step of low-rank compensation
-MOST_RANKS = 40  # whose factors quantize.cu is told of
+MOST_RANKS = 40  # of the weights in one launch: quantize.cu has room for as many factors
 PART = 1 << 24  # weights arranged at a time, to bound the temporary memory
 
 
@@ -161,7 +161,7 @@ def inner_factor(A: Tensor) -> Tensor:
     return torch.nn.functional.pad(A.to(torch.bfloat16), missing).contiguous()
 
 
-def by_row(values: Tensor, fill: float = 0.0) -> Tensor:
+def by_row(values: Tensor) -> Tensor:
     """Float32 `[N]` filled up to a multiple of 64."""
     missing = (0, -values.shape[0] % ROWS)
-    return torch.nn.functional.pad(values.float(), missing, value=fill).contiguous()
+    return torch.nn.functional.pad(values.float(), missing).contiguous()

@@ -1,7 +1,7 @@
 // y = W^ x^ + B z + bias: 4-bit weights become E4M3 in registers, on the way to the tensor cores.
 //
 // The product is made transposed, y^T = W x^T: the weights are operand A, which wgmma takes from
-// registers, the activations operand B, from shared memory. One warp copies, WARPGROUPS others
+// registers, the activations operand B, from shared memory. One or two warps copy, WARPGROUPS others
 // convert and multiply. Each warpgroup has TILES times 64 output features, all have the same TOKENS.
 //
 // K is shared out twice: a block's SHARES warpgroups of the same features take turns with the stages,
@@ -18,8 +18,8 @@
 // Given by the compiler's command line: TOKENS, WARPGROUPS, TILES, STAGES, SHARES, SPLIT, PAIR,
 // STREAM, PERSISTENT, BLOCKS (that share a multiprocessor), COPIERS (threads: 32, 64, or 128 that
 // give registers away, down to COPIER_REGISTERS, so that the others have CONSUMER_REGISTERS), GROUPS
-// (scales in 128 columns: 1, 2 or 4), INNER_PARTS (of z, to be added up: 1 or 4), HALF (float16 results), LARGEST_EXCHANGE (bytes of partial sums
-// that have room of their own).
+// (scales in 128 columns: 1, 2 or 4), INNER_PARTS (of z, to be added up: 1 or 4), HALF (float16
+// results), LARGEST_EXCHANGE (bytes of partial sums that have room of their own).
 #include "consume.cuh"
 #include "copy.cuh"
 

@@ -11,7 +11,7 @@
 #include "activations.cuh"
 #include "chunk.cuh"
 
-constexpr int MOST_STEPS = 5;
+constexpr int MOST_STEPS = 5;  // quantize.py's STEPS
 constexpr int THREADS = WARPS * 32;
 constexpr int SLICE = 32;  // features that a tensor core takes in two operations
 constexpr int FACTORS = STEPS > 0 ? STEPS : 1, KEPT = AHEAD > 0 ? AHEAD : 1;
@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize(
       p.token_scale[first_token + lane] = of_lane_token.value;
   }
 
-  int stride = ((slices + PARTS - 1) / PARTS) * SLICE + 16;  // so that tokens lie in other banks
+  int stride = ((slices + PARTS - 1) / PARTS) * SLICE + 16;  // so that few tokens meet in a bank
 #pragma unroll
   for (int t = 0; t < TOKENS; ++t) {
     int m = first_token + t;

@@ -17,8 +17,7 @@ from zqfp_convert.runtime.kernels.hopper.multiply import inner_parts
 THREADS = 1024  # of a block, at most
 PIECE = 8  # features that a thread takes at a time
 SLICE = 32  # features that a warp takes at a time for z
-STEPS = 5  # of 8 ranks, at most
-MULTIPROCESSORS = 132  # of an H100 or H200
+STEPS = layout.MOST_RANKS // layout.RANKS  # of 8 ranks, of all weights together, at most
 HELD = 32  # registers of a thread for activations, and as many for A
 
 
@@ -75,8 +74,8 @@ class Cut:
 
 
 @cache
-def cut(tokens: int, depth: int, steps: int) -> Cut:
-    """For M tokens of `128 depth` columns and z of so many steps of 8 ranks.
+def cut(tokens: int, depth: int, steps: int, processors: int) -> Cut:
+    """For M tokens of `128 depth` columns, z of so many steps of 8 ranks, and a GPU.
 
     The more tokens a block has, the less often A is read; but every multiprocessor has to have
     something to do. Where there are few tokens, several blocks make z of the same ones.
@@ -90,7 +89,7 @@ def cut(tokens: int, depth: int, steps: int) -> Cut:
     parts = inner_parts(tokens) if steps else 1
     slices = -(-depth * layout.COLUMNS // SLICE // parts)
     each = -(-slices // warps)
-    one_wave = -(-tokens // together) * parts <= 2 * MULTIPROCESSORS
+    one_wave = -(-tokens // together) * parts <= 2 * processors
     ahead = each if one_wave and each * steps * 4 <= HELD else 0
     blocks = 1 if one_wave or warps > 16 else 2
     return Cut(together, parts, warps, held, ahead if steps else 0, blocks)
@@ -152,6 +151,8 @@ def quantize(
         problem.flags, problem.flag_count = flags.data_ptr(), flags.numel()
     problem.x_stride = x.stride(0)
     problem.tokens, problem.columns, problem.depth = tokens, columns, depth
-    way = cut(tokens, depth, steps)
-    kernel = _kernel(x.device.index or 0, way, depth, steps, half, tiled, vectors)
+    device = x.device.index or 0
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    way = cut(tokens, depth, steps, processors)
+    kernel = _kernel(device, way, depth, steps, half, tiled, vectors)
     kernel.launch(problem, (-(-tokens // way.tokens) * way.parts, 1), way.warps * 32)

@@ -80,13 +80,16 @@ def prefers_expanded(
 
     There low-rank compensation is a pass over the results, which the fused product does not need.
     """
-    fused = _entry(tokens, sum(rows), columns, device)
-    each = [_entry(tokens, count, columns, device) for count in rows]
-    expanded = sum(
-        entry.expanded * count / entry.rows for count, entry in zip(rows, each, strict=True)
-    )
-    after = 8 * fused.tokens * sum(rows) / BYTES_PER_MICROSECOND if rank else 0.0
-    return expanded + after < fused.fused * sum(rows) / fused.rows
+    whole = _entry(tokens, sum(rows), columns, device)
+    fused = whole.fused * sum(rows) * columns / (whole.rows * whole.columns)
+    expanded = 0.0
+    for count in rows:
+        entry = _entry(tokens, count, columns, device)
+        expanded += entry.expanded * count * columns / (entry.rows * entry.columns)
+    # Each time has the quantization of the activations in it, which happens once.
+    expanded -= (len(rows) - 1) * 3 * whole.tokens * columns / BYTES_PER_MICROSECOND
+    after = 8 * whole.tokens * sum(rows) / BYTES_PER_MICROSECOND if rank else 0.0
+    return expanded + after < fused
 
 
 @cache
