@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from zqfp_convert import __version__
-from zqfp_convert.cli import bench, convert, demo, evaluate, generate, inspect, tune, verify
+from zqfp_convert.cli import (
+    bench,
+    compare,
+    convert,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    tune,
+    verify,
+)
 
 app = typer.Typer(
     add_completion=True,
@@ -21,6 +31,7 @@ app.command("convert")(convert.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("evaluate")(evaluate.command)
+app.command("compare")(compare.command)
 app.command("generate")(generate.command)
 app.command("bench")(bench.command)
 app.command("tune")(tune.command)

@@ -1,0 +1,222 @@
+"""`zqfp-convert compare MODEL --preset zeroquant-fp`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from zqfp_convert.cli import console
+
+if TYPE_CHECKING:
+    from zqfp_convert.compare.configuration import Configuration
+    from zqfp_convert.compare.plan import StudyPlan
+    from zqfp_convert.compare.study import Row, Study
+
+TO_PROGRAMS = "-"
+PRESET = "zeroquant-fp"
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A folder, or a name on the Hub.")],
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose table: zeroquant-fp, fp8-formats, zeroquant-v2 or mx. \\[default: "
+            "zeroquant-fp, unless configurations are given]"
+        ),
+    ] = None,
+    configuration: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One row, such as weights=e2m1,activations=e4m3,scales=m2,solver=gptq,rank=8. "
+            "Repeat for more."
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A .txt or .jsonl file to measure on. Repeat for more. \\[default: text that the "
+            "model writes]"
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Other text, for GPTQ, SmoothQuant and static scales: a file, or a data set on "
+            "the Hub. \\[default: text that the model writes]"
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 16,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens in each. \\[default: 1024, or the most it takes]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which calibration windows.")] = 0,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="How many to take of each text at most. \\[default: all]"),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of text that see each other. \\[default: 2048, or the most it takes]"
+        ),
+    ] = None,
+    group_size: Annotated[
+        int, typer.Option(min=0, help="Weights that share a scale, in presets; 0: a whole row.")
+    ] = 256,
+    rank: Annotated[int, typer.Option(min=1, help="Of LoRC, in presets.")] = 8,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 … \\[default: the first GPU]")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw it: .png, .svg or .pdf (extra \\[report])."),
+    ] = None,
+    json_file: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write the figures to FILE as one JSON object; - prints it, and nothing else.",
+        ),
+    ] = None,
+    quiet: console.Quiet = False,
+    debug: console.Debug = False,
+) -> None:
+    """Compare number formats, scales and solvers on a model, by simulation; writes no model."""
+    as_json = json_file == TO_PROGRAMS
+    with console.errors(debug, as_json):
+        from zqfp_convert.compare import plot as plotting
+        from zqfp_convert.compare.plan import make_plan
+        from zqfp_convert.compare.study import run
+
+        target = None if json_file is None or as_json else _json_file(Path(json_file))
+        if plot is not None:
+            plotting.check(plot)
+        plan = make_plan(
+            model,
+            _configurations(preset, configuration or [], group_size, rank),
+            text or [],
+            calibration=calibration,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            tokens=tokens,
+            window=window,
+            device=device,
+        )
+        silent = quiet or as_json
+        if not silent:
+            _show_plan(plan)
+        with console.progress(silent) as report:
+            result = run(plan, report)
+        if as_json:
+            console.print_json(result.to_json())
+        if target is not None:
+            target.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+        if plot is not None:
+            plotting.draw(result, plot)
+        if not silent:
+            _show_result(result)
+
+
+def _configurations(
+    preset: str | None, given: list[str], group_size: int, rank: int
+) -> list[Configuration]:
+    from zqfp_convert.compare import presets
+    from zqfp_convert.compare.configuration import Configuration
+
+    own = [Configuration.parse(text) for text in given]
+    if own and preset is None:
+        return [presets.ORIGINAL, *own]
+    return [*presets.preset(preset or PRESET, group_size, rank), *own]
+
+
+def _json_file(path: Path) -> Path:
+    """Where JSON goes, checked before any work."""
+    from zqfp_convert.errors import OptionError
+
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise OptionError(
+            f"--json {path}",
+            "a folder" if path.is_dir() else "in a folder that does not exist",
+            needed="the name of a file to write",
+            do="Give another one, or - for standard output.",
+        )
+    return path
+
+
+def _show_plan(plan: StudyPlan) -> None:
+    from zqfp_convert.compare.plan import WRITTEN
+
+    count = sum(len(text.ids) for text in plan.texts) or WRITTEN
+    measured = ", ".join(text.name for text in plan.texts) or "text that the model writes"
+    calibrated = "text that the model writes" if plan.calibration is None else plan.calibration.name
+    rows = {
+        "model": f"{plan.parts.source.folder} (runs in {plan.parts.dtype})".replace("torch.", ""),
+        "text": f"{count} windows of {plan.window} tokens, without overlap, of {measured}",
+        "calibration": f"{plan.samples} windows of {plan.seq_len} tokens of {calibrated}"
+        if plan.calibrates
+        else "none needed",
+        "compared": f"{len(plan.configurations)} configurations, on {plan.device}",
+        "memory": f"about {console.size(plan.host_memory)} of host memory"
+        + (f", {console.size(plan.device_memory)} on the GPU" if plan.device_memory else ""),
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in rows.items():
+        table.add_row(key, escape(value))
+    console.out.print(table)
+
+
+def _show_result(result: Study) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "weights", "activations", "solver"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("bits", justify="right")
+    for text in result.texts:
+        name = f"{escape(text.name)}\n" if len(result.texts) > 1 else ""
+        table.add_column(f"{name}perplexity", justify="right")
+        table.add_column("mean KL", justify="right")
+    table.add_column("seconds", justify="right")
+    section = None
+    for row in result.rows:
+        if row.configuration.section != section:
+            section = row.configuration.section
+            table.add_row(f"[bold]{escape(section)}[/]")
+        table.add_row(*_cells(row))
+    console.out.print()
+    console.out.print(table)
+    names = ", ".join(text.name for text in result.texts)
+    console.out.print(
+        f"\nmeasured on {escape(names)}; KL of original to quantized in nats a token, ± the 95 % "
+        f"interval over windows; {result.seconds:.1f} s"
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    from zqfp_convert.compare.formats import FORMATS, NONE
+
+    made = row.configuration
+    weights, activations, solver = made.weights, made.activations, "-"
+    if weights != NONE:
+        if FORMATS[weights].block is None:
+            weights += f", {made.group_size or 'row'}"
+        if made.scales != "free":
+            weights += f", {made.scales} {made.scale_rounding}"
+        solver = made.solver + (f", LoRC {made.rank}" if made.rank else "")
+    if made.smooth:
+        solver += f", smooth {made.smooth:g}"
+    if activations != NONE and FORMATS[activations].block is None:
+        activations += f", {made.activation_scale}"
+    cells = [f"  {escape(made.label)}", weights, activations, solver, f"{row.bits:.2f}"]
+    for figures in row.figures:
+        half = "" if figures.kl.half is None else f" ± {figures.kl.half:.4f}"
+        cells += [f"{figures.perplexity:.3f}", f"{figures.kl.mean:.4f}{half}"]
+    return [*cells, f"{row.seconds:.1f}" if row.seconds else ""]
