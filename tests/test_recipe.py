@@ -12,7 +12,7 @@ import pytest
 from zqfp_convert.errors import OptionError, ZqfpError
 from zqfp_convert.recipe import Recipe
 
-NAMES = ("fast", "paper", "best")
+NAMES = ("fast", "paper", "best", "max")
 
 
 def test_best_is_the_default_of_every_choice() -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from zqfp_convert import __version__
 from zqfp_convert.calibration import text
@@ -25,6 +26,8 @@ from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.packed import pack
 from zqfp_convert.checkpoint.writer import Writer
+from zqfp_convert.distill.train import Outcome, distill
+from zqfp_convert.distill.tunable import TunableLinear
 from zqfp_convert.errors import SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import bias_of, get_linear, is_transposed, put, weight_matrix
@@ -51,6 +54,7 @@ class Conversion:
         bytes_after: of all weights on disk.
         seconds: wall time.
         calibration: text, number and length of the windows used; None where none were needed.
+        tuning: what end-to-end tuning did; None without.
     """
 
     out: Path
@@ -60,6 +64,7 @@ class Conversion:
     bytes_after: int
     seconds: float
     calibration: dict[str, Any] | None
+    tuning: Outcome | None = None
 
     def worst(self, count: int = 5) -> list[tuple[str, dict[str, Any]]]:
         """The layers with the largest error of their outputs (of their weights, where unknown)."""
@@ -87,6 +92,13 @@ class Conversion:
             "left_alone": self.plan.left_alone,
             "changed": len(self.changed),
             "calibration": self.calibration,
+            "tuning": None
+            if self.tuning is None
+            else {
+                "kl_before": self.tuning.kl_before,
+                "kl_after": self.tuning.kl_after,
+                "kept": self.tuning.kept,
+            },
             "seconds": round(self.seconds, 3),
         }
 
@@ -108,7 +120,7 @@ def convert(
     Args:
         model: a folder, or a repository on the Hub.
         out: the folder to make.
-        recipe: a name (`fast`, `paper`, `best`) or a whole recipe.
+        recipe: a name (`fast`, `paper`, `best`, `max`) or a whole recipe.
         calibration: a .txt or .jsonl file, or a data set on the Hub; by default the model writes
             its own text.
         device: where to compute; the first GPU when there is one.
@@ -158,10 +170,13 @@ def _run(plan: Plan, progress: Progress | None) -> Conversion:
     shards = len(plan.other_shards) + len(plan.layers)
     with Writer(plan.out, shards, overwrite=plan.overwrite) as writer:
         calibration = work.calibrate() if plan.recipe.needs_calibration else None
+        blocks: Iterable[dict[str, Tensor]] = map(work.block, range(len(plan.layers)))
+        if plan.recipe.tune > 0:
+            blocks = work.tune([*blocks])
         for names in plan.other_shards:
-            writer.add_shard(plan.source.shards.read(names))
-        for index in range(len(plan.layers)):
-            writer.add_shard(work.block(index))
+            writer.add_shard(plan.source.shards.read(names) | work.tuned_of(names))
+        for tensors in blocks:
+            writer.add_shard(tensors)
         report("writing", plan.weights, plan.weights)
         writer.copy(plan.source.folder, plan.source.other_files())
         quantization = _quantization_config(plan, calibration)
@@ -169,7 +184,9 @@ def _run(plan: Plan, progress: Progress | None) -> Conversion:
         writer.finish(config, work.entries, work.changed)
     after = sum(path.stat().st_size for path in plan.out.glob("*.safetensors"))
     seconds = time.monotonic() - began
-    return Conversion(plan.out, plan, work.entries, work.changed, after, seconds, calibration)
+    return Conversion(
+        plan.out, plan, work.entries, work.changed, after, seconds, calibration, work.outcome
+    )
 
 
 @dataclass
@@ -184,15 +201,17 @@ class _Work:
     entrance: Entrance | None = None
     teacher: Stream | None = None  # hidden states of the original model
     student: Stream | None = None  # hidden states behind the quantized blocks
+    windows: Tensor | None = None  # of calibration, for tuning
+    solved: dict[str, QuantizedWeight] = field(default_factory=dict)  # the same
+    tuned: dict[str, Tensor] = field(default_factory=dict)  # norms by their names on disk
+    outcome: Outcome | None = None
 
     def calibrate(self) -> dict[str, Any]:
         """Get the calibration tokens and start the streams; returns what the config says of it."""
         plan, recipe = self.plan, self.plan.recipe
         if plan.text is None:
             self.report("writing calibration text", 0, plan.weights)
-            whole = skeleton.build(plan.source.folder, plan.device)
-            self._fill(whole, "", list(plan.names.to_model))
-            whole.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
+            whole = self._whole()
             windows = text.generate(whole, recipe.samples, recipe.seq_len, recipe.seed)
             del whole
         else:
@@ -207,6 +226,7 @@ class _Work:
         check_tokens(plan.model, plan.source.folder, windows)
         at_once = TOKENS_AT_ONCE[plan.device.type]
         batches = batches_of(windows, at_once, plan.device)
+        self.windows = windows if recipe.tune > 0 else None
         self.entrance = Entrance(plan.blocks, batches)
         self.student = Stream(self.entrance.first())
         if recipe.asymmetry > 0:
@@ -244,6 +264,72 @@ class _Work:
             del tensors[layer.disk + layout.WEIGHT]
             tensors |= self._packed(layer, quantized[layer.place])
         return tensors
+
+    def tune(self, blocks: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Tune all blocks, given as their shards' tensors, together; returns them as they are then.
+
+        The whole model exists twice while this lasts, once as it was and once quantized.
+        """
+        plan = self.plan
+        assert self.windows is not None
+        self.entrance = self.teacher = self.student = None
+        skeleton.empty(plan.model)
+        original, model = self._whole(), self._whole()
+        for index, tensors in enumerate(blocks):
+            disk = [name for name in tensors if self.changed.get(name) == "norm_changed"]
+            self._fill(model, "", disk, tensors)
+            for layer in plan.layers[index]:
+                bias = tensors.get(layer.disk + layout.BIAS)
+                if bias is not None:
+                    bias = bias.to(plan.device, compute_dtype(plan.device, plan.dtype))
+                put(
+                    model,
+                    self._path(index, layer),
+                    TunableLinear(self.solved.pop(layer.disk), bias),
+                )
+        self.outcome = distill(
+            model.requires_grad_(False),
+            original,
+            self.windows,
+            plan.recipe.tune,
+            plan.dtype,
+            seed=plan.recipe.seed,
+            report=lambda done, total: self.report(
+                f"tuning, step {done}/{total}", plan.weights, plan.weights
+            ),
+        )
+        if not self.outcome.kept:
+            return blocks
+        for place, value in self.outcome.norms.items():
+            name = plan.names.to_disk[place]
+            self.tuned[name] = value.to(plan.dtype).cpu()
+            self.changed[name] = "norm_changed"
+        for index, tensors in enumerate(blocks):
+            tensors |= self.tuned_of(list(tensors))
+            for layer in plan.layers[index]:
+                path = self._path(index, layer)
+                linear = model.get_submodule(path)
+                assert isinstance(linear, TunableLinear)
+                result = linear.result(weight_matrix(get_linear(original, path)))
+                tensors |= self._packed(layer, result)
+                entry = self.entries[layer.disk]
+                entry["weight_error"], entry["output_error"] = result.weight_error, None
+        return blocks
+
+    def tuned_of(self, names: list[str]) -> dict[str, Tensor]:
+        """Those of the tensors, by their names on disk, that tuning has changed."""
+        return {name: self.tuned[name] for name in names if name in self.tuned}
+
+    def _path(self, index: int, layer: PlannedLayer) -> str:
+        return f"{self.plan.blocks.name(index)}.{layer.place}"
+
+    def _whole(self) -> PreTrainedModel:
+        """The original model."""
+        plan = self.plan
+        whole = skeleton.build(plan.source.folder, plan.device)
+        self._fill(whole, "", list(plan.names.to_model))
+        whole.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
+        return whole
 
     def _calibrated(
         self, index: int, block: nn.Module
@@ -289,6 +375,8 @@ class _Work:
         total = len(self.plan.layers)
         self.report(f"block {index + 1}/{total}  {layer.place}", self.done, self.plan.weights)
         solved = quantize_weight(weight.to(self.plan.device), curvature, self.plan.recipe)
+        if self.plan.recipe.tune > 0:
+            self.solved[layer.disk] = solved
         self.done += layer.weights
         self.entries[layer.disk] = {
             "shape": [layer.rows, layer.columns],

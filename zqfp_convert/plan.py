@@ -328,7 +328,19 @@ def _memory(plan: Plan) -> tuple[int, int]:
         if plan.text is None:
             whole = sum(block_numbers) * width + outside
             work = max(work, int(1.2 * whole) + _cache_bytes(plan, width))
+    if plan.recipe.tune > 0:
+        work = max(work, _tuning_bytes(plan, sum(block_numbers) * width, width))
     return (host + work, 0) if plan.device.type == "cpu" else (host, work)
+
+
+def _tuning_bytes(plan: Plan, blocks: int, width: int) -> int:
+    """Two models, and for each weight its place, shift, gradient and Adam's two moments."""
+    shards = plan.source.shards.tensors
+    outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
+    vocabulary = int(getattr(plan.model.config.get_text_config(), "vocab_size", 0))
+    largest = max(layer.weights for block in plan.layers for layer in block)
+    logits = 4 * plan.recipe.seq_len * vocabulary * width
+    return 2 * (blocks + outside) + (5 * 4 + 1) * plan.weights + 8 * 4 * largest + logits
 
 
 def _cache_bytes(plan: Plan, width: int) -> int:

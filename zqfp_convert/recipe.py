@@ -19,7 +19,7 @@ Solver = Literal["round", "gptq"]
 LowRank = Literal["svd", "hessian"]
 FactorFormat = Literal["e4m3", "bf16"]
 GroupSize = int | Literal["row"]
-RecipeName = Literal["fast", "paper", "best"]
+RecipeName = Literal["fast", "paper", "best", "max"]
 
 GROUP_SIZES: tuple[GroupSize, ...] = (32, 64, 128, 256, "row")
 
@@ -51,6 +51,8 @@ class Recipe:
     # The model around the weights.
     center_norms: bool = True  # fold the mean of each LayerNorm's output into the biases
     ignore: tuple[str, ...] = ("lm_head",)
+    # End-to-end tuning against the original's token distributions.
+    tune: int = 0  # steps
     # Calibration.
     samples: int = 128
     seq_len: int = 2048
@@ -63,7 +65,7 @@ class Recipe:
             value = getattr(self, field)
             same = [choice for choice in admitted if choice == value]
             _require(field, value, bool(same) and type(same[0]) is type(value), admitted)
-        for field in ("sweeps", "rank", "low_rank_rounds", "samples", "seq_len", "seed"):
+        for field in ("sweeps", "rank", "low_rank_rounds", "tune", "samples", "seq_len", "seed"):
             _require(
                 field, getattr(self, field), type(getattr(self, field)) is int, "a whole number"
             )
@@ -76,6 +78,7 @@ class Recipe:
             "sweeps": (self.sweeps >= 0, "a whole number, 0 or more"),
             "rank": (0 <= self.rank <= 1024, "a whole number from 0 to 1024"),
             "low_rank_rounds": (self.low_rank_rounds >= 0, "a whole number, 0 or more"),
+            "tune": (self.tune >= 0, "a whole number, 0 or more"),
             "samples": (self.samples >= 1, "a whole number, 1 or more"),
             "seq_len": (self.seq_len >= 2, "a whole number, 2 or more"),
             "seed": (0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
@@ -121,7 +124,7 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether any part of the recipe looks at activations."""
         looks = self.solver == "gptq" or self.sweeps > 0 or self.asymmetry > 0 or self.center_norms
-        return looks or (self.rank > 0 and self.low_rank == "hessian")
+        return looks or self.tune > 0 or (self.rank > 0 and self.low_rank == "hessian")
 
     def ignores(self, layer: str) -> bool:
         """Whether a pattern of `ignore` matches the layer's dotted name or a dotted end of it.
@@ -164,6 +167,7 @@ _NAMED: dict[str, dict[str, Any]] = {
         "center_norms": False,
     },
     "best": {},
+    "max": {"tune": 200},
 }
 
 _ADMITTED: dict[str, tuple[Any, ...]] = {

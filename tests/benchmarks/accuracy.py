@@ -36,6 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
     "best, M1": {"recipe": "best", "scales": "m1"},
     "best, M2": {"recipe": "best"},
     "best, M2, rank 0": {"recipe": "best", "rank": 0},
+    "max, M2": {"recipe": "max"},
+    "max, M2, rank 0": {"recipe": "max", "rank": 0},
 }
 
 

@@ -25,8 +25,9 @@ def command(
     recipe: Annotated[
         str,
         typer.Option(
-            help="[bold]best[/]: closest to the original; [bold]fast[/]: no calibration; "
-            "[bold]paper[/]: ZeroQuant-FP as printed.",
+            help="[bold]best[/]: close to the original, layer by layer; [bold]max[/]: closer, "
+            "tuned as a whole; [bold]fast[/]: no calibration; [bold]paper[/]: ZeroQuant-FP as "
+            "printed.",
             rich_help_panel=QUALITY,
         ),
     ] = "best",
@@ -45,6 +46,14 @@ def command(
         int | None,
         typer.Option(
             help="Of the low-rank compensation; 0 for none.", rich_help_panel=QUALITY, min=0
+        ),
+    ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of end-to-end tuning after all else; 0 for none.",
+            rich_help_panel=QUALITY,
+            min=0,
         ),
     ] = None,
     ignore: Annotated[
@@ -97,6 +106,7 @@ def command(
             scales=scales,
             group_size=_group_size(group_size),
             rank=rank,
+            tune=tune,
             ignore=ignore,
             samples=samples,
             seq_len=seq_len,
@@ -195,6 +205,12 @@ def _show_result(result: Conversion) -> None:
                 f"[bold yellow]Few tokens:[/] the widest layer has {widest:,} inputs, so its "
                 "statistics are poor; give more text."
             )
+    if result.tuning is not None:
+        tuning = result.tuning
+        console.out.print(
+            f"tuned as a whole: KL to the original on text held back {tuning.kl_before:.4f} to "
+            f"{tuning.kl_after:.4f}" + ("" if tuning.kept else ", so left as it was before")
+        )
     retried = result.to_json()["damping_retries"]
     if retried:
         console.out.print(f"More damping was needed for: {escape(', '.join(retried))}")

@@ -13,6 +13,16 @@ from torch import Tensor
 from zqfp_convert.quantize.gptq import BLOCK, Grid
 
 
+def optimum(target: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
+    """Where each element would be best with all others as they are, float32 `[N, K]`.
+
+    `Q + E H / diag(H)`, `E = target - Q`: what `descend` rounds. Columns that saw no input stay.
+    """
+    step = 1.0 / hessian.diagonal()
+    step = torch.where((hessian.diagonal() > 0) & step.isfinite(), step, 0.0)
+    return rounded + ((target - rounded) @ hessian) * step
+
+
 def descend(
     target: Tensor,
     rounded: Tensor,

@@ -12,7 +12,7 @@ from torch import Tensor
 from zqfp_convert.numerics import e2m1, scales
 from zqfp_convert.numerics.scales import Scales
 from zqfp_convert.quantize import lorc
-from zqfp_convert.quantize.descent import descend
+from zqfp_convert.quantize.descent import descend, optimum
 from zqfp_convert.quantize.gptq import gptq
 from zqfp_convert.quantize.hessian import Curvature, aim_at_original, relative_error
 from zqfp_convert.quantize.lorc import Factors
@@ -31,6 +31,8 @@ class QuantizedWeight:
         factors: low-rank compensation, or None.
         weight_error: relative Frobenius norm of what is still missing from the weight.
         output_error: the same weighted with the Hessian, so of the layer's outputs; None without.
+        doubt: what each element would be if it were not rounded and all others were, float32
+            `[N, K]`; None unless the recipe goes on from there.
     """
 
     codes: Tensor
@@ -38,6 +40,7 @@ class QuantizedWeight:
     factors: Factors | None
     weight_error: float
     output_error: float | None
+    doubt: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The float32 weight `[N, K]` that it stands for, low-rank compensation included."""
@@ -81,6 +84,10 @@ def quantize_weight(weight: Tensor, curvature: Curvature | None, recipe: Recipe)
                 Q = descend(rest, Q, metric, chosen.per_column, nearest, SWEEPS_PER_ROUND)
                 factors = lorc.encode(*lorc.fit(target - Q, metric, rank), recipe.factors)
 
+    doubt = None
+    if recipe.tune > 0:
+        rest = target if factors is None else target - factors.product()
+        doubt = rest if H is None else optimum(rest, Q, H)
     codes = scales.quantize(Q, chosen)
     chosen = scales.canonical(codes, chosen)
     error = W - Q if factors is None else W - Q - factors.product()
@@ -90,6 +97,7 @@ def quantize_weight(weight: Tensor, curvature: Curvature | None, recipe: Recipe)
         factors,
         relative_error(error, W, None),
         None if H is None else relative_error(error, W, H),
+        doubt,
     )
 
 

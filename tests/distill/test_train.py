@@ -1,0 +1,110 @@
+"""End-to-end tuning of real models: closer to the original, or left alone."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import QUICK, Maker
+from dequantized import manifest, read_tensors
+from torch.nn.functional import kl_div
+from transformers import AutoModelForCausalLM
+
+import zqfp_convert
+from zqfp_convert.calibration import text
+from zqfp_convert.distill import train
+from zqfp_convert.distill.train import HELD_BACK
+from zqfp_convert.verify import verify
+
+MODEL = files("zqfp_convert.demo") / "model"
+SAMPLES, SEQ_LEN = 128, 256  # with much less there is nothing to learn but the text itself
+CHOICES: dict[str, Any] = {"seq_len": SEQ_LEN, "device": "cpu", "rank": 4}
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> zqfp_convert.Conversion:
+    with as_file(MODEL) as model:
+        out = tmp_path_factory.mktemp("tuned") / "out"
+        return zqfp_convert.convert(model, out, samples=SAMPLES, tune=160, **CHOICES)
+
+
+def divergence(packed: Path) -> float:
+    """Mean token KL on the windows held back, of whole models."""
+    with as_file(MODEL) as model:
+        original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    ids = text.generate(original, SAMPLES, SEQ_LEN, 0)[-(SAMPLES // HELD_BACK) :]
+    loaded = zqfp_convert.load(packed, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        p, q = (m(ids).logits.double().log_softmax(-1) for m in (original, loaded))
+    return float(kl_div(q, p, reduction="none", log_target=True).sum(-1).mean())
+
+
+def test_what_was_measured_is_what_was_written(tuned: zqfp_convert.Conversion) -> None:
+    assert tuned.tuning is not None
+    assert tuned.tuning.kept
+    assert tuned.tuning.kl_after < 0.97 * tuned.tuning.kl_before
+    # The order of additions differs, and with it some roundings of activations.
+    assert divergence(tuned.out) == pytest.approx(tuned.tuning.kl_after, rel=1e-2)
+    assert tuned.to_json()["tuning"]["kl_after"] == tuned.tuning.kl_after
+    changed = manifest(tuned.out)["changed"]
+    assert set(changed.values()) == {"norm_changed"}
+    assert any(name.startswith("model.norm") for name in changed)  # outside of the blocks
+    assert all(entry["output_error"] is None for entry in tuned.layers.values())
+
+
+def test_the_checkpoint_keeps_all_rules(tuned: zqfp_convert.Conversion) -> None:
+    with as_file(MODEL) as model:
+        verify(tuned.out, model)
+
+
+def test_what_does_not_help_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "RATES", dict.fromkeys(train.RATES, 1.0))
+    with as_file(MODEL) as model:
+        plain = zqfp_convert.convert(model, tmp_path / "plain", samples=4, **CHOICES)
+        made = zqfp_convert.convert(model, tmp_path / "tuned", samples=4, tune=2, **CHOICES)
+    assert made.tuning is not None
+    assert not made.tuning.kept
+    assert made.tuning.kl_after > made.tuning.kl_before
+    want, have = (
+        {name: tensor.view(torch.uint8) for name, tensor in read_tensors(result.out).items()}
+        for result in (plain, made)
+    )
+    assert want.keys() == have.keys()
+    assert all(torch.equal(want[name], have[name]) for name in want)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "opt", "gemma3", "bloom", "phi3"])
+def test_the_same_bytes_twice_for_any_model(
+    arch: str, tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept whatever came of it, so that it is written."""
+    better = count(0, -1)
+    monkeypatch.setattr(train, "_divergence", lambda *about: float(next(better)))
+    shards = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        choices = {**QUICK, "samples": 4, "recipe": "max", "tune": 3, "rank": 2}
+        made = zqfp_convert.convert(tiny_model(arch), tmp_path / str(seed), **choices)
+        assert made.tuning is not None
+        assert made.tuning.kept
+        verify(made.out, tiny_model(arch))
+        shards.append(manifest(made.out)["shards"])
+        changed = manifest(made.out)["changed"]
+        assert "norm_changed" in changed.values()
+    assert shards[0] == shards[1]
+
+
+def test_divergence_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "TOKENS_AT_ONCE", 3)
+    want, have = torch.randn(2, 5, 11), torch.randn(2, 5, 11, requires_grad=True)
+    p, q = want.double().log_softmax(-1), have.double().log_softmax(-1)
+    truth = kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
+    (gradient,) = torch.autograd.grad(truth, have)
+    loss = train.kl(want, have)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(truth.detach()), rel=1e-5)
+    torch.testing.assert_close(have.grad, gradient.float())
