@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from zqfp_convert.distill.tunable import TunableLinear, learnable, size_of
+from zqfp_convert.distill.tunable import TunableLinear, learnable, size_of, straight
 
 HELD_BACK = 8  # of so many windows one
 TOKENS_AT_ONCE = 512  # whose distributions are compared at a time
@@ -62,7 +62,7 @@ class _Student(nn.Module):
     def values(self) -> dict[str, Tensor]:
         """The vectors as the file will have them, by name; rounding counts as the identity."""
         return {
-            name: (vector + (vector.to(self.stored).float() - vector).detach()).to(dtype)
+            name: straight(vector, vector.detach().to(self.stored).float()).to(dtype)
             for name, vector, dtype in zip(self.names, self.vectors, self.dtypes, strict=True)
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class TunableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
-        seen = x + (fp8.simulate(x) - x).detach()
+        seen = straight(x, fp8.simulate(x.detach()))
         return linear(seen, self.weight.to(x.dtype), self.bias)
 
     @property
@@ -66,7 +67,7 @@ class TunableLinear(nn.Module):
         """What it stands for now, `[N, K]` float32, compensation included."""
         place = (self.start + self.shift).clamp(1 - LEVELS, LEVELS - 1)
         value = _value(place)
-        value = value + (_at(place.detach().round()) - value).detach()
+        value = straight(value, _at(place.detach().round()))
         group = torch.arange(self.columns, device=value.device) // self.group_size
         weight = value * self.group_scale[:, group]
         row_scale = self._row_scale()
@@ -101,18 +102,34 @@ class TunableLinear(nn.Module):
         if self.row_scale is None or self.row_gain is None:
             return None
         moved = self.row_scale * (1 + self.row_gain)
-        return moved + (moved.bfloat16().float() - moved).detach()
+        return straight(moved, moved.detach().bfloat16().float())
 
     def _factor(self, values: Tensor) -> Tensor:
         factors = self.solved.factors
         assert factors is not None
         kept = values.clamp(-fp8.MAX, fp8.MAX) if factors.A.dtype == fp8.DTYPE else values
-        return kept + (kept.to(factors.A.dtype).float() - kept).detach()
+        return straight(kept, kept.detach().to(factors.A.dtype).float())
 
     def _rank_scale(self) -> Tensor | float:
         factors = self.solved.factors
         assert factors is not None
         return 1.0 if factors.scale is None else factors.scale[:, None]
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def straight(value: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, exactly, with gradients for `value` (straight-through; arXiv:1308.3432)."""
+    result: Tensor = _Straight.apply(value, rounded)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _signed(codes: Tensor) -> Tensor:
