@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from zqfp_convert.compare.plan import StudyPlan
     from zqfp_convert.compare.study import Row, Study
 
-TO_PROGRAMS = "-"
 PRESET = "zeroquant-fp"
 
 
@@ -77,25 +76,18 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="Draw it: .png, .svg or .pdf (extra \\[report])."),
     ] = None,
-    json_file: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            help="Write the figures to FILE as one JSON object; - prints it, and nothing else.",
-        ),
-    ] = None,
+    json_file: console.JsonFile = None,
     quiet: console.Quiet = False,
     debug: console.Debug = False,
 ) -> None:
     """Compare number formats, scales and solvers on a model, by simulation; writes no model."""
-    as_json = json_file == TO_PROGRAMS
+    as_json = json_file == console.TO_PROGRAMS
     with console.errors(debug, as_json):
         from zqfp_convert.compare import plot as plotting
         from zqfp_convert.compare.plan import make_plan
         from zqfp_convert.compare.study import run
 
-        target = None if json_file is None or as_json else _json_file(Path(json_file))
+        target = console.json_target(json_file)
         if plot is not None:
             plotting.check(plot)
         plan = make_plan(
@@ -135,20 +127,6 @@ def _configurations(
     if own and preset is None:
         return [presets.ORIGINAL, *own]
     return [*presets.preset(preset or PRESET, group_size, rank), *own]
-
-
-def _json_file(path: Path) -> Path:
-    """Where JSON goes, checked before any work."""
-    from zqfp_convert.errors import OptionError
-
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise OptionError(
-            f"--json {path}",
-            "a folder" if path.is_dir() else "in a folder that does not exist",
-            needed="the name of a file to write",
-            do="Give another one, or - for standard output.",
-        )
-    return path
 
 
 def _show_plan(plan: StudyPlan) -> None:

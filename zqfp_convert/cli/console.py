@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,12 +16,21 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from zqfp_convert.errors import OptionError, ZqfpError
 
+TO_PROGRAMS = "-"  # as the name of a file: standard output, and nothing else on it
 PIPED_WIDTH = 160  # columns of a table that goes to a file or a program
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+JsonFile = Annotated[
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Write the figures to FILE as one JSON object; - prints it, and nothing else.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -108,6 +118,25 @@ def shapes(option: str, given: list[str] | None) -> list[tuple[int, int]]:
             )
         found.append((int(extents[0]), int(extents[1])))
     return found
+
+
+def json_target(given: str | None) -> Path | None:
+    """Where a `JsonFile` goes, checked before any work; None for nowhere and standard output.
+
+    Raises:
+        OptionError: no file can be written there.
+    """
+    if given is None or given == TO_PROGRAMS:
+        return None
+    path = Path(given)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise OptionError(
+            f"--json {path}",
+            "a folder" if path.is_dir() else "in a folder that does not exist",
+            needed="the name of a file to write",
+            do="Give another one, or - for standard output.",
+        )
+    return path
 
 
 def size(count: float) -> str:

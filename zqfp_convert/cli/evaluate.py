@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from zqfp_convert.evaluate.interval import Interval
     from zqfp_convert.evaluate.plan import EvaluationPlan
 
-TO_PROGRAMS = "-"
 FIGURES = (
     "perplexity",
     "original",
@@ -63,24 +61,17 @@ def command(
             "the CPU, else as stored]"
         ),
     ] = None,
-    json_file: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            help="Write the figures to FILE as one JSON object; - prints it, and nothing else.",
-        ),
-    ] = None,
+    json_file: console.JsonFile = None,
     quiet: console.Quiet = False,
     debug: console.Debug = False,
 ) -> None:
     """Measure how close a checkpoint is to its model: perplexity, KL divergence, top tokens."""
-    as_json = json_file == TO_PROGRAMS
+    as_json = json_file == console.TO_PROGRAMS
     with console.errors(debug, as_json):
         from zqfp_convert.evaluate.evaluation import run
         from zqfp_convert.evaluate.plan import make_plan
 
-        target = None if json_file is None or as_json else _json_file(Path(json_file))
+        target = console.json_target(json_file)
         plan = make_plan(
             checkpoint,
             against,
@@ -102,20 +93,6 @@ def command(
             target.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
         if not silent:
             _show_result(result)
-
-
-def _json_file(path: Path) -> Path:
-    """Where JSON goes, checked before any work."""
-    from zqfp_convert.errors import OptionError
-
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise OptionError(
-            f"--json {path}",
-            "a folder" if path.is_dir() else "in a folder that does not exist",
-            needed="the name of a file to write",
-            do="Give another one, or - for standard output.",
-        )
-    return path
 
 
 def _show_plan(plan: EvaluationPlan) -> None:

@@ -23,10 +23,10 @@ from zqfp_convert.compare.configuration import Configuration
 from zqfp_convert.compare.formats import NONE
 from zqfp_convert.compare.plan import WRITTEN, StudyPlan, make_plan
 from zqfp_convert.errors import SourceError
-from zqfp_convert.evaluate.divergence import PerToken, per_token
+from zqfp_convert.evaluate.divergence import PerToken
 from zqfp_convert.evaluate.figures import Figures
 from zqfp_convert.evaluate.parts import SourceParts
-from zqfp_convert.evaluate.streamed import Head, Streamed, stream
+from zqfp_convert.evaluate.streamed import Streamed, compared, stream
 from zqfp_convert.evaluate.texts import Windows
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, weight_matrix
@@ -246,20 +246,18 @@ class _Work:
         began = time.monotonic()
         before = calibration if configuration.calibrates else []
         hidden, bits = self._through(configuration, named, before, measured)
-        found = [
-            _compared(original.head, original.hidden[index], hidden[index], ids, self.plan)
-            for index, ids in enumerate(measured)
-        ]
+        heads, size = (original.head, original.head), self.plan.head_tokens
+        found = PerToken.joined(
+            [
+                compared(heads, (original.hidden[index], hidden[index]), ids, size)
+                for index, ids in enumerate(measured)
+            ]
+        )
         figures, start = [], 0
         for text in texts:
             chosen = slice(start, start + len(text.ids))
-            part = PerToken(
-                *(
-                    torch.cat([getattr(batch, name) for batch in found])[chosen]
-                    for name in ("loss", "original_loss", "kl", "same")
-                )
-            )
-            if not bool(part.kl.isfinite().all() and part.loss.isfinite().all()):
+            part = found.rows(chosen)
+            if not part.finite:
                 raise SourceError(
                     f"{text.name}, {configuration.label}",
                     "NaN or infinity among the log-probabilities",
@@ -298,27 +296,3 @@ class _Work:
             self.done += 1
         average = self.plan.stored_bits if configuration.weights == NONE else bits / weights
         return hidden[len(calibration) :], average
-
-
-def _compared(
-    head: Head, original: Tensor, quantized: Tensor, ids: Tensor, plan: StudyPlan
-) -> PerToken:
-    """Every predicted token of a batch `[batch, window]`, `[batch, window - 1]` on the CPU.
-
-    Given hidden states `[batch, window, width]` behind the last block; the head is the original's.
-    """
-    following = ids[:, 1:].flatten()
-    theirs, ours = (states[:, :-1].flatten(0, 1) for states in (original, quantized))
-    found = []
-    for start in range(0, len(following), plan.head_tokens):
-        chosen = slice(start, start + plan.head_tokens)
-        want = head.logits(theirs[chosen].to(ids.device))
-        have = head.logits(ours[chosen].to(ids.device))
-        found.append(per_token(want, have, following[chosen]))
-    shape = ids.shape[0], ids.shape[1] - 1
-    return PerToken(
-        *(
-            torch.cat([getattr(part, name).cpu() for part in found]).view(shape)
-            for name in ("loss", "original_loss", "kl", "same")
-        )
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,27 @@ class PerToken:
     original_loss: Tensor
     kl: Tensor
     same: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[PerToken]) -> PerToken:
+        """All parts, one after the other along the first dimension."""
+        return cls(*(torch.cat(each) for each in zip(*map(PerToken._tensors, parts), strict=True)))
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.loss, self.original_loss, self.kl, self.same
+
+    def rows(self, chosen: slice) -> PerToken:
+        """Some along the first dimension."""
+        return PerToken(*(tensor[chosen] for tensor in self._tensors()))
+
+    def view(self, *extents: int) -> PerToken:
+        """In another shape, on the CPU."""
+        return PerToken(*(tensor.cpu().view(extents) for tensor in self._tensors()))
+
+    @property
+    def finite(self) -> bool:
+        """Whether neither losses nor KL hold NaN or infinity."""
+        return bool(self.kl.isfinite().all() and self.loss.isfinite().all())
 
 
 def per_token(original: Tensor, converted: Tensor, following: Tensor) -> PerToken:

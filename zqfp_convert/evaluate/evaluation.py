@@ -7,21 +7,20 @@ weights are in memory; then their heads run on slices of tokens, side by side.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zqfp_convert.calibration.stream import batches_of
 from zqfp_convert.errors import SourceError
-from zqfp_convert.evaluate.divergence import PerToken, per_token
+from zqfp_convert.evaluate.divergence import PerToken
 from zqfp_convert.evaluate.figures import Bucket, Figures, by_position
 from zqfp_convert.evaluate.parts import Parts
 from zqfp_convert.evaluate.plan import EvaluationPlan, make_plan
-from zqfp_convert.evaluate.streamed import Streamed, stream
+from zqfp_convert.evaluate.streamed import Streamed, compared, stream
 from zqfp_convert.model.blocks import find_blocks
 
 Progress = Callable[[str, int, int], None]
@@ -143,10 +142,8 @@ def run(plan: EvaluationPlan, progress: Progress | None = None) -> Evaluation:
     start = 0
     for text in plan.texts:
         chosen = slice(start, start + len(text.ids))
-        part = PerToken(
-            found.loss[chosen], found.original_loss[chosen], found.kl[chosen], found.same[chosen]
-        )
-        if not bool(part.kl.isfinite().all() and part.loss.isfinite().all()):
+        part = found.rows(chosen)
+        if not part.finite:
             raise SourceError(
                 text.name,
                 "NaN or infinity among the log-probabilities",
@@ -179,28 +176,6 @@ def _measure(plan: EvaluationPlan, report: Progress) -> PerToken:
     found = []
     for index, batch in enumerate(batches):
         report("comparing", done + index, total)
-        for part in _slices(original.hidden[index], packed.hidden[index], batch, plan.head_tokens):
-            want, have, following = part
-            found.append(per_token(original.head.logits(want), packed.head.logits(have), following))
-    shape = len(ids), plan.window - 1
-    return PerToken(
-        *(
-            torch.cat([getattr(part, name).cpu() for part in found]).view(shape)
-            for name in ("loss", "original_loss", "kl", "same")
-        )
-    )
-
-
-def _slices(
-    original: Tensor, packed: Tensor, ids: Tensor, size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Hidden states `[tokens, width]` of both, and the tokens that follow, `size` at a time.
-
-    Given `[batch, window, width]` on the CPU and `[batch, window]`; on the device of the latter.
-    """
-    following = ids[:, 1:].flatten()  # [batch (window - 1)]
-    ours, theirs = (states[:, :-1].flatten(0, 1) for states in (packed, original))
-    for start in range(0, len(following), size):
-        chosen = slice(start, start + size)
-        device = ids.device
-        yield theirs[chosen].to(device), ours[chosen].to(device), following[chosen]
+        heads, hidden = (original.head, packed.head), (original.hidden[index], packed.hidden[index])
+        found.append(compared(heads, hidden, batch, plan.head_tokens))
+    return PerToken.joined(found)

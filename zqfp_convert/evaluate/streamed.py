@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zqfp_convert.calibration.stream import Entrance
+from zqfp_convert.evaluate.divergence import PerToken, per_token
 from zqfp_convert.evaluate.parts import Parts
 from zqfp_convert.model.blocks import Blocks, find_blocks
 
@@ -82,3 +83,27 @@ def stream(parts: Parts, batches: list[Tensor], step: Callable[[int], None]) -> 
             hidden[batch] = calls(batch).run(block, entering).cpu()
             step(index)
     return Streamed(hidden, Head(model, blocks, returns_tuple=entrance.returns_tuple))
+
+
+def compared(
+    heads: tuple[Head, Head], hidden: tuple[Tensor, Tensor], ids: Tensor, size: int
+) -> PerToken:
+    """Every predicted token of a batch, `[batch, window - 1]` on the CPU.
+
+    Args:
+        heads: of the original and of the converted model.
+        hidden: behind the last block of each, `[batch, window, width]` on the CPU.
+        ids: the tokens, int64 `[batch, window]`, on the device to compare on.
+        size: tokens whose logits are there at a time.
+    """
+    following = ids[:, 1:].flatten()  # [batch (window - 1)]
+    states = [part[:, :-1].flatten(0, 1) for part in hidden]
+    found = []
+    for start in range(0, len(following), size):
+        chosen = slice(start, start + size)
+        want, have = (
+            head.logits(part[chosen].to(ids.device))
+            for head, part in zip(heads, states, strict=True)
+        )
+        found.append(per_token(want, have, following[chosen]))
+    return PerToken.joined(found).view(ids.shape[0], -1)

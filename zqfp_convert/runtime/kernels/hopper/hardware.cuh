@@ -95,13 +95,6 @@ DEVICE void copy_to_all(u32 to, const void *from, u32 bytes, u32 barrier, u16 ma
       : "memory");
 }
 
-// Two values to bfloat16, the first in the low half.
-DEVICE u32 bfloat16x2(float first, float second) {
-  u32 out;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(second), "f"(first));
-  return out;
-}
-
 // ---- Clusters.
 
 DEVICE u32 cluster_rank() {

@@ -31,6 +31,13 @@ struct Problem {
   int flag_count;
 };
 
+// Two values to bfloat16, the first in the low half.
+DEVICE u32 bfloat16x2(float first, float second) {
+  u32 out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(second), "f"(first));
+  return out;
+}
+
 // The bfloat16 values of two E4M3 bytes: exact.
 DEVICE u32 codes_to_bfloat16(u32 codes) {
   u32 halves;
