@@ -11,15 +11,9 @@ from zqfp_convert.numerics import fp8
 from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.kernels.hopper import layout, schedules
 from zqfp_convert.runtime.kernels.hopper.expand import expand
+from zqfp_convert.runtime.kernels.hopper.fused import Room, room, room_for_z
 from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights, both_parts
-from zqfp_convert.runtime.kernels.hopper.multiply import (
-    Inputs,
-    Matrix,
-    flag_count,
-    inner_parts,
-    multiply,
-)
-from zqfp_convert.runtime.kernels.hopper.quantize import quantize
+from zqfp_convert.runtime.kernels.hopper.multiply import Inputs, Matrix
 
 
 class Ours:
@@ -63,62 +57,55 @@ class Ours:
     def prepare(self, tokens: int) -> None:
         """Inputs `[tokens, columns]`, and room for all that comes of them."""
         self.x = random_inputs(tokens, self.columns)
-        shape = (tokens, (self.rows,), self.columns)
-        self.wide = schedules.prefers_expanded(*shape, self.rank, 0)
-        schedule = schedules.choose(*shape, 0)
-        device, depth = self.x.device, self.weights.chunks.shape[1]
-        self.schedule = schedule.fit(self.weights.groups)
-        self.tile = {"expanded": True} if self.wide else vars(self.schedule)
-        self.inner = None
-        if self.rank:
-            steps = -(-self.rank // layout.RANKS)
-            size = (inner_parts(tokens), steps, tokens, 2 * layout.RANKS)
-            self.inner = torch.empty(size, dtype=torch.bfloat16, device=device)
+        self.wide = schedules.prefers_expanded(tokens, (self.rows,), self.columns, self.rank, 0)
+        self.y = torch.full((tokens, self.rows), torch.nan, dtype=torch.bfloat16, device="cuda")
         if self.wide:
             rows, columns = expanded.matrix_shape(self.rows, self.columns)
-            self.matrix = torch.empty(rows, columns, dtype=torch.uint8, device=device)
+            self.matrix = torch.empty(rows, columns, dtype=torch.uint8, device="cuda")
             padded = tokens + -tokens % expanded.ALIGNMENT
-            self.codes = torch.empty(padded, columns, dtype=torch.uint8, device=device)
+            codes = torch.empty(padded, columns, dtype=torch.uint8, device="cuda")
+            z = room_for_z(tokens, -(-self.rank // layout.RANKS), codes.device)
+            scale = torch.ones(padded, device="cuda")
+            self.room = Room(Inputs(codes, scale, z), None, None)
+            self.tile = {"expanded": True}
         else:
-            padded = tokens
-            size = (depth, tokens, layout.COLUMNS)
-            self.codes = torch.empty(size, dtype=torch.uint8, device=device)
-        self.token_scale = torch.ones(padded, device=device)
-        count = 0 if self.wide else flag_count(self.schedule, tokens, (self.rows,), depth, 0)
-        self.flags = torch.zeros(count, dtype=torch.int32, device=device)
-        self.y = torch.full((tokens, self.rows), torch.nan, dtype=torch.bfloat16, device=device)
+            self.room = room(self.x, [self._matrix(0)])
+            schedule = self.room.schedule
+            self.tile = {"decode": True} if schedule is None else vars(schedule)
         self.quantize()
+
+    def _matrix(self, copy: int) -> Matrix:
+        weights = self.weights
+        return Matrix(self.copies[copy], weights.row_factor, None, self.y, weights.outer)
 
     def quantize(self) -> Tensor:
         """Activations to FP8, and z."""
         factors: tuple[list[Tensor], list[Tensor]] = [], []
-        if self.inner is not None:
+        if self.rank:
             assert self.weights.inner_factor is not None
             assert self.weights.inner_scale is not None
             factors = [self.weights.inner_factor], [self.weights.inner_scale]
-        quantize(self.x, None, *factors, self.codes, self.token_scale, self.inner, self.flags)
-        return self.codes
+        self.room.fill(self.x, None, factors)
+        return self.room.inputs.codes
 
     def multiply(self, copy: int) -> Tensor:
         """The product."""
-        chunks, weights = self.copies[copy], self.weights
         if not self.wide:
-            matrix = Matrix(chunks, weights.row_factor, None, self.y, weights.outer)
-            inputs = Inputs(self.codes, self.token_scale, self.inner)
-            multiply(inputs, [matrix], self.schedule, self.flags)
+            self.room.multiply([self._matrix(copy)])
             return self.y
-        expand(chunks, self.matrix)
+        expand(self.copies[copy], self.matrix)
+        inputs = self.room.inputs
         y = expanded.product(
-            self.codes.view(fp8.DTYPE),
-            self.token_scale[:, None],
+            inputs.codes.view(fp8.DTYPE),
+            inputs.token_scale[:, None],
             self.matrix.view(fp8.DTYPE),
-            weights.row_factor[: self.matrix.shape[0]],
+            self.weights.row_factor[: self.matrix.shape[0]],
             self.rows,
         )[: self.x.shape[0]]
         z = None
-        if self.inner is not None:
-            z = both_parts(self.inner)[:, : self.rank]
-        return expanded.finish(y, z, weights.lorc_B, None, torch.bfloat16)
+        if inputs.inner is not None:
+            z = both_parts(inputs.inner)[:, : self.rank]
+        return expanded.finish(y, z, self.weights.lorc_B, None, torch.bfloat16)
 
     def quantize_and_multiply(self, copy: int) -> Tensor:
         """Both, as in a model."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from types import SimpleNamespace
 
 import hopper_twins
 import pytest
 import torch
 
 from zqfp_convert.runtime import expanded, paths
+from zqfp_convert.runtime.kernels.hopper import decode, fused, schedules
 from zqfp_convert.runtime.kernels.hopper import linear as hopper_linear
-from zqfp_convert.runtime.kernels.hopper import schedules
 from zqfp_convert.runtime.kernels.hopper.multiply import Schedule
 
 if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1":
@@ -59,7 +60,11 @@ def kernels(
     monkeypatch.setattr(paths, "kernels_for", kernels_for)
     monkeypatch.setattr(schedules, "choose", lambda *about: Schedule(8))
     monkeypatch.setattr(schedules, "prefers_expanded", lambda *about: False)
-    monkeypatch.setattr(hopper_linear, "quantize", hopper_twins.quantize)
-    monkeypatch.setattr(hopper_linear, "multiply", hopper_twins.multiply)
+    processors = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processors)
+    for module in (fused, hopper_linear):
+        monkeypatch.setattr(module, "quantize", hopper_twins.quantize)
+    monkeypatch.setattr(fused, "multiply", hopper_twins.multiply)
+    monkeypatch.setattr(decode, "decode", hopper_twins.decode)
     monkeypatch.setattr(hopper_linear, "expand", hopper_twins.expand)
     return chosen

@@ -6,6 +6,7 @@ Whatever a caller may not rely on is NaN.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -74,10 +75,16 @@ def quantize(
     assert x.dtype in (torch.bfloat16, torch.float16)
     assert offset is None or offset.dtype == torch.bfloat16
     values, scale = fp8.quantize(x.float() if offset is None else x.float() - offset.float())
-    width = codes.shape[0] * 128 if codes.dim() == 3 else codes.shape[1]
+    width = {2: codes.shape[1], 3: codes.shape[0] * 128, 4: codes.shape[0] * 512}[codes.dim()]
     written = torch.nn.functional.pad(values.view(torch.uint8), (0, width - columns))
     codes.fill_(NAN)
-    if codes.dim() == 3:
+    if codes.dim() == 4:
+        # Chunks that are not there stay as they are: the product has to know.
+        pieces = written.view(tokens, -1, 8, 16)[:, : -(-columns // 128)]
+        for m, chunk, piece in product(range(tokens), range(pieces.shape[1]), range(8)):
+            row = 4 * m + chunk % 4
+            codes[chunk // 4, row, piece ^ (row & 7)] = pieces[m, chunk, piece]
+    elif codes.dim() == 3:
         blocks = written.view(tokens, -1, 128).transpose(0, 1)  # [depth, M, 128]
         codes.scatter_(2, places(tokens).expand(blocks.shape), blocks)
     else:
@@ -120,13 +127,30 @@ def in_order(codes: Tensor) -> Tensor:
     return ordered.reshape(tokens, -1).contiguous().view(fp8.DTYPE)
 
 
+def decode(inputs: Inputs, matrices: Sequence[Matrix]) -> None:
+    tokens, depth = matrices[0].y.shape[0], matrices[0].chunks.data.shape[1]
+    units, columns, _, _ = inputs.codes.shape
+    assert (units, columns) == (-(-depth // 4), max(8, 4 << (tokens - 1).bit_length()))
+    assert inputs.token_scale.shape == (-(-tokens // 4) * 4,)
+    values = torch.empty(tokens, depth, 8, 16, dtype=torch.uint8)
+    for m, chunk, piece in product(range(tokens), range(depth), range(8)):
+        row = 4 * m + chunk % 4
+        values[m, chunk, piece] = inputs.codes[chunk // 4, row, piece ^ (row & 7)]
+    _multiply(values.view(tokens, -1).view(fp8.DTYPE), inputs, matrices)
+
+
 def multiply(inputs: Inputs, matrices: Sequence[Matrix], schedule: Schedule, flags: Tensor) -> None:
     tokens, depth = matrices[0].y.shape[0], matrices[0].chunks.data.shape[1]
     assert schedule.shared(matrices[0].chunks.groups) <= SHARED_LIMIT
     rows = tuple(matrix.y.shape[1] for matrix in matrices)
     assert flags.shape == (flag_count(schedule, tokens, rows, depth, 0),)
     assert not flags.any()
-    values, scale, inner = in_order(inputs.codes), inputs.token_scale[:, None], inputs.inner
+    _multiply(in_order(inputs.codes), inputs, matrices)
+
+
+def _multiply(values: Tensor, inputs: Inputs, matrices: Sequence[Matrix]) -> None:
+    tokens = values.shape[0]
+    scale, inner = inputs.token_scale[:tokens, None], inputs.inner
     step = 0
     for matrix in matrices:
         total = values.float() @ matrix_of(matrix.chunks).t() * scale * matrix.row_factor

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.numerics.scales import Kind
 from zqfp_convert.runtime import expanded, paths, siblings
-from zqfp_convert.runtime.kernels.hopper import multiply, quantize, schedules
+from zqfp_convert.runtime.kernels.hopper import decode, fused, multiply, quantize, schedules
+from zqfp_convert.runtime.kernels.hopper.layout import Chunks
 from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights, multiply_all
 from zqfp_convert.runtime.linear import PATH_VARIABLE, QuantizedLinear, Scratch
 
@@ -301,6 +302,7 @@ def test_every_schedule(rank: int, tokens: int, monkeypatch: pytest.MonkeyPatch)
     x, scratch = inputs(tokens, columns), Scratch()
     want = [truth(layer, x, one) for layer, one in zip(layers, bias, strict=True)]
     candidates = schedules.candidates(tokens, sum(sizes), columns)
+    monkeypatch.setattr(fused, "DECODED", 0)
     for schedule in candidates:
         monkeypatch.setattr(schedules, "choose", lambda *about, schedule=schedule: schedule)
         have = multiply_all(weights, x, "fused", scratch.key)
@@ -308,6 +310,57 @@ def test_every_schedule(rank: int, tokens: int, monkeypatch: pytest.MonkeyPatch)
             assert relative(y, right) < (ONCE if y.numel() >= 5000 else 2.0**-7), schedule
         again = multiply_all(weights, x, "fused", scratch.key)
         assert all(torch.equal(a, b) for a, b in zip(have, again, strict=True)), schedule
+
+
+@pytest.mark.parametrize("tokens", range(1, decode.MOST_TOKENS + 1))
+@pytest.mark.parametrize(
+    ("sizes", "columns", "group_size", "rank"),
+    [
+        ((520, 77, 192), 1536, 128, 6),
+        ((64,), 100, 128, 0),
+        ((1, 15, 17, 33), 1600, 64, 0),
+        ((4096, 1024, 1024), 4096, 32, 8),
+        ((9000, 9000), 640, 128, 16),
+        ((4096,), 13440, 0, 32),
+    ],
+)
+def test_decoding(
+    sizes: tuple[int, ...],
+    columns: int,
+    group_size: int,
+    rank: int,
+    tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The product for few tokens, at all that are few."""
+    if paths.kernels_for(CUDA, "m2", 128, 4096, 8) != "hopper":
+        pytest.skip("no Hopper")
+    monkeypatch.setattr(fused, "DECODED", decode.MOST_TOKENS)
+    layers = [
+        moderate(random_layer("m2", rows, columns, group_size or columns, rank, seed=rows))
+        for rows in sizes
+    ]
+    for layer in layers:
+        if layer.lorc_scale is not None:
+            layer.lorc_scale.mul_(float(layer.dequantize().norm() / layer.lorc_product().norm()))
+    bias = [torch.randn(rows) for rows in sizes]
+    weights = [
+        HopperWeights(copy.deepcopy(layer), one).to(CUDA)
+        for layer, one in zip(layers, bias, strict=True)
+    ]
+    x = inputs(tokens, columns)
+    ys = [torch.empty(tokens, rows, device=CUDA, dtype=x.dtype) for rows in sizes]
+    matrices = [
+        multiply.Matrix(Chunks(w.chunks, w.groups), w.row_factor, w.bias, y, w.outer)
+        for w, y in zip(weights, ys, strict=True)
+    ]
+    assert fused.room(x, matrices).schedule is None
+    have = multiply_all(weights, x, "fused", Scratch().key)
+    for y, layer, one in zip(have, layers, bias, strict=True):
+        assert relative(y, truth(layer, x, one)) < (ONCE if y.numel() >= 5000 else 2.0**-7)
+    for _ in range(3):
+        again = multiply_all(weights, x, "fused", Scratch().key)
+        assert all(torch.equal(a, b) for a, b in zip(have, again, strict=True))
 
 
 @torch.no_grad()

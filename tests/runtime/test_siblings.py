@@ -14,8 +14,7 @@ from packed_layers import random_layer
 from torch import Tensor, nn
 
 from zqfp_convert.runtime import siblings
-from zqfp_convert.runtime.kernels.hopper import linear as hopper_linear
-from zqfp_convert.runtime.kernels.hopper import schedules
+from zqfp_convert.runtime.kernels.hopper import decode, fused, schedules
 from zqfp_convert.runtime.kernels.hopper.multiply import Schedule
 from zqfp_convert.runtime.linear import PATH_VARIABLE, QuantizedLinear, Scratch
 
@@ -50,13 +49,15 @@ def hopper(kernels: str) -> None:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many weights each product had."""
     counts: list[int] = []
-    work = hopper_linear.multiply
+    def counting(work: Any) -> Any:
+        def counted(inputs: Any, matrices: list[Any], *about: Any) -> None:
+            counts.append(len(matrices))
+            work(inputs, matrices, *about)
 
-    def counted(inputs: Any, matrices: list[Any], *about: Any) -> None:
-        counts.append(len(matrices))
-        work(inputs, matrices, *about)
+        return counted
 
-    monkeypatch.setattr(hopper_linear, "multiply", counted)
+    monkeypatch.setattr(fused, "multiply", counting(fused.multiply))
+    monkeypatch.setattr(decode, "decode", counting(decode.decode))
     return counts
 
 

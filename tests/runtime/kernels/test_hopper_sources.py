@@ -15,6 +15,7 @@ import torch
 from zqfp_convert.runtime.kernels import hopper
 from zqfp_convert.runtime.kernels.hopper import (
     compiler,
+    decode,
     expand,
     layout,
     multiply,
@@ -59,11 +60,11 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     processors = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processors)
     Kernel.made = []
-    for module in (expand, multiply, quantize):
+    for module in (decode, expand, multiply, quantize):
         monkeypatch.setattr(module, "Kernel", Kernel)
         module._kernel.cache_clear()
     yield tmp_path / "zqfp-convert" / "kernels"
-    for module in (expand, multiply, quantize):
+    for module in (decode, expand, multiply, quantize):
         module._kernel.cache_clear()
 
 
@@ -92,6 +93,24 @@ def test_multiply(schedule: Schedule) -> None:
         run_multiply(schedule, 4, torch.float16)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_decode(tokens: int, groups: int) -> None:
+    codes = torch.empty(decode.codes_shape(tokens, 2), dtype=torch.uint8)
+    inputs = Inputs(codes, torch.ones(decode.scales(tokens)))
+    for dtype in (torch.bfloat16, torch.float16):
+        y = torch.empty(tokens, 128, dtype=dtype)
+        decode.decode(inputs, [Matrix(chunks(groups), torch.ones(128), None, y)] * 2)
+    assert len(Kernel.made) == 2
+
+
+def test_what_a_decoding_product_has_room_for() -> None:
+    assert decode.fits(4, (28672,), 32, (4,), 0)
+    assert decode.fits(8, (4096,), 112, (1,), 0)
+    assert not decode.fits(9, (4096,), 32, (1,), 0)
+    assert not decode.fits(8, (4096,), 400, (1,), 0)  # the codes alone are more than there is
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("columns", [128, 1001, 4096, 14336, 140000])
 @pytest.mark.parametrize("rank", [0, 8, layout.MOST_RANKS])
@@ -100,13 +119,15 @@ def test_quantize(rank: int, columns: int, dtype: torch.dtype) -> None:
     depth, steps = -(-columns // 128), rank // layout.RANKS
     tiled = torch.empty(depth, 3, 128, dtype=torch.uint8)
     by_row = torch.empty(16, depth * 128, dtype=torch.uint8)
+    by_unit = torch.empty(decode.codes_shape(3, depth), dtype=torch.uint8)
     A, s = [torch.ones(rank, depth * 128).bfloat16()], [torch.ones(rank)]
     factors = (A, s) if rank else ([], [])
     inner = torch.empty(4, steps, 3, 16).bfloat16() if rank else None
     flags = torch.empty(5, dtype=torch.int32)
-    for codes, offset in ((tiled, None), (by_row, torch.ones(columns).bfloat16())):
+    moved = torch.ones(columns).bfloat16()
+    for codes, offset in ((tiled, None), (by_row, moved), (by_unit, None)):
         quantize.quantize(x, offset, *factors, codes, torch.empty(16), inner, flags)
-    assert len(Kernel.made) == 2
+    assert len(Kernel.made) == 3
 
 
 @pytest.mark.parametrize("columns", [64, 4096, 14336])
@@ -118,7 +139,7 @@ def test_cuts_of_the_activations(steps: int, tokens: int, columns: int) -> None:
     cut = quantize.cut(tokens, depth, steps, 132)
     assert cut.tokens * cut.warps * 32 * cut.held * 8 >= cut.tokens * columns
     assert cut.parts == (multiply.inner_parts(tokens) if steps else 1)
-    constants = cut.constants() | {"STEPS": steps, "HALF": 0, "TILED": 1, "VECTORS": 1}
+    constants = cut.constants() | {"STEPS": steps, "HALF": 0, "ORDER": 1, "VECTORS": 1}
     kernel = Kernel("quantize", constants, cut.shared(depth, steps))
     kernel.launch()
 

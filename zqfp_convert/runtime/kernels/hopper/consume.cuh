@@ -1,18 +1,9 @@
 // The warpgroups that multiply: they convert weights, feed the tensor cores, scale, compensate and
 // write, or hand their sums to those that write.
 #pragma once
+#include "weights.cuh"
 #include "wgmma.cuh"
 #include "work.cuh"
-
-// A thread's part of a chunk, 64 x 128 weights: a wgmma of 32 columns takes four registers, of rows
-// lane / 4 and lane / 4 + 8 of the warp's sixteen.
-typedef u32 Weights[4][4];
-
-// The same, as it lies in shared memory.
-struct Words {
-  uint4 half[2];
-  uint2 lift;
-};
 
 DEVICE void load_words(Words &words, u32 chunk, int thread) {
   u32 lifts = chunk + CHUNK_ROWS * CHUNK_COLUMNS / 2 + thread / 4 * GROUPS * 2;
@@ -21,21 +12,6 @@ DEVICE void load_words(Words &words, u32 chunk, int thread) {
   if (GROUPS == 1) words.lift = make_uint2(load_shared_half(lifts), 0);
   if (GROUPS == 2) words.lift = make_uint2(load_shared(lifts), 0);
   if (GROUPS == 4) words.lift = load_shared2(lifts);
-}
-
-DEVICE void convert(Weights &w, const Words &words) {
-  Table upper, lower;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {  // steps of 32 columns
-    if (k * GROUPS % 4 == 0) {
-      int group = k * GROUPS / 4;
-      u32 pair = (group & 2 ? words.lift.y : words.lift.x) >> (group & 1 ? 16 : 0);
-      upper = table(pair & 255), lower = table(pair >> 8 & 255);
-    }
-    uint4 half = words.half[k / 2];
-    to_e4m3(k % 2 ? half.z : half.x, upper, w[k][0], w[k][2]);
-    to_e4m3(k % 2 ? half.w : half.y, lower, w[k][1], w[k][3]);
-  }
 }
 
 typedef float Sums[TILES][TOKENS / 2];

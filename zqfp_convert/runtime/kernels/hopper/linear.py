@@ -13,15 +13,9 @@ from zqfp_convert.numerics import fp8
 from zqfp_convert.runtime import expanded, operators
 from zqfp_convert.runtime.kernels.hopper import layout, schedules
 from zqfp_convert.runtime.kernels.hopper.expand import expand
+from zqfp_convert.runtime.kernels.hopper.fused import Factors, room, room_for_z
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
-from zqfp_convert.runtime.kernels.hopper.multiply import (
-    MATRICES,
-    Inputs,
-    Matrix,
-    flag_count,
-    inner_parts,
-    multiply,
-)
+from zqfp_convert.runtime.kernels.hopper.multiply import MATRICES, Matrix
 from zqfp_convert.runtime.kernels.hopper.quantize import STEPS, quantize
 from zqfp_convert.runtime.scratch import scratch as scratch_of
 
@@ -187,7 +181,10 @@ def _work(
                 )
                 for i in range(len(rows))
             ]
-            return _fused(x, matrices, input_offset, factors)
+            fused = room(x, matrices)
+            fused.fill(x, input_offset, factors)
+            fused.multiply(matrices)
+            return [matrix.y for matrix in matrices]
         codes, scale, z = _quantized_by_row(x, input_offset, factors, len(rows))
         results = []
         for i, count in enumerate(rows):
@@ -201,26 +198,6 @@ def _work(
         return results
 
 
-Factors = tuple[Sequence[Tensor], Sequence[Tensor]]  # A and s of each weight
-
-
-def _fused(
-    x: Tensor, matrices: Sequence[Matrix], input_offset: Tensor | None, factors: Factors
-) -> list[Tensor]:
-    """The fused product, in two launches; writes `y` of each."""
-    tokens, columns = x.shape
-    depth, index = matrices[0].chunks.data.shape[1], x.device.index or 0
-    rows = tuple(matrix.y.shape[1] for matrix in matrices)
-    schedule = schedules.choose(tokens, rows, columns, index).fit(matrices[0].chunks.groups)
-    codes = x.new_empty(depth, tokens, layout.COLUMNS, dtype=torch.uint8)
-    token_scale = x.new_empty(tokens, dtype=torch.float32)
-    flags = x.new_empty(flag_count(schedule, tokens, rows, depth, index), dtype=torch.int32)
-    inner = _room_for_z(x, factors)
-    quantize(x, input_offset, *factors, codes, token_scale, inner, flags)
-    multiply(Inputs(codes, token_scale, inner), matrices, schedule, flags)
-    return [matrix.y for matrix in matrices]
-
-
 def _quantized_by_row(
     x: Tensor, input_offset: Tensor | None, factors: Factors, count: int
 ) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
@@ -232,19 +209,11 @@ def _quantized_by_row(
     padded = tokens + -tokens % expanded.ALIGNMENT
     codes = x.new_empty(padded, depth * layout.COLUMNS, dtype=torch.uint8)
     token_scale = x.new_empty(padded, dtype=torch.float32)
-    inner = _room_for_z(x, factors)
+    steps = sum(factor.shape[0] for factor in factors[0]) // layout.RANKS
+    inner = room_for_z(x.shape[0], steps, x.device)
     quantize(x, input_offset, *factors, codes, token_scale, inner, None)
     z = None if inner is None else both_parts(inner).tensor_split(count, 1)
     return codes.view(fp8.DTYPE), token_scale[:, None], z
-
-
-def _room_for_z(x: Tensor, factors: Factors) -> Tensor | None:
-    """For z of M tokens, bfloat16 `[parts, steps, M, 16]`."""
-    steps = sum(factor.shape[0] for factor in factors[0]) // layout.RANKS
-    if not steps:
-        return None
-    shape = (inner_parts(x.shape[0]), steps, x.shape[0], 2 * layout.RANKS)
-    return x.new_empty(shape, dtype=torch.bfloat16)
 
 
 def both_parts(inner: Tensor) -> Tensor:

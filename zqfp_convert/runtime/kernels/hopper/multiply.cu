@@ -113,8 +113,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + COPIERS, BLOCKS)
   launch_dependents();
 
   Work work(p, cluster, clusters, stretch);
-  int thread = threadIdx.x % 128, warpgroup = threadIdx.x / 128;
-  if (threadIdx.x >= CONSUMERS) {
+  // The same in all lanes: the compiler then counts in registers that a warp has but once.
+  int thread = threadIdx.x % 128, warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (warpgroup >= WARPGROUPS * SHARES) {
     if (COPIERS == 128) give_registers<COPIER_REGISTERS>();
     if (COPIERS == 32 && thread == 0) produce(p, s, pair, work, true, true);
     if (COPIERS > 32 && thread == 0) produce(p, s, pair, work, true, false);

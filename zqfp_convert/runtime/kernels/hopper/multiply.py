@@ -151,7 +151,7 @@ class Inputs:
     """Activations, quantized.
 
     Attributes:
-        codes: uint8 `[ceil(K / 128), M, 128]`, E4M3 as `quantize` writes them.
+        codes: uint8, E4M3 as `quantize` writes them, `[ceil(K / 128), M, 128]` for `multiply`.
         token_scale: float32 `[M]`.
         inner: z of all matrices in `inner_parts(M)` parts, bfloat16 `[parts, steps, M, 16]`; None
             without low-rank compensation.

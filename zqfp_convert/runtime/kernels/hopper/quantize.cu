@@ -6,8 +6,8 @@
 //
 // Given by the compiler's command line: TOKENS, PARTS, WARPS, HELD (pieces of 8 features of a token
 // that a thread keeps), STEPS (of 8 ranks, of all matrices together), AHEAD (slices of A that a warp
-// keeps, read before the kernel ahead has ended; 0: none), BLOCKS (on a multiprocessor), HALF, TILED
-// (codes as multiply.cu wants them, else row by row), VECTORS (see `read`).
+// keeps, read before the kernel ahead has ended; 0: none), BLOCKS (on a multiprocessor), HALF, ORDER
+// (of the codes: 0 row by row, 1 as multiply.cu wants them, 2 as decode.cu), VECTORS (see `read`).
 #include "activations.cuh"
 #include "chunk.cuh"
 
@@ -22,7 +22,7 @@ struct Problem {
   const u16 *offset;                     // [K] bfloat16, subtracted first, or null
   const u16 *inner_factor[MOST_STEPS];   // A: [8, depth * 128] bfloat16
   const float *inner_scale[MOST_STEPS];  // s: [8]
-  u8 *codes;                             // [depth, M, 128] swizzled, or [M, code_stride]
+  u8 *codes;  // [M, code_stride]; [depth, M, 128] swizzled; [units, code_stride], see decode.cu
   float *token_scale;                    // [M]
   u16 *inner;  // z: [PARTS, STEPS, M, 16] bfloat16, high parts and low parts
   u32 *flags;  // set to 0 for the product
@@ -139,7 +139,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) quantize(
       if (k < begin * SLICE || k >= end * SLICE) continue;
       uint2 codes = values(x, raw[t][i], k).codes(scale, k, p.columns);
       if (STEPS > 0) *(uint2 *)(memory + t * stride + k - begin * SLICE) = codes;
-      if (TILED) {
+      if (ORDER == 2) {
+        int row = m * 4 + k / CHUNK_COLUMNS % 4;
+        int piece = k % CHUNK_COLUMNS / 16 ^ (row & 7);
+        u64 line = k / (4 * CHUNK_COLUMNS) * p.code_stride + row * CHUNK_COLUMNS;
+        *(uint2 *)(p.codes + line + piece * 16 + k % 16) = codes;
+      } else if (ORDER == 1) {
         u64 row = (u64)(k / CHUNK_COLUMNS) * p.tokens + m;
         int piece = k % CHUNK_COLUMNS / 16 ^ (m & 7);
         *(uint2 *)(p.codes + row * CHUNK_COLUMNS + piece * 16 + k % 16) = codes;

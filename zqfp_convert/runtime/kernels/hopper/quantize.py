@@ -18,6 +18,7 @@ THREADS = 1024  # of a block, at most
 PIECE = 8  # features that a thread takes at a time
 SLICE = 32  # features that a warp takes at a time for z
 STEPS = layout.MOST_RANKS // layout.RANKS  # of 8 ranks, of all weights together, at most
+BY_ROW, TILED, BY_UNIT = 0, 1, 2  # orders of codes
 HELD = 32  # registers of a thread for activations, and as many for A
 
 
@@ -97,12 +98,12 @@ def cut(tokens: int, depth: int, steps: int, processors: int) -> Cut:
 
 @cache
 def _kernel(
-    device: int, cut: Cut, depth: int, steps: int, half: bool, tiled: bool, vectors: bool
+    device: int, cut: Cut, depth: int, steps: int, half: bool, order: int, vectors: bool
 ) -> Kernel:
     constants = cut.constants() | {
         "STEPS": steps,
         "HALF": half,
-        "TILED": tiled,
+        "ORDER": order,
         "VECTORS": vectors,
     }
     return Kernel("quantize", constants, cut.shared(depth, steps))
@@ -125,8 +126,9 @@ def quantize(
         offset: bfloat16 `[K]`, subtracted from x first, or None.
         inner_factors: A of each matrix, bfloat16 `[steps * 8, ceil(K / 128) * 128]`; may be none.
         inner_scales: s, float32 `[steps * 8]`, with each A.
-        codes: written: uint8 `[ceil(K / 128), M, 128]` in the order of the fused product, or
-            `[M, K']` row by row, K' a multiple of 16 (zeros beyond K).
+        codes: written: uint8 `[ceil(K / 128), M, 128]` in the order of `multiply`, of
+            `decode.codes_shape` in that of `decode`, or `[M, K']` row by row, K' a multiple of 16
+            (zeros beyond K).
         token_scale: written: float32 `[M]`.
         inner: written: z of all matrices, to be added up, bfloat16 `[parts, steps, M, 16]`, 8 high
             parts and 8 low parts; `inner_parts(M)` parts, at most 5 steps; None without factors.
@@ -134,7 +136,7 @@ def quantize(
     """
     tokens, columns = x.shape
     depth = -(-columns // layout.COLUMNS)
-    tiled = codes.dim() == 3
+    order = {2: BY_ROW, 3: TILED, 4: BY_UNIT}[codes.dim()]
     half = x.dtype == torch.float16
     vectors = columns % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     problem = _Problem(x.data_ptr(), None if offset is None else offset.data_ptr())
@@ -144,7 +146,7 @@ def quantize(
             problem.inner_factor[steps] = factor[ranks:].data_ptr()
             problem.inner_scale[steps] = scale[ranks:].data_ptr()
             steps += 1
-    problem.codes, problem.code_stride = codes.data_ptr(), 0 if tiled else codes.stride(0)
+    problem.codes, problem.code_stride = codes.data_ptr(), codes.stride(0)
     problem.token_scale = token_scale.data_ptr()
     problem.inner = None if inner is None else inner.data_ptr()
     if flags is not None:
@@ -154,5 +156,5 @@ def quantize(
     device = x.device.index or 0
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     way = cut(tokens, depth, steps, processors)
-    kernel = _kernel(device, way, depth, steps, half, tiled, vectors)
+    kernel = _kernel(device, way, depth, steps, half, order, vectors)
     kernel.launch(problem, (-(-tokens // way.tokens) * way.parts, 1), way.warps * 32)

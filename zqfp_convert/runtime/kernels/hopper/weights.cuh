@@ -1,0 +1,28 @@
+// A chunk as the tensor cores take it: in the registers of a warpgroup. GROUPS: scales in 128 columns.
+#pragma once
+#include "chunk.cuh"
+
+// A thread's part of a chunk, 64 x 128 weights: a wgmma of 32 columns takes four registers, of rows
+// lane / 4 and lane / 4 + 8 of the warp's sixteen.
+typedef u32 Weights[4][4];
+
+// The same, as it lies in memory.
+struct Words {
+  uint4 half[2];
+  uint2 lift;
+};
+
+DEVICE void convert(Weights &w, const Words &words) {
+  Table upper, lower;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {  // steps of 32 columns
+    if (k * GROUPS % 4 == 0) {
+      int group = k * GROUPS / 4;
+      u32 pair = (group & 2 ? words.lift.y : words.lift.x) >> (group & 1 ? 16 : 0);
+      upper = table(pair & 255), lower = table(pair >> 8 & 255);
+    }
+    uint4 half = words.half[k / 2];
+    to_e4m3(k % 2 ? half.z : half.x, upper, w[k][0], w[k][2]);
+    to_e4m3(k % 2 ? half.w : half.y, lower, w[k][1], w[k][3]);
+  }
+}
