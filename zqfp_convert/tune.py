@@ -36,7 +36,12 @@ class Tuned:
     @property
     def path(self) -> str:
         """The faster one, without low-rank compensation, which only the expanded one pays for."""
-        return "expanded" if self.entry.expanded < self.entry.fused else "fused"
+        return "expanded" if self.entry.expanded < self.entry.at_best else "fused"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the product for few tokens is the faster one of the fused path."""
+        return self.entry.at_best < self.entry.fused
 
     @property
     def spelled(self) -> dict[str, int]:
@@ -58,12 +63,13 @@ class Tuned:
 
     @property
     def _seconds(self) -> float:
-        return min(self.entry.expanded, self.entry.fused) / 1e6
+        return min(self.entry.expanded, self.entry.at_best) / 1e6
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         rates = {"bytes_per_second": self.read_rate, "flops": self.flops}
-        return asdict(self.entry) | {"schedule": self.spelled, "path": self.path} | rates
+        found = {"schedule": self.spelled, "path": self.path, "decodes": self.decodes}
+        return asdict(self.entry) | found | rates
 
 
 def tune(

@@ -59,6 +59,7 @@ def kernels(
 
     monkeypatch.setattr(paths, "kernels_for", kernels_for)
     monkeypatch.setattr(schedules, "choose", lambda *about: Schedule(8))
+    monkeypatch.setattr(schedules, "decodes", lambda tokens, *about: tokens <= 4)
     monkeypatch.setattr(schedules, "prefers_expanded", lambda *about: False)
     processors = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processors)

@@ -302,7 +302,7 @@ def test_every_schedule(rank: int, tokens: int, monkeypatch: pytest.MonkeyPatch)
     x, scratch = inputs(tokens, columns), Scratch()
     want = [truth(layer, x, one) for layer, one in zip(layers, bias, strict=True)]
     candidates = schedules.candidates(tokens, sum(sizes), columns)
-    monkeypatch.setattr(fused, "DECODED", 0)
+    monkeypatch.setattr(schedules, "decodes", lambda *about: False)
     for schedule in candidates:
         monkeypatch.setattr(schedules, "choose", lambda *about, schedule=schedule: schedule)
         have = multiply_all(weights, x, "fused", scratch.key)
@@ -335,7 +335,7 @@ def test_decoding(
     """The product for few tokens, at all that are few."""
     if paths.kernels_for(CUDA, "m2", 128, 4096, 8) != "hopper":
         pytest.skip("no Hopper")
-    monkeypatch.setattr(fused, "DECODED", decode.MOST_TOKENS)
+    monkeypatch.setattr(schedules, "decodes", lambda *about: True)
     layers = [
         moderate(random_layer("m2", rows, columns, group_size or columns, rank, seed=rows))
         for rows in sizes

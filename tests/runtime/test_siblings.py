@@ -49,6 +49,7 @@ def hopper(kernels: str) -> None:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many weights each product had."""
     counts: list[int] = []
+
     def counting(work: Any) -> Any:
         def counted(inputs: Any, matrices: list[Any], *about: Any) -> None:
             counts.append(len(matrices))

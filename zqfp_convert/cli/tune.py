@@ -76,9 +76,13 @@ def _show(found: list[Tuned]) -> None:
             str(entry.columns),
             str(entry.tokens),
             tuned.path,
-            ", ".join(f"{name} {value}" for name, value in tuned.spelled.items()),
+            "for few tokens" if tuned.decodes else _words(tuned.spelled),
             f"{entry.fused:.2f}",
             f"{entry.expanded:.2f}",
             f"{rate / 1e12:.2f} TB/s" if rate else f"{tuned.flops / 1e12:.0f} TFLOP/s",
         )
     console.out.print(table)
+
+
+def _words(schedule: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in schedule.items())

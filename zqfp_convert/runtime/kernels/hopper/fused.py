@@ -19,9 +19,6 @@ from zqfp_convert.runtime.kernels.hopper.multiply import (
 )
 from zqfp_convert.runtime.kernels.hopper.quantize import quantize
 
-DECODED = 4  # tokens, up to which `decode` is faster: whatever runs between two products hides a
-# part of its reading
-
 
 @dataclass(frozen=True)
 class Room:
@@ -55,22 +52,41 @@ Factors = tuple[Sequence[Tensor], Sequence[Tensor]]  # A and s of each weight
 
 
 def room(x: Tensor, matrices: Sequence[Matrix]) -> Room:
-    """For x `[M, K]`, and the weights that it meets."""
+    """For x `[M, K]`, and the weights that it meets; the way is the fastest known."""
     tokens, columns = x.shape
     chunks, index = matrices[0].chunks, x.device.index or 0
     depth = chunks.data.shape[1]
     rows = tuple(matrix.y.shape[1] for matrix in matrices)
     steps = tuple(matrix.steps for matrix in matrices)
-    z = room_for_z(tokens, sum(steps), x.device)
-    if tokens <= DECODED and decode.fits(tokens, rows, depth, steps, index):
-        codes = x.new_empty(decode.codes_shape(tokens, depth), dtype=torch.uint8)
-        scale = x.new_empty(decode.scales(tokens), dtype=torch.float32)
-        return Room(Inputs(codes, scale, z), None, None)
+    if schedules.decodes(tokens, rows, columns, index) and decode.fits(
+        tokens, rows, depth, steps, index
+    ):
+        return room_to_decode(tokens, depth, sum(steps), x.device)
     schedule = schedules.choose(tokens, rows, columns, index).fit(chunks.groups)
-    codes = x.new_empty(depth, tokens, layout.COLUMNS, dtype=torch.uint8)
-    scale = x.new_empty(tokens, dtype=torch.float32)
-    flags = x.new_empty(flag_count(schedule, tokens, rows, depth, index), dtype=torch.int32)
-    return Room(Inputs(codes, scale, z), flags, schedule)
+    return room_to_multiply(tokens, rows, depth, sum(steps), schedule, x.device)
+
+
+def room_to_decode(tokens: int, depth: int, steps: int, device: torch.device) -> Room:
+    """For M tokens, `ceil(K / 128)`, and all steps of 8 ranks."""
+    codes = torch.empty(decode.codes_shape(tokens, depth), dtype=torch.uint8, device=device)
+    scale = torch.empty(decode.scales(tokens), dtype=torch.float32, device=device)
+    return Room(Inputs(codes, scale, room_for_z(tokens, steps, device)), None, None)
+
+
+def room_to_multiply(
+    tokens: int,
+    rows: tuple[int, ...],
+    depth: int,
+    steps: int,
+    schedule: Schedule,
+    device: torch.device,
+) -> Room:
+    """For M tokens, N of each weight, `ceil(K / 128)`, and all steps of 8 ranks."""
+    codes = torch.empty(depth, tokens, layout.COLUMNS, dtype=torch.uint8, device=device)
+    scale = torch.empty(tokens, dtype=torch.float32, device=device)
+    count = flag_count(schedule, tokens, rows, depth, device.index or 0)
+    flags = torch.empty(count, dtype=torch.int32, device=device)
+    return Room(Inputs(codes, scale, room_for_z(tokens, steps, device)), flags, schedule)
 
 
 def room_for_z(tokens: int, steps: int, device: torch.device) -> Tensor | None:

@@ -37,6 +37,7 @@ class Entry:
         schedule: the fastest of the fused product.
         fused, expanded: microseconds from bfloat16 activations to results, without low-rank
             compensation.
+        decoded: the same, of the product for few tokens; None where it was not tried.
     """
 
     rows: int
@@ -45,6 +46,12 @@ class Entry:
     schedule: Schedule
     fused: float
     expanded: float
+    decoded: float | None = None
+
+    @property
+    def at_best(self) -> float:
+        """Microseconds of the faster one of the fused products."""
+        return self.fused if self.decoded is None else min(self.fused, self.decoded)
 
 
 class Table:
@@ -73,6 +80,13 @@ def choose(tokens: int, rows: tuple[int, ...], columns: int, device: int) -> Sch
 
 
 @cache
+def decodes(tokens: int, rows: tuple[int, ...], columns: int, device: int) -> bool:
+    """Whether the product for few tokens is the faster one."""
+    entry = _entry(tokens, sum(rows), columns, device)
+    return entry.decoded is not None and entry.decoded < entry.fused
+
+
+@cache
 def prefers_expanded(
     tokens: int, rows: tuple[int, ...], columns: int, rank: int, device: int
 ) -> bool:
@@ -81,7 +95,7 @@ def prefers_expanded(
     There low-rank compensation is a pass over the results, which the fused product does not need.
     """
     whole = _entry(tokens, sum(rows), columns, device)
-    fused = whole.fused * sum(rows) * columns / (whole.rows * whole.columns)
+    fused = whole.at_best * sum(rows) * columns / (whole.rows * whole.columns)
     expanded = 0.0
     for count in rows:
         entry = _entry(tokens, count, columns, device)
@@ -145,7 +159,10 @@ def read(path: Path) -> list[Entry]:
 
 def written(entries: Iterable[Entry]) -> str:
     """The text of a table: an entry on each line; a schedule spells what is not usual."""
-    lines = [json.dumps(asdict(entry) | {"schedule": spelled(entry.schedule)}) for entry in entries]
+    lines = []
+    for entry in entries:
+        values = asdict(entry) | {"schedule": spelled(entry.schedule)}
+        lines.append(json.dumps({key: v for key, v in values.items() if v is not None}))
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
@@ -195,7 +212,7 @@ def _replace(path: Path, text: str) -> None:
 
 def forget() -> None:
     """Read the tables anew at the next choice."""
-    for function in (choose, prefers_expanded, _entry, shipped, _tuned):
+    for function in (choose, decodes, prefers_expanded, _entry, shipped, _tuned):
         function.cache_clear()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import ctypes
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from itertools import cycle
 from statistics import median
 
@@ -11,22 +13,19 @@ from torch import Tensor
 
 from zqfp_convert.numerics import fp8
 from zqfp_convert.runtime import expanded
-from zqfp_convert.runtime.kernels.hopper import layout, schedules
+from zqfp_convert.runtime.kernels.hopper import decode, layout, schedules
+from zqfp_convert.runtime.kernels.hopper.driver import Kernel
 from zqfp_convert.runtime.kernels.hopper.expand import expand
+from zqfp_convert.runtime.kernels.hopper.fused import Room, room_to_decode, room_to_multiply
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
-from zqfp_convert.runtime.kernels.hopper.multiply import (
-    Inputs,
-    Matrix,
-    Schedule,
-    flag_count,
-    multiply,
-)
+from zqfp_convert.runtime.kernels.hopper.multiply import FEW_TOKENS, Matrix, Schedule
 from zqfp_convert.runtime.kernels.hopper.quantize import quantize
 from zqfp_convert.runtime.kernels.hopper.schedules import Entry
 
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 COLD = 200 << 20  # bytes of weights in turn, so that none are still in the L2 cache
 REPLAYS = 5
+PAUSE = 4000  # cycles, two microseconds, before each product for few tokens
 MICROSECONDS = 1e3  # in the milliseconds of an event
 
 
@@ -55,32 +54,29 @@ def _fastest(
 ) -> Entry:
     depth = weights[0].data.shape[1]
     x = torch.randn(tokens, columns, device=device, dtype=torch.bfloat16)
-    codes = torch.empty(depth, tokens, layout.COLUMNS, dtype=torch.uint8, device=device)
-    token_scale = torch.empty(tokens, device=device)
-    tried = schedules.candidates(tokens, rows, columns)
     factor = torch.rand(weights[0].data.shape[0] * layout.ROWS, device=device)
     y = torch.empty(tokens, rows, dtype=torch.bfloat16, device=device)
 
-    def fused(schedule: Schedule) -> Callable[[Chunks], None]:
-        count = flag_count(schedule, tokens, (rows,), depth, device.index or 0)
-        flags = torch.empty(count, dtype=torch.int32, device=device)
-
+    def fused(room: Room) -> Callable[[Chunks], None]:
         def run(chunks: Chunks) -> None:
-            quantize(x, None, [], [], codes, token_scale, None, flags)
-            inputs = Inputs(codes, token_scale)
-            multiply(inputs, [Matrix(chunks, factor, None, y)], schedule, flags)
+            room.fill(x, None, ([], []))
+            room.multiply([Matrix(chunks, factor, None, y)])
 
         return run
 
-    runs: dict[object, Callable[[Chunks], None]] = {schedule: fused(schedule) for schedule in tried}
+    runs: dict[object, Callable[[Chunks], None]] = {}
+    for schedule in schedules.candidates(tokens, rows, columns):
+        runs[schedule] = fused(room_to_multiply(tokens, (rows,), depth, 0, schedule, device))
+    if decode.fits(tokens, (rows,), depth, (0,), device.index or 0):
+        runs["decoded"] = fused(room_to_decode(tokens, depth, 0, device))
     runs["expanded"] = _expanded(rows, columns, x, factor, device)
     # About a millisecond of calls in a graph.
     calls = max(2, min(48, int(4e11 / (2.0 * tokens * rows * columns))))
-    times = _measure(runs, weights, calls)
-    expanded = times.pop("expanded")
+    times = _measure(runs, weights, calls, PAUSE if tokens <= FEW_TOKENS else 0)
+    other = {name: round(times.pop(name), 2) for name in ("expanded", "decoded") if name in times}
     best = min(times, key=lambda schedule: times[schedule])
     assert isinstance(best, Schedule)
-    return Entry(rows, columns, tokens, best, round(times[best], 2), round(expanded, 2))
+    return Entry(rows, columns, tokens, best, round(times[best], 2), **other)
 
 
 def _expanded(
@@ -104,21 +100,27 @@ def _expanded(
 
 
 def _measure(
-    runs: dict[object, Callable[[Chunks], None]], weights: list[Chunks], calls: int
+    runs: Mapping[object, Callable[[Chunks], None]],
+    weights: list[Chunks],
+    calls: int,
+    pause: int,
 ) -> dict[object, float]:
-    """Microseconds of a call, the median of interleaved replays."""
+    """Microseconds of a call, the median of interleaved replays; before each a pause, in cycles."""
+    idle = _idle(torch.cuda.current_device()) if pause else None
     graphs = {}
-    for name, run in runs.items():
+    for name, run in {None: lambda chunks: None, **runs}.items() if pause else runs.items():
         turn = cycle(weights)
         run(next(turn))
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(calls):
+                if idle is not None:
+                    idle.launch(_Pause(pause), (1, 1), 32)
                 run(next(turn))
         graph.replay()
         graphs[name] = graph
-    times: dict[object, list[float]] = {name: [] for name in runs}
+    times: dict[object, list[float]] = {name: [] for name in graphs}
     for _ in range(REPLAYS):
         for name, graph in graphs.items():
             start, end = _event(), _event()
@@ -127,7 +129,17 @@ def _measure(
             end.record()
             end.synchronize()
             times[name].append(start.elapsed_time(end) * MICROSECONDS / calls)
-    return {name: median(values) for name, values in times.items()}
+    alone = median(times.pop(None)) if pause else 0.0
+    return {name: median(values) - alone for name, values in times.items()}
+
+
+class _Pause(ctypes.Structure):
+    _fields_ = (("cycles", ctypes.c_longlong),)
+
+
+@cache
+def _idle(device: int) -> Kernel:
+    return Kernel("pause", {})
 
 
 def _event() -> torch.cuda.Event:
