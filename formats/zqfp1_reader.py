@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 VERSION = 1
-FEATURES = ("lorc", "input_offset")
+FEATURES = ("lorc", "input_offset", "codebooks")
 CHANGES = ("bias_added", "bias_changed", "norm_changed")
 MAX_SPAN = 11
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
@@ -47,6 +47,7 @@ RULES = (
     "row-maximum",
     "span",
     "zero-group",
+    "codebook-choice",
     "lorc-value",
     "offset-value",
 )
@@ -55,6 +56,7 @@ SUFFIXES = (
     "weight_packed",
     "weight_scale",
     "weight_row_scale",
+    "weight_codebook",
     "lorc_A",
     "lorc_B",
     "lorc_scale",
@@ -79,6 +81,8 @@ BF16_ONE = 0x3F80
 BF16_INFINITY = 0x7F80
 
 _ABSENT = object()
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = 8  # a whole codebook
 _RESTORE = "fetch the checkpoint again, or convert the model again"
 
 
@@ -120,6 +124,12 @@ def _encode_e4m3(value: float) -> int:
 
 
 E4M3 = tuple(map(_decode_e4m3, range(256)))
+BOOK_MAGNITUDES = frozenset(value for value in E4M3 if 0.5 <= value <= 7)  # and 0
+
+
+def _with_signs(magnitudes: Sequence[float]) -> tuple[float, ...]:
+    positive = (0.0, *map(float, magnitudes[1:]))
+    return (*positive, *(-value for value in positive))
 
 
 def _decode_bf16(data: bytes) -> array[float]:
@@ -191,6 +201,21 @@ def _is_distinct_strings(value: Any) -> bool:
         and all(isinstance(item, str) for item in value)
         and len(set(value)) == len(value)
     )
+
+
+def _is_codebook(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 8
+        and all(type(number) in (int, float) for number in value)
+        and value[0] == 0
+        and set(value[1:]) <= BOOK_MAGNITUDES
+        and value == sorted(set(value))
+    )
+
+
+def _is_codebooks(value: Any) -> bool:
+    return isinstance(value, list) and len(value) in (1, 2) and all(map(_is_codebook, value))
 
 
 def _check_plain_name(name: str, where: str) -> None:
@@ -280,6 +305,7 @@ class Settings:
 
     group_size: int | None  # None: one group a row
     scales: str
+    books: tuple[tuple[float, ...], ...]  # one or two; the values of the 16 codes
     rank: int  # an upper bound; 0 without low-rank compensation
     factors: str | None
     features: tuple[str, ...]
@@ -304,7 +330,7 @@ def _check_config(config: dict[str, Any], where: str) -> Settings:
         for part in key.split("."):
             value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
         if not is_right(value):
-            found = "nothing" if value is _ABSENT else reprlib.repr(value)
+            found = "nothing" if value is _ABSENT else _SHORT.repr(value)
             _fail("bad-config", f"{where}, quantization_config.{key}", found, needed, do)
         return value
 
@@ -329,13 +355,21 @@ def _check_config(config: dict[str, Any], where: str) -> Settings:
             _fail("unknown-feature", where, f"the required feature {feature!r}", needed, do)
     for key in ("producer.name", "producer.version"):
         take(key, lambda value: isinstance(value, str), "a string")
-    take_one_of("weights.format", "e2m1")
+    kind = "codebooks" if "codebooks" in features else "e2m1"
+    needed = f"{kind!r}, by required_features"
+    take("weights.format", lambda value: value == kind, needed)
     group_size = take(
         "weights.group_size",
         lambda value: value == "row" or is_size(value),
         "a positive integer or 'row'",
     )
-    scales = take_one_of("weights.scales", "free", "m1", "m2")
+    kinds = ("free", "m1", "m2") if kind == "e2m1" else ("m1", "m2")
+    scales = take_one_of("weights.scales", *kinds)
+    books: tuple[tuple[float, ...], ...] = (E2M1,)
+    if kind == "codebooks":
+        needed = "one or two lists of 8 rising numbers, 0 and E4M3 numbers from 0.5 to 7"
+        magnitudes = take("weights.codebooks", _is_codebooks, needed)
+        books = tuple(map(_with_signs, magnitudes))
     take_one_of("activations.format", "e4m3")
     take_one_of("activations.scale", "token")
     take("activations.dynamic", lambda value: value is True, "true")
@@ -349,7 +383,7 @@ def _check_config(config: dict[str, Any], where: str) -> Settings:
     ignore = take("ignore", _is_distinct_strings, "a list of distinct strings")
     take("recipe", lambda value: isinstance(value, dict), "an object")
     size = None if group_size == "row" else group_size
-    return Settings(size, scales, rank, factors, tuple(features), frozenset(ignore))
+    return Settings(size, scales, books, rank, factors, tuple(features), frozenset(ignore))
 
 
 def _check_manifest(manifest: dict[str, Any], where: str, settings: Settings) -> None:
@@ -462,6 +496,7 @@ class Layer:
     shape: tuple[int, int]  # N, K
     group_size: int  # K for one group a row
     scales: str  # "free", "m1" or "m2"
+    books: tuple[tuple[float, ...], ...]  # E2M1, or the codebooks: the values of the 16 codes
     rank: int  # 0 without low-rank compensation
     span: int | None  # None for free scales
     tensors: dict[str, Tensor]  # by suffix: "weight_packed", "weight_scale", ...
@@ -484,9 +519,10 @@ class Layer:
     def dequantize(self) -> array[float]:
         """The weight without low-rank compensation, float32 `[N * K]`, row after row."""
         weight = array("f")
-        for codes, scales in zip(self._code_rows(), self._scale_rows(), strict=True):
-            for group, scale in zip(self._split(codes), scales, strict=True):
-                values = [code_value * scale for code_value in E2M1]  # exact in float64
+        rows = zip(self._code_rows(), self._scale_rows(), self._choice_rows(), strict=True)
+        for codes, scales, choices in rows:
+            for group, scale, choice in zip(self._split(codes), scales, choices, strict=True):
+                values = [value * scale for value in self.books[choice]]  # exact in float64
                 weight.extend(map(values.__getitem__, group))
         return weight
 
@@ -545,6 +581,16 @@ class Layer:
         for exponents, row_scale in zip(self._exponent_rows(), row_scales, strict=True):
             yield [math.ldexp(row_scale, b - 127) for b in exponents]
 
+    def _choice_rows(self) -> Iterator[list[int]]:
+        """Which of the books each group of a row has."""
+        if "weight_codebook" not in self.tensors:
+            for _ in range(self.shape[0]):
+                yield [0] * self.groups
+            return
+        data, width = self.tensors["weight_codebook"].read(), (self.groups + 7) // 8
+        for start in range(0, len(data), width):
+            yield [data[start + g // 8] >> g % 8 & 1 for g in range(self.groups)]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -570,6 +616,8 @@ def _make_layer(
     }
     if settings.scales == "m2":
         layout["weight_row_scale"] = (("BF16",), (n,))
+    if len(settings.books) == 2:
+        layout["weight_codebook"] = (("U8",), (n, (groups + 7) // 8))
     if rank:
         factor = ("F8_E4M3" if settings.factors == "e4m3" else "BF16",)
         layout |= {"lorc_A": (factor, (rank, k)), "lorc_B": (factor, (n, rank))}
@@ -598,7 +646,8 @@ def _make_layer(
             where = f"tensor {f'{name}.{suffix}'!r}"
             _fail("wrong-shape", where, f"shape {list(found_shape)}", f"shape {list(shape)}")
     own = {suffix: tensors[f"{name}.{suffix}"] for suffix in layout}
-    return Layer(name, (n, k), group_size, settings.scales, rank, entry["span"], own)
+    scales, books = settings.scales, settings.books
+    return Layer(name, (n, k), group_size, scales, books, rank, entry["span"], own)
 
 
 def _check_listed(tensors: dict[str, Tensor], manifest: dict[str, Any], where: str) -> None:
@@ -627,6 +676,8 @@ def _check_values(layer: Layer) -> None:
                 _fail("padding-nibble", f"{where}, row {n}", found, "0, as K is odd")
     if layer.scales != "free":
         _check_exponents(layer, where)
+    if "weight_codebook" in layer.tensors:
+        _check_choices(layer, where)
     for suffix in ("lorc_A", "lorc_B", "lorc_scale", "input_offset"):
         if suffix not in layer.tensors:
             continue
@@ -686,6 +737,24 @@ def _check_exponents(layer: Layer, where: str) -> None:
                 place = f"{where}, row {n}, group {g}"
                 found = f"a group of zeros with b = {b}"
                 _fail("zero-group", place, found, f"its row's largest b, {largest}")
+
+
+def _check_choices(layer: Layer, where: str) -> None:
+    width = layer.tensors["weight_codebook"].shape[1]
+    used = layer.groups - 8 * (width - 1)  # bits of the last byte
+    for n, last in enumerate(layer.tensors["weight_codebook"].read()[width - 1 :: width]):
+        if last >> used:
+            found = f"last byte {last:#04x} of weight_codebook"
+            needed = f"0 but for its {used} lowest bits, as a row has {layer.groups} groups"
+            _fail("codebook-choice", f"{where}, row {n}", found, needed)
+    for n, (codes, choices) in enumerate(
+        zip(layer._code_rows(), layer._choice_rows(), strict=True)
+    ):
+        for g, (group, choice) in enumerate(zip(layer._split(codes), choices, strict=True)):
+            if choice and not group.strip(ZERO_CODES):
+                place = f"{where}, row {n}, group {g}"
+                found = "a group of zeros with the second codebook"
+                _fail("codebook-choice", place, found, "the first, bit 0")
 
 
 def read(folder: str | os.PathLike[str], *, check_hashes: bool = True) -> Checkpoint:

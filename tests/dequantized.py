@@ -6,6 +6,7 @@ It shares no code with the package: what the package computes is held to it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,7 +36,13 @@ def quantization_config(folder: Path) -> dict[str, dict[str, object]]:
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
-def weight_of(tensors: dict[str, Tensor], name: str, columns: int, group_size: int) -> Tensor:
+def weight_of(
+    tensors: dict[str, Tensor],
+    name: str,
+    columns: int,
+    group_size: int,
+    books: Sequence[Sequence[float]] = (E2M1.tolist(),),
+) -> Tensor:
     """The dequantized weight of a layer without low-rank compensation, float64 `[N, K]`."""
     packed = tensors[name + ".weight_packed"]
     codes = torch.zeros(packed.shape[0], 2 * packed.shape[1], dtype=torch.int64)
@@ -46,7 +53,17 @@ def weight_of(tensors: dict[str, Tensor], name: str, columns: int, group_size: i
         scale = 2.0 ** (scale - 127)
     if name + ".weight_row_scale" in tensors:
         scale = scale * tensors[name + ".weight_row_scale"].double()[:, None]
-    return CODES[codes[:, :columns]] * scale.repeat_interleave(group_size, 1)[:, :columns]
+    values = torch.tensor([[*book, *(-value for value in book)] for book in books]).double()
+    choice = torch.zeros(scale.shape, dtype=torch.int64)
+    if name + ".weight_codebook" in tensors:
+        packed = tensors[name + ".weight_codebook"].long()
+        for group in range(scale.shape[1]):
+            choice[:, group] = packed[:, group // 8] // 2 ** (group % 8) % 2
+
+    def spread(by_group: Tensor) -> Tensor:
+        return by_group.repeat_interleave(group_size, 1)[:, :columns]
+
+    return values[spread(choice), codes[:, :columns]] * spread(scale)
 
 
 def lorc_of(tensors: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor] | None:
@@ -89,7 +106,8 @@ def dense(
     """The layer of that name on disk."""
     columns = manifest(folder)["layers"][name]["shape"][1]
     size = quantization_config(folder)["weights"]["group_size"]
-    weight = weight_of(tensors, name, columns, columns if size == "row" else size)
+    books = quantization_config(folder)["weights"].get("codebooks", [E2M1.tolist()])
+    weight = weight_of(tensors, name, columns, columns if size == "row" else size, books)
     lorc = lorc_of(tensors, name)
     bias = tensors.get(name + ".bias")
     return Dense(

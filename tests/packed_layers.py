@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from zqfp_convert.checkpoint.packed import PackedLayer
+from zqfp_convert.numerics import bits, codebook
+from zqfp_convert.numerics.codebook import Codebook
 from zqfp_convert.numerics.scales import Kind
 
 
@@ -17,6 +19,7 @@ def random_layer(
     rank: int = 0,
     span: int = 11,
     seed: int = 0,
+    books: tuple[Codebook, ...] = (codebook.E2M1,),
 ) -> PackedLayer:
     """Every code, every exponent down to `span` below the row's largest, row scales of any size."""
     generator = torch.Generator().manual_seed(seed)
@@ -54,4 +57,6 @@ def random_layer(
         A,
         B,
         lorc_scale,
+        books=books,
+        choice=bits.pack(integers(0, 2, rows, groups)) if len(books) > 1 else None,
     )

@@ -14,7 +14,7 @@ import pytest
 import torch
 import zqfp1_reader
 from architectures import ARCHITECTURES, QUICK, Maker, token_ids, write_model, write_tokenizer
-from dequantized import manifest, quantization_config, read_tensors
+from dequantized import dense, manifest, quantization_config, read_tensors
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +24,9 @@ from zqfp_convert.calibration.simulated import SimulatedLinear
 from zqfp_convert.checkpoint import writer
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.errors import OutputError
+from zqfp_convert.numerics import codebook
+from zqfp_convert.runtime.linear import QuantizedLinear
+from zqfp_convert.verify import verify
 
 FORMATS = Path(__file__).parents[1] / "formats"
 SCHEMA = json.loads((FORMATS / "zqfp-1.schema.json").read_text())
@@ -264,6 +267,30 @@ def test_group_sizes_and_scales(
     assert_readers_agree(out)
     with torch.no_grad():
         assert zqfp_convert.load(out, device="cpu")(token_ids()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("choices", [{"scales": "m1"}, {"group_size": 32}, {"tune": 2}], ids=str)
+def test_two_codebooks(choices: dict[str, Any], tiny_model: Maker, tmp_path: Path) -> None:
+    out, plain, source = tmp_path / "out", tmp_path / "plain", tiny_model()
+    result = convert(source, out, codebooks="pair", **choices)
+    config = quantization_config(out)
+    assert config["required_features"] == ["lorc", "codebooks"]
+    assert config["weights"]["format"] == "codebooks"
+    assert config["weights"]["codebooks"] == [list(book) for book in codebook.PAIR]
+    assert_readers_agree(out)
+    one = convert(source, plain, **choices)
+    assert result.plan.bits > one.plan.bits
+    error = {name: entry["weight_error"] for name, entry in one.layers.items()}
+    closer = [entry["weight_error"] < error[name] for name, entry in result.layers.items()]
+    assert sum(closer) > 0.8 * len(closer)
+    model = zqfp_convert.load(out, device="cpu")
+    tensors = read_tensors(out)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            x = torch.randn(3, module.in_features)
+            want = dense(out, tensors, name)(x)
+            torch.testing.assert_close(module(x).double(), want, rtol=1e-4, atol=1e-4)
+    assert verify(out, source).layers == len(result.layers)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import bias_of, get_linear, is_transposed, put, weight_matrix
 from zqfp_convert.model.device import compute_dtype
 from zqfp_convert.model.tokenizer import check_tokens, tokenizer_of
+from zqfp_convert.numerics import codebook
 from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer, make_plan
 from zqfp_convert.quantize.hessian import Curvature, prepare
 from zqfp_convert.quantize.weight import QuantizedWeight, quantize_weight
@@ -422,16 +423,21 @@ class _Work:
 def _quantization_config(plan: Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:
     recipe = plan.recipe
     lorc = {"rank": recipe.rank, "factors": recipe.factors} if recipe.rank > 0 else None
+    features = ["lorc"] if lorc else []
+    weights: dict[str, Any] = {
+        "format": "e2m1",
+        "group_size": recipe.group_size,
+        "scales": recipe.scales,
+    }
+    if recipe.codebooks == "pair":
+        features.append("codebooks")
+        weights |= {"format": "codebooks", "codebooks": codebook.PAIR}
     return {
         "quant_method": layout.FORMAT,
         "format_version": layout.FORMAT_VERSION,
         "producer": {"name": "zqfp-convert", "version": __version__},
-        "required_features": ["lorc"] if lorc else [],
-        "weights": {
-            "format": "e2m1",
-            "group_size": recipe.group_size,
-            "scales": recipe.scales,
-        },
+        "required_features": features,
+        "weights": weights,
         "activations": {"format": "e4m3", "scale": "token", "dynamic": True},
         "lorc": lorc,
         "ignore": sorted(plan.left_alone),

@@ -18,6 +18,7 @@ ScaleRounding = Literal["ceil", "floor", "nearest", "search"]
 Solver = Literal["round", "gptq"]
 LowRank = Literal["svd", "hessian"]
 FactorFormat = Literal["e4m3", "bf16"]
+Codebooks = Literal["e2m1", "pair"]
 GroupSize = int | Literal["row"]
 RecipeName = Literal["fast", "paper", "best", "max"]
 
@@ -37,6 +38,7 @@ class Recipe:
     scales: ScaleKind = "m2"
     scale_rounding: ScaleRounding = "search"
     group_size: GroupSize = 128
+    codebooks: Codebooks = "e2m1"  # what the codes stand for; of a pair each group has the better
     # The solver that picks the codes.
     solver: Solver = "gptq"
     damping: float = 0.01  # share of the Hessian's mean diagonal that is added to its diagonal
@@ -91,6 +93,15 @@ class Recipe:
                 f"{self.scale_rounding!r} with free scales",
                 needed="'nearest' or 'search' (free scales are rounded to no power of two)",
                 do="Choose scales m1 or m2, or another rounding.",
+            )
+
+        searched = self.scales != "free" and self.scale_rounding == "search"
+        if self.codebooks == "pair" and not searched:
+            raise OptionError(
+                "codebooks",
+                f"'pair' with {self.scales} scales and rounding {self.scale_rounding!r}",
+                needed="scales m1 or m2, and rounding 'search', which finds each group's codebook",
+                do="Choose --scales m2 --scale-rounding search, or codebooks e2m1.",
             )
 
     @classmethod
@@ -174,6 +185,7 @@ _ADMITTED: dict[str, tuple[Any, ...]] = {
     "scales": get_args(ScaleKind),
     "scale_rounding": get_args(ScaleRounding),
     "group_size": GROUP_SIZES,
+    "codebooks": get_args(Codebooks),
     "solver": get_args(Solver),
     "low_rank": get_args(LowRank),
     "factors": get_args(FactorFormat),

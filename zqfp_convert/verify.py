@@ -84,7 +84,7 @@ def verify(
 def _prove_cast(layer: PackedLayer) -> None:
     """Expand to FP8 as the fast paths do, and compare with the format's float32 bit by bit."""
     matrix = torch.empty(layer.rows, layer.columns, dtype=torch.uint8)
-    expanded.expand(layer.packed, layer.scale, layer.group_size, matrix)
+    expanded.expand(layer.packed, layer.scale, layer.group_size, matrix, layer.books, layer.choice)
     factor = expanded.row_factor(layer.scale, layer.row_scale)
     cast = fp8.decode(matrix.view(fp8.DTYPE)) * factor[:, None]
     if not torch.equal(cast, layer.dequantize()):

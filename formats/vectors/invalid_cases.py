@@ -28,7 +28,18 @@ from tiny_checkpoint import (
     split_header,
     to_json,
 )
-from valid_cases import Q, input_offset, lorc, sharded, simple, zeros
+from valid_cases import (
+    PAIR,
+    K,
+    Q,
+    codebooks_one,
+    codebooks_two,
+    input_offset,
+    lorc,
+    sharded,
+    simple,
+    zeros,
+)
 
 Edit = Callable[[Checkpoint], None]
 Damage = Callable[[Files], None]
@@ -105,12 +116,32 @@ def _set_setting(path: str, value: Any) -> Edit:
     return edit
 
 
+def _set_magnitude(code: int, value: Any) -> Edit:
+    """What a code of the second codebook stands for."""
+
+    def edit(checkpoint: Checkpoint) -> None:
+        first, second = PAIR
+        books = [first, [*second[:code], value, *second[code + 1 :]]]
+        checkpoint.settings["weights"]["codebooks"] = books
+
+    return edit
+
+
 def _newer_version(checkpoint: Checkpoint) -> None:
     """A later version may have changed anything, so its number is judged first."""
     settings = checkpoint.settings
     settings["format_version"] = 2
     settings["required_features"] = {"not": "a list"}
     settings["weights"] = "unknown"
+
+
+def _drop_setting(path: str) -> Edit:
+    parent, _, last = path.rpartition(".")
+
+    def edit(checkpoint: Checkpoint) -> None:
+        del checkpoint.settings[parent][last]
+
+    return edit
 
 
 def _drop_settings(checkpoint: Checkpoint) -> None:
@@ -129,11 +160,11 @@ def _note_change(name: str, change: str) -> Edit:
     return lambda checkpoint: checkpoint.changed.update({name: change})
 
 
-def _poke(suffix: str, position: int, data: bytes) -> Edit:
-    """Overwrite bytes of one of q_proj's tensors."""
+def _poke(suffix: str, position: int, data: bytes, layer: str = Q) -> Edit:
+    """Overwrite bytes of one of a layer's tensors."""
 
     def edit(checkpoint: Checkpoint) -> None:
-        tensor = checkpoint.tensor(f"{Q}.{suffix}")
+        tensor = checkpoint.tensor(f"{layer}.{suffix}")
         tensor.data = tensor.data[:position] + data + tensor.data[position + len(data) :]
 
     return edit
@@ -261,6 +292,7 @@ def _forget_in_index(index: Json) -> None:
 
 
 PACKED, SCALE, ROW_SCALE = "weight_packed", "weight_scale", "weight_row_scale"
+CHOICE = "weight_codebook"
 NORM = "model.norm.weight"
 F32_INFINITY = struct.pack("<I", 0x7F800000)
 
@@ -277,6 +309,38 @@ INVALID: dict[str, Broken] = {
     "bad-config-group-size": Broken("bad-config", _m2, _set_setting("weights.group_size", 0)),
     "bad-config-scales": Broken("bad-config", _m2, _set_setting("weights.scales", "m3")),
     "bad-config-feature": Broken("bad-config", _lorc_e4m3, _set_setting("required_features", [])),
+    "bad-config-codebooks-absent": Broken(
+        "bad-config", codebooks_two, _drop_setting("weights.codebooks")
+    ),
+    "bad-config-codebooks-none": Broken(
+        "bad-config", codebooks_two, _set_setting("weights.codebooks", [])
+    ),
+    "bad-config-codebooks-three": Broken(
+        "bad-config", codebooks_two, _set_setting("weights.codebooks", [*PAIR, PAIR[0]])
+    ),
+    "bad-config-codebooks-seven": Broken(
+        "bad-config", codebooks_one, _set_setting("weights.codebooks", [PAIR[0][:7]])
+    ),
+    "bad-config-codebooks-nine": Broken(
+        "bad-config", codebooks_one, _set_setting("weights.codebooks", [[*PAIR[0], 6]])
+    ),
+    "bad-config-codebooks-first": Broken("bad-config", codebooks_two, _set_magnitude(0, 0.5)),
+    "bad-config-codebooks-equal": Broken("bad-config", codebooks_two, _set_magnitude(4, 2)),
+    "bad-config-codebooks-falling": Broken("bad-config", codebooks_two, _set_magnitude(4, 1.75)),
+    "bad-config-codebooks-negative": Broken("bad-config", codebooks_two, _set_magnitude(7, -7)),
+    "bad-config-codebooks-small": Broken("bad-config", codebooks_two, _set_magnitude(1, 0.46875)),
+    "bad-config-codebooks-large": Broken("bad-config", codebooks_two, _set_magnitude(7, 7.5)),
+    "bad-config-codebooks-inexact": Broken("bad-config", codebooks_two, _set_magnitude(2, 1.06)),
+    "bad-config-codebooks-boolean": Broken("bad-config", codebooks_two, _set_magnitude(2, True)),
+    "bad-config-codebooks-free": Broken(
+        "bad-config", codebooks_one, _set_setting("weights.scales", "free")
+    ),
+    "bad-config-codebooks-format": Broken(
+        "bad-config", codebooks_one, _set_setting("weights.format", "e2m1")
+    ),
+    "bad-config-codebooks-feature": Broken(
+        "bad-config", codebooks_one, _set_setting("required_features", [])
+    ),
     "bad-manifest-json": Broken("bad-manifest", _m2, damage=_cut(MANIFEST)),
     "bad-manifest-version": Broken(
         "bad-manifest", _m2, damage=_edit_json(MANIFEST, lambda m: m.update(format_version=2))
@@ -318,6 +382,9 @@ INVALID: dict[str, Broken] = {
     "missing-tensor": Broken("missing-tensor", _m2, _drop_tensor(f"{Q}.{SCALE}")),
     "missing-tensor-lorc": Broken("missing-tensor", _lorc_e4m3, _drop_tensor(f"{Q}.lorc_scale")),
     "missing-tensor-bias": Broken("missing-tensor", input_offset, _drop_tensor(f"{Q}.bias")),
+    "missing-tensor-codebook": Broken(
+        "missing-tensor", codebooks_two, _drop_tensor(f"{Q}.{CHOICE}")
+    ),
     "missing-tensor-changed": Broken("missing-tensor", _m2, _note_change("x.bias", "bias_changed")),
     "extra-tensor-weight": Broken(
         "extra-tensor", _m2, _add_tensor(f"{Q}.weight", "BF16", [3, 11], 66)
@@ -332,11 +399,16 @@ INVALID: dict[str, Broken] = {
     "extra-tensor-offset": Broken(
         "extra-tensor", input_offset, _set_setting("required_features", [])
     ),
+    "extra-tensor-codebook": Broken(
+        "extra-tensor", codebooks_one, _add_tensor(f"{Q}.{CHOICE}", "U8", [3, 1], 3)
+    ),
     "wrong-dtype": Broken("wrong-dtype", _m2, _retype(PACKED, "I8", [3, 6])),
     "wrong-dtype-bias": Broken("wrong-dtype", input_offset, _retype("bias", "I32", [3])),
+    "wrong-dtype-codebook": Broken("wrong-dtype", codebooks_two, _retype(CHOICE, "BOOL", [3, 2])),
     "wrong-shape": Broken("wrong-shape", _m2, _retype(PACKED, "U8", [6, 3])),
     "wrong-shape-lorc": Broken("wrong-shape", _lorc_e4m3, _retype("lorc_A", "F8_E4M3", [18, 3])),
     "wrong-shape-bias": Broken("wrong-shape", input_offset, _retype("bias", "F32", [3, 1])),
+    "wrong-shape-codebook": Broken("wrong-shape", codebooks_two, _retype(CHOICE, "U8", [2, 3])),
     "scale-forbidden-m1": Broken("scale-forbidden", _m1, _poke(SCALE, 4, b"\xff")),
     "scale-forbidden-m2": Broken("scale-forbidden", _m2, _poke(SCALE, 8, b"\xff")),
     "scale-forbidden-zero": Broken("scale-forbidden", _free, _poke_bf16(SCALE, 4, 0)),
@@ -366,6 +438,10 @@ INVALID: dict[str, Broken] = {
     "zero-group-row-scale": Broken("zero-group", _zeros_m2, _poke_bf16(ROW_SCALE, 1, 0x3F00)),
     "zero-group-row-m1": Broken("zero-group", _zeros_m1, _poke(SCALE, 3, bytes([121] * 3))),
     "zero-group-row-m2": Broken("zero-group", _zeros_m2, _poke(SCALE, 4, bytes([126]))),
+    # 10 groups a row: the lower two bits of a row's second byte are used.
+    "codebook-choice-padding": Broken("codebook-choice", codebooks_two, _poke(CHOICE, 3, b"\x04")),
+    # Group 8 of k_proj's row 2 has codes 8, 8, 0, 8.
+    "codebook-choice-zeros": Broken("codebook-choice", codebooks_two, _poke(CHOICE, 5, b"\x03", K)),
     "lorc-value-nan": Broken("lorc-value", _lorc_e4m3, _poke("lorc_A", 20, b"\xff")),
     "lorc-value-infinite": Broken("lorc-value", _lorc_bf16, _poke_bf16("lorc_B", 5, BF16_INFINITY)),
     "lorc-value-scale": Broken("lorc-value", _lorc_e4m3, _poke("lorc_scale", 4, F32_INFINITY)),

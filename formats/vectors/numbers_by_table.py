@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -26,9 +26,9 @@ def bf16_value(bits: int) -> float:
     return float(value)
 
 
-def e2m1_value(code: int) -> float:
-    """Decode E2M1."""
-    return -MAGNITUDES[code - 8] if code >= 8 else MAGNITUDES[code]
+def code_value(code: int, magnitudes: Sequence[float] = MAGNITUDES) -> float:
+    """Decode E2M1, or the codebook that has these magnitudes."""
+    return -float(magnitudes[code - 8]) if code >= 8 else float(magnitudes[code])
 
 
 def e4m3_magnitudes() -> Iterator[Fraction]:

@@ -14,8 +14,9 @@ from typing import Any
 
 from numbers_by_table import (
     BF16_ONE,
+    MAGNITUDES,
     bf16_value,
-    e2m1_value,
+    code_value,
     e4m3_value,
     float32,
     pseudo_random,
@@ -63,14 +64,22 @@ class Checkpoint:
         next(tensors for tensors in self.shards.values() if name in tensors).pop(name)
 
 
-def new_checkpoint(group_size: int | str, scales: str, shards: tuple[str, ...]) -> Checkpoint:
+def new_checkpoint(
+    group_size: int | str,
+    scales: str,
+    shards: tuple[str, ...],
+    books: list[list[float]] | None = None,
+) -> Checkpoint:
     """Make a checkpoint without layers; one norm stands for all that is not quantized."""
+    weights: Json = {"format": "e2m1"}
+    if books is not None:
+        weights = {"format": "codebooks", "codebooks": books}
     settings = {
         "quant_method": "zqfp",
         "format_version": 1,
         "producer": {"name": "zqfp-convert", "version": "0.0.0"},
-        "required_features": [],
-        "weights": {"format": "e2m1", "group_size": group_size, "scales": scales},
+        "required_features": [] if books is None else ["codebooks"],
+        "weights": weights | {"group_size": group_size, "scales": scales},
         "activations": {"format": "e4m3", "scale": "token", "dynamic": True},
         "lorc": None,
         "ignore": ["lm_head"],
@@ -89,6 +98,12 @@ def pack(codes: list[int]) -> bytes:
     return bytes(low | high << 4 for low, high in zip(padded[::2], padded[1::2], strict=True))
 
 
+def pack_choice(choice: list[int]) -> bytes:
+    """Pack a row's choice of codebooks, the first group in the lowest bit."""
+    bits = "".join(map(str, reversed(choice)))
+    return int(bits, 2).to_bytes((len(choice) + 7) // 8, "little")
+
+
 def add_layer(
     checkpoint: Checkpoint,
     name: str,
@@ -96,8 +111,12 @@ def add_layer(
     scales: list[list[int]],
     row_scales: list[int] | None = None,
     shard: str | None = None,
+    choice: list[list[int]] | None = None,
 ) -> None:
-    """`scales` holds E8M0 bytes, or BF16 bits where scales are free; `row_scales` BF16 bits."""
+    """`scales` holds E8M0 bytes, or BF16 bits where scales are free; `row_scales` BF16 bits.
+
+    `choice` has the codebook of each group, 0 or 1, where there are two.
+    """
     kind = checkpoint.settings["weights"]["scales"]
     n, k, groups = len(codes), len(codes[0]), len(scales[0])
     size = checkpoint.settings["weights"]["group_size"]
@@ -110,6 +129,12 @@ def add_layer(
     if row_scales is not None:
         data = struct.pack(f"<{n}H", *row_scales)
         tensors[f"{name}.weight_row_scale"] = Tensor("BF16", [n], data)
+    books: list[list[float]] = [list(MAGNITUDES)]
+    if "codebooks" in checkpoint.settings["required_features"]:
+        books = checkpoint.settings["weights"]["codebooks"]
+    if choice is not None:
+        data = b"".join(map(pack_choice, choice))
+        tensors[f"{name}.weight_codebook"] = Tensor("U8", [n, (groups + 7) // 8], data)
     weight = b""
     for row, code_row in enumerate(codes):
         for column, code in enumerate(code_row):
@@ -117,7 +142,8 @@ def add_layer(
             factor = bf16_value(scale) if kind == "free" else 2.0 ** (scale - 127)
             if row_scales is not None:
                 factor *= bf16_value(row_scales[row])
-            weight += float32(e2m1_value(code) * factor)
+            book = books[choice[row][column // size] if choice is not None else 0]
+            weight += float32(code_value(code, book) * factor)
     span = None if kind == "free" else max(max(row) - min(row) for row in scales)
     checkpoint.layers[name] = {
         "shape": [n, k],
@@ -166,7 +192,13 @@ def add_random_layer(
     if weights["scales"] == "free":
         exponents = [[(b - 8) << 7 | 37 * b % 128 for b in row] for row in exponents]
     has_row_scales = weights["scales"] == "m2"
-    add_layer(checkpoint, name, codes, exponents, row_scales if has_row_scales else None, shard)
+    choice = None
+    if weights["format"] == "codebooks" and len(weights["codebooks"]) == 2:
+        bits = [byte % 2 for byte in pseudo_random(f"{name} choice", n * groups)]
+        choice = [bits[groups * r :][:groups] for r in range(n)]
+    add_layer(
+        checkpoint, name, codes, exponents, row_scales if has_row_scales else None, shard, choice
+    )
 
 
 def add_lorc(checkpoint: Checkpoint, bound: int, factors: str, ranks: dict[str, int]) -> None:

@@ -20,6 +20,11 @@ Q, K, DOWN = (
     f"model.layers.0.{part}" for part in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
 )
 
+PAIR: list[list[float]] = [
+    [0, 0.5, 1, 1.625, 2.25, 3, 4, 5.5],
+    [0, 0.625, 1.25, 2, 2.75, 3.75, 5, 7],
+]
+
 
 def simple(
     scales: str, group_size: int | str, n: int, k: int, span: int = 4, name: str = Q
@@ -90,6 +95,36 @@ def input_offset() -> Checkpoint:
     return checkpoint
 
 
+def codebooks_two() -> Checkpoint:
+    """q_proj: 10 groups a row, the last of one weight. k_proj: all codes of both, and zeros.
+
+    Zeros in k_proj: a group between others, a row, a group of code 8; its row scales are the
+    smallest, 1, and the largest that leaves 7 finite.
+    """
+    checkpoint = new_checkpoint(4, "m2", (ONE_SHARD,), PAIR)
+    add_random_layer(checkpoint, Q, 3, 37)
+    upwards = list(range(16))
+    codes = [
+        [*upwards, 0, 0, 0, 0, *upwards, 9],
+        [0] * 37,
+        [*upwards, *upwards[::-1], 8, 8, 0, 8, 7],
+    ]
+    exponents = [[127, 116, 125, 124, 127, 116, 126, 127, 120, 116], [127] * 10]
+    exponents += [[127, 125, 124, 121, 126, 127, 116, 119, 127, 127]]
+    choice = [[0, 1, 1, 0, 0, 1, 0, 0, 1, 1], [0] * 10, [1, 0, 0, 1, 0, 1, 1, 0, 0, 1]]
+    add_layer(checkpoint, K, codes, exponents, [0x0001, BF16_ONE, 0x7E12], choice=choice)
+    return checkpoint
+
+
+def codebooks_one() -> Checkpoint:
+    """One codebook, so no choice of them; all codes."""
+    checkpoint = new_checkpoint(8, "m1", (ONE_SHARD,), PAIR[1:])
+    add_random_layer(checkpoint, Q, 3, 20)
+    upwards = list(range(16))
+    add_layer(checkpoint, K, [upwards, upwards[::-1]], [[11, 0], [252, 241]])
+    return checkpoint
+
+
 def sharded() -> Checkpoint:
     """Two shards, two layers, one of them in both shards."""
     checkpoint = new_checkpoint(16, "m2", TWO_SHARDS)
@@ -106,6 +141,7 @@ def unknown_keys() -> Checkpoint:
     checkpoint = simple("m2", 8, 2, 16)
     checkpoint.settings["comment"] = {"anything": [1, None]}
     checkpoint.settings["weights"]["hint"] = "ignored"
+    checkpoint.settings["weights"]["codebooks"] = PAIR  # unknown without the feature
     checkpoint.layers[Q]["raised_error"] = 0.5
     return checkpoint
 
@@ -129,6 +165,8 @@ VALID: dict[str, Callable[[], Checkpoint]] = {
     "lorc-e4m3": lambda: lorc("e4m3"),
     "lorc-bf16": lambda: lorc("bf16"),
     "input-offset": input_offset,
+    "codebooks-two": codebooks_two,
+    "codebooks-one": codebooks_one,
     "sharded": sharded,
     "unknown-keys": unknown_keys,
 }

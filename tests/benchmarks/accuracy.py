@@ -36,8 +36,18 @@ CASES: dict[str, dict[str, Any]] = {
     "best, M1": {"recipe": "best", "scales": "m1"},
     "best, M2": {"recipe": "best"},
     "best, M2, rank 0": {"recipe": "best", "rank": 0},
+    "best, M2, pair": {"recipe": "best", "codebooks": "pair"},
+    "best, M2, pair, rank 0": {"recipe": "best", "codebooks": "pair", "rank": 0},
+    "GPTQ, free scales": {
+        "recipe": "paper",
+        "scales": "free",
+        "group_size": 128,
+        "activation_order": True,
+        "rank": 0,
+    },
     "max, M2": {"recipe": "max"},
     "max, M2, rank 0": {"recipe": "max", "rank": 0},
+    "max, M2, pair, rank 0": {"recipe": "max", "codebooks": "pair", "rank": 0},
 }
 
 

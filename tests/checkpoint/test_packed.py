@@ -10,18 +10,24 @@ from dequantized import lorc_of, weight_of
 
 from zqfp_convert.checkpoint.packed import PackedLayer, pack
 from zqfp_convert.errors import CheckpointError
-from zqfp_convert.numerics import scales
+from zqfp_convert.numerics import codebook, scales
 from zqfp_convert.numerics.scales import Kind
 
 ROUNDINGS: dict[Kind, str] = {"free": "nearest", "m1": "ceil", "m2": "floor"}
 
 
 def quantized(
-    kind: Kind, rows: int = 5, columns: int = 77, group_size: int = 32, rank: int = 0
+    kind: Kind,
+    rows: int = 5,
+    columns: int = 77,
+    group_size: int = 32,
+    rank: int = 0,
+    books: tuple[codebook.Codebook, ...] = (codebook.E2M1,),
 ) -> PackedLayer:
     generator = torch.Generator().manual_seed(rows * columns)
     weight = torch.randn(rows, columns, generator=generator)
-    chosen = scales.choose(weight, kind, ROUNDINGS[kind], group_size)
+    rounding = "search" if len(books) > 1 else ROUNDINGS[kind]
+    chosen = scales.choose(weight, kind, rounding, group_size, books=books)
     codes = scales.quantize(weight, chosen)
     chosen = scales.canonical(codes, chosen)
     factors = None
@@ -38,10 +44,15 @@ def quantized(
 
 @pytest.mark.parametrize("kind", ["free", "m1", "m2"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 77), (16, 64), (3, 33), (2, 200)])
-@pytest.mark.parametrize("group_size", [32, 64, 256])
-def test_there_and_back(kind: Kind, rows: int, columns: int, group_size: int) -> None:
-    layer = quantized(kind, rows, columns, group_size)
-    want = weight_of(layer.tensors(), layer.name, columns, group_size)
+@pytest.mark.parametrize("group_size", [8, 32, 64, 256])
+@pytest.mark.parametrize("books", [(codebook.E2M1,), codebook.PAIR], ids=["e2m1", "pair"])
+def test_there_and_back(
+    kind: Kind, rows: int, columns: int, group_size: int, books: tuple[codebook.Codebook, ...]
+) -> None:
+    if kind == "free" and len(books) > 1:
+        pytest.skip("free scales have one codebook")
+    layer = quantized(kind, rows, columns, group_size, books=books)
+    want = weight_of(layer.tensors(), layer.name, columns, group_size, books)
     assert torch.equal(layer.dequantize().double(), want)
     assert layer.rows == rows
     assert layer.rank == 0
@@ -119,6 +130,14 @@ def test_broken_rules() -> None:
     assert broken(m2, lorc_scale=changed(m2.lorc_scale, (0,), float("nan"))) == "lorc-value"
     offset = torch.full((77,), float("inf"), dtype=torch.bfloat16)
     assert broken(m2, input_offset=offset) == "offset-value"
+    pair = quantized("m2", books=codebook.PAIR)
+    assert pair.choice is not None
+    assert broken(pair, choice=pair.choice | 0x80) == "codebook-choice"
+    nothing = pair.packed.clone()
+    nothing[0, 16:32] = 0
+    top = changed(pair.scale, (0, 1), 127)
+    assert broken(pair, packed=nothing, scale=top, choice=pair.choice | 2) == "codebook-choice"
+    dataclasses.replace(pair, packed=nothing, scale=top, choice=pair.choice & 0xFD).check()
     empty = m2.packed.clone()
     empty[0, :16] = 0
     assert broken(m2, packed=empty, scale=changed(m2.scale, (0, 0), 125)) == "zero-group"

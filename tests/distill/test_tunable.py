@@ -12,7 +12,7 @@ from torch import Tensor
 from zqfp_convert.checkpoint.packed import pack
 from zqfp_convert.distill import tunable
 from zqfp_convert.distill.tunable import EDGE, REACH, TunableLinear
-from zqfp_convert.numerics import fp8
+from zqfp_convert.numerics import codebook, fp8
 from zqfp_convert.quantize.hessian import Curvature, HessianSum, prepare
 from zqfp_convert.quantize.weight import QuantizedWeight, quantize_weight
 from zqfp_convert.recipe import Recipe
@@ -25,6 +25,8 @@ CHOICES: list[dict[str, Any]] = [
     {"scales": "m1", "rank": 3, "factors": "bf16"},
     {"scales": "free", "group_size": 64},
     {"scales": "m2", "group_size": "row"},
+    {"scales": "m2", "codebooks": "pair", "rank": 3},
+    {"scales": "m1", "codebooks": "pair"},
 ]
 
 
@@ -47,15 +49,22 @@ def solved_by(weight: Tensor, **choices: Any) -> QuantizedWeight:
     return quantize_weight(weight, curvature(), Recipe.named("best", **choices))
 
 
-def test_places_are_the_grid_drawn_out() -> None:
-    values = np.linspace(-7, 7, 2801).astype(np.float32)
-    have = tunable._place(torch.from_numpy(values)).numpy()
+@pytest.mark.parametrize("book", [codebook.E2M1, *codebook.PAIR])
+def test_places_are_the_grid_drawn_out(book: codebook.Codebook) -> None:
+    values = np.linspace(-8, 8, 3201).astype(np.float32)
+
+    def magnitudes(codes: Tensor) -> Tensor:
+        return torch.tensor(book)[codes]
+
+    have = tunable._place(torch.from_numpy(values), magnitudes).numpy()
     size = np.abs(values)
-    want = np.interp(size, MAGNITUDES, np.arange(8))
-    want = np.where(size > 6, 7 + (size - 6) / 2, want) * np.sign(values)
+    want = np.interp(size, book, np.arange(8))
+    beyond = 7 + (size - book[7]) / (book[7] - book[6])
+    want = np.where(size > book[7], beyond, want) * np.sign(values)
     np.testing.assert_allclose(have, want, atol=1e-5)
-    inside = torch.from_numpy(values[size <= 6])
-    torch.testing.assert_close(tunable._value(tunable._place(inside)), inside)
+    inside = torch.from_numpy(values[size <= book[7]])
+    place = tunable._place(inside, magnitudes)
+    torch.testing.assert_close(tunable._value(place, magnitudes), inside)
 
 
 @pytest.mark.parametrize("choices", CHOICES, ids=str)

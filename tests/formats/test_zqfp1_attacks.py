@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from tiny_checkpoint import (
     split_header,
     to_json,
 )
-from valid_cases import input_offset, lorc, sharded, simple
+from valid_cases import PAIR, codebooks_two, input_offset, lorc, sharded, simple
 
 NAMES = ("../x", "/etc/passwd", "a/b", "..", ".", "", "C:x", "a\\b", "a\0b")
 
@@ -176,7 +177,28 @@ def test_junk_in_the_manifest(tmp_path: Path, key: str, junk: Any) -> None:
     assert rule_of(files | {MANIFEST: to_json(manifest)}, tmp_path) == "bad-manifest"
 
 
-WHOLE = [render(checkpoint) for checkpoint in (lorc("e4m3"), input_offset(), sharded())]
+@pytest.mark.parametrize("junk", [*JUNK, math.nan, math.inf, 10**400, [[]], -0.5], ids=repr)
+def test_junk_in_the_codebooks(tmp_path: Path, junk: Any) -> None:
+    for books in (junk, [junk], [[*PAIR[0][:7], junk]], [PAIR[0], [junk, *PAIR[1][1:]]]):
+        if books == PAIR:
+            continue  # 0 where it belongs
+        checkpoint = codebooks_two()
+        checkpoint.settings["weights"]["codebooks"] = books
+        assert rule_of(render(checkpoint), tmp_path) == "bad-config"
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, -0.0], ids=repr)
+def test_the_zero_of_a_codebook_has_no_sign(tmp_path: Path, zero: float) -> None:
+    checkpoint = codebooks_two()
+    checkpoint.settings["weights"]["codebooks"] = [[zero, *book[1:]] for book in PAIR]
+    write(render(checkpoint), tmp_path)
+    for layer in reader.read(tmp_path).layers.values():
+        for book in layer.books:
+            assert [math.copysign(1, value) for value in book] == [1] * 8 + [-1] * 8
+
+
+MADE = (lorc("e4m3"), input_offset(), codebooks_two(), sharded())
+WHOLE = [render(checkpoint) for checkpoint in MADE]
 
 
 @settings(max_examples=400, deadline=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,16 @@ def test_code_times_shift_is_a_normal_e4m3_number_or_zero(code: int, shift: int)
     assert byte.view(torch.uint8).item() == same_bits
 
 
+@pytest.mark.parametrize("shift", range(-5, 7))
+def test_magnitude_of_a_codebook_times_shift_is_a_normal_e4m3_number(shift: int) -> None:
+    magnitudes = torch.tensor(sorted(reader.BOOK_MAGNITUDES))
+    assert (len(magnitudes), magnitudes[0].item(), magnitudes[-1].item()) == (31, 0.5, 7)
+    assert set(reader.E2M1[1:8]) <= reader.BOOK_MAGNITUDES
+    values = magnitudes * 2.0**shift
+    assert bool(((values >= 2.0**-6) & (values <= 448)).all())
+    assert torch.equal(values.to(E4M3).float(), values)
+
+
 def is_same(a: float, b: float) -> bool:
     """Equal, zeros by their sign too."""
     return a == b and math.copysign(1, a) == math.copysign(1, b)
@@ -48,8 +59,27 @@ def test_one_shift_more_on_either_side_is_too_many() -> None:
 
 def weights(scales: str) -> list[Path]:
     return sorted(
-        path for path in VALID.iterdir() if scales in reader.read(path).config["weights"].values()
+        path for path in VALID.iterdir() if reader.read(path).config["weights"]["scales"] == scales
     )
+
+
+def decode(
+    codes: torch.Tensor,
+    settings: dict[str, Any],
+    layer: reader.Layer,
+    tensors: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """What codes stand for before any scale, float32 `[N, K]`."""
+    if settings["format"] == "e2m1":
+        return E2M1[codes.long()]
+    magnitudes = torch.tensor(settings["codebooks"])
+    books = torch.cat((magnitudes, -magnitudes), dim=1)
+    choice = torch.zeros(codes.shape, dtype=torch.int64)
+    if len(books) == 2:
+        bits = tensors[f"{layer.name}.weight_codebook"][:, :, None] >> torch.arange(8) & 1
+        groups = bits.flatten(1)[:, : layer.groups].long()
+        choice = groups.repeat_interleave(layer.group_size, dim=1)[:, : layer.shape[1]]
+    return books[choice, codes.long()]
 
 
 @pytest.mark.parametrize("folder", weights("m1") + weights("m2"), ids=lambda folder: folder.name)
@@ -67,7 +97,7 @@ def test_fp8_times_a_float32_for_each_row_is_the_weight(folder: Path) -> None:
         b = tensors[f"{name}.weight_scale"].int()
         largest = b.amax(dim=1, keepdim=True)
         shift = (6 - (largest - b)).repeat_interleave(layer.group_size, dim=1)[:, :k]
-        wide = torch.ldexp(E2M1[codes.long()], shift)
+        wide = torch.ldexp(decode(codes, checkpoint.config["weights"], layer, tensors), shift)
         fp8 = wide.to(E4M3)
         assert torch.equal(fp8.float(), wide)
         row_scale = torch.ones(n, 1)

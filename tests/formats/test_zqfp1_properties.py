@@ -9,11 +9,16 @@ from tempfile import TemporaryDirectory
 
 import tiny_checkpoint
 import torch
+import valid_cases
 import zqfp1_reader as reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 MAGNITUDES = [Fraction(halves, 2) for halves in (0, 1, 2, 3, 4, 6, 8, 12)]
+BOOK_MAGNITUDES = sorted(  # E4M3 numbers from 1/2 to 7: four significant bits
+    {Fraction(m, 8) * 2**e for e in range(3) for m in range(8, 16) if m * 2**e <= 56}
+    | {Fraction(m, 16) for m in range(8, 16)}
+)
 LARGEST = Fraction(2) ** 128 - Fraction(2) ** 104  # of float32
 
 
@@ -42,9 +47,12 @@ def test_dequantizing_is_exact(data: st.DataObject) -> None:
     groups = -(-k // size)
     row = st.lists(st.integers(0, 15), min_size=k, max_size=k)
     codes = data.draw(st.lists(row, min_size=n, max_size=n))
-    # 0x7E2A is the largest BF16 that 6 can multiply in float32.
-    bf16 = st.integers(1, 0x7E2A)
-    tables, factors, row_scales = [], [], []
+    book = st.permutations(BOOK_MAGNITUDES).map(lambda values: [Fraction(0), *sorted(values[:7])])
+    count = 0 if scales == "free" else data.draw(st.integers(0, 2))
+    books = data.draw(st.lists(book, min_size=count, max_size=count))
+    # The largest BF16 that 7, or E2M1's 6, can multiply in float32.
+    bf16 = st.integers(1, 0x7E12 if books else 0x7E2A)
+    tables, factors, row_scales, choice = [], [], [], []
     for row_codes in codes:
         is_zero = [not any(c % 8 for c in row_codes[g * size :][:size]) for g in range(groups)]
         one = 0x3F80 if all(is_zero) else data.draw(bf16)
@@ -61,12 +69,27 @@ def test_dequantizing_is_exact(data: st.DataObject) -> None:
             factors.append([Fraction(2) ** (b - 127) * row_scale for b in table])
         tables.append(table)
         row_scales.append(one)
-    checkpoint = tiny_checkpoint.new_checkpoint(group_size, scales, ("model.safetensors",))
-    tiny_checkpoint.add_layer(
-        checkpoint, "layer", codes, tables, row_scales if scales == "m2" else None
+        second = [len(books) == 2 and not zero and data.draw(st.booleans()) for zero in is_zero]
+        choice.append(list(map(int, second)))
+    checkpoint = tiny_checkpoint.new_checkpoint(
+        group_size,
+        scales,
+        ("model.safetensors",),
+        [list(map(float, magnitudes)) for magnitudes in books] or None,
     )
+    tiny_checkpoint.add_layer(
+        checkpoint,
+        "layer",
+        codes,
+        tables,
+        row_scales if scales == "m2" else None,
+        choice=choice if len(books) == 2 else None,
+    )
+    magnitudes = books or [MAGNITUDES]
     expected = [
-        (-1 if code >= 8 else 1) * MAGNITUDES[code % 8] * factors[r][column // size]
+        (-1 if code >= 8 else 1)
+        * magnitudes[choice[r][column // size]][code % 8]
+        * factors[r][column // size]
         for r, row_codes in enumerate(codes)
         for column, code in enumerate(row_codes)
     ]
@@ -120,6 +143,18 @@ def test_rounding_to_e4m3_saturates() -> None:
     """No token's own scale leads there, as a quotient is 448 or the next float32 at most."""
     for value in (448.0, 448.1, 464.0, 480.0, 3e38, float("inf")):
         assert [reader._encode_e4m3(sign * value) for sign in (1, -1)] == [0x7E, 0xFE]
+
+
+def test_bits_a_weight_with_two_codebooks() -> None:
+    n, k = 2, 1280
+    books = valid_cases.PAIR
+    checkpoint = tiny_checkpoint.new_checkpoint(128, "m2", ("model.safetensors",), books)
+    tiny_checkpoint.add_random_layer(checkpoint, "layer", n, k)
+    with TemporaryDirectory() as folder:
+        for name, data in tiny_checkpoint.render(checkpoint).items():
+            (Path(folder) / name).write_bytes(data)
+        layer = reader.read(folder).layers["layer"]
+    assert layer.bits_per_weight == 4 + 8 / 128 + 16 / k + 8 * 2 / k
 
 
 def test_bits_a_weight_are_those_of_the_bytes() -> None:

@@ -69,6 +69,36 @@ BROKEN: tuple[tuple[str, Any], ...] = (
     ("recipe", None),
     ("recipe", []),
 )
+BOOK = valid_cases.PAIR[0]
+BROKEN_CODEBOOKS: tuple[tuple[str, Any], ...] = (
+    ("required_features", []),
+    ("weights.format", "e2m1"),
+    ("weights.format", ABSENT),
+    ("weights.scales", "free"),
+    ("weights.scales", ABSENT),
+    ("weights.group_size", ABSENT),
+    ("weights.codebooks", ABSENT),
+    ("weights.codebooks", None),
+    ("weights.codebooks", {}),
+    ("weights.codebooks", []),
+    ("weights.codebooks", BOOK),
+    ("weights.codebooks", [BOOK] * 3),
+    ("weights.codebooks", [BOOK, None]),
+    ("weights.codebooks", [BOOK[:7]]),
+    ("weights.codebooks", [[*BOOK, 7]]),
+    ("weights.codebooks", [[*BOOK[:7], BOOK[6]]]),
+    ("weights.codebooks", [[0.5, *BOOK[1:]]]),
+    ("weights.codebooks", [[False, *BOOK[1:]]]),
+    ("weights.codebooks", [[*BOOK[:2], True, *BOOK[3:]]]),
+    *(
+        ("weights.codebooks", [[0, least, *BOOK[2:]]])
+        for least in (None, "0.5", [0.5], 0.46875, -0.5, 0)
+    ),
+    *(
+        ("weights.codebooks", [BOOK, [*BOOK[:7], most]])
+        for most in (5.25, 5.5000001, 7.5, 8, 1e300)
+    ),
+)
 
 
 def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -95,7 +125,24 @@ def test_takes_every_valid_vector(path: Path) -> None:
 
 @pytest.mark.parametrize(("key", "value"), BROKEN, ids=lambda value: str(value))
 def test_refuses_what_the_reader_refuses(tmp_path: Path, key: str, value: Any) -> None:
-    checkpoint = valid_cases.lorc("e4m3")
+    refused_by_both(tmp_path, valid_cases.lorc("e4m3"), key, value)
+
+
+@pytest.mark.parametrize(("key", "value"), BROKEN_CODEBOOKS, ids=lambda value: str(value))
+def test_refuses_the_codebooks_that_the_reader_refuses(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    refused_by_both(tmp_path, valid_cases.codebooks_two(), key, value)
+
+
+def test_takes_the_magnitudes_that_the_reader_takes() -> None:
+    second = SCHEMA["allOf"][1]["then"]["properties"]["weights"]["properties"]["codebooks"]
+    assert second["items"]["items"]["enum"] == sorted(reader.BOOK_MAGNITUDES)
+
+
+def refused_by_both(
+    tmp_path: Path, checkpoint: tiny_checkpoint.Checkpoint, key: str, value: Any
+) -> None:
     VALIDATOR.validate(checkpoint.settings)
     broken = changed(checkpoint.settings, key, value)
     assert not VALIDATOR.is_valid(broken)

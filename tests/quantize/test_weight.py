@@ -14,7 +14,7 @@ from zqfp_convert.numerics import scales
 from zqfp_convert.quantize import lorc
 from zqfp_convert.quantize.gptq import gptq
 from zqfp_convert.quantize.hessian import Curvature, HessianSum, aim_at_original, prepare
-from zqfp_convert.quantize.weight import QuantizedWeight, nearest, quantize_weight
+from zqfp_convert.quantize.weight import QuantizedWeight, quantize_weight
 from zqfp_convert.recipe import GROUP_SIZES, GroupSize, Recipe, ScaleKind
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -221,7 +221,7 @@ def test_paper_is_gptq_and_a_decomposition_of_what_it_left() -> None:
     weight, curvature = normal(40, 300), curvature_for(300, activation_order=False)
     quantized = quantize_weight(weight, curvature, Recipe.named("paper"))
     chosen = scales.choose(weight, "m1", "ceil", 256)
-    rounded = gptq(weight, curvature, chosen.per_column, nearest)
+    rounded = gptq(weight, curvature, chosen.marks, chosen.round)
     assert torch.equal(quantized.codes, scales.quantize(rounded, chosen))
     assert torch.equal(quantized.scales.exponent, chosen.exponent)
     factors = lorc.encode(*lorc.fit(weight - rounded, None, 8), "e4m3")
@@ -370,9 +370,18 @@ def test_scales_are_searched_with_the_hessians_diagonal() -> None:
     assert not torch.equal(chosen.per_group(), unweighted.per_group())
 
 
-def test_nearest() -> None:
-    values, scale = normal(8, 40), torch.exp2(torch.arange(8.0) - 4)[:, None] * 1.25
-    have = nearest(values, scale)
-    every = torch.from_numpy(np.concatenate([-VALUES, VALUES])).float() * scale[..., None]
-    distance = (every - values[..., None]).abs()
-    assert torch.equal((have - values).abs(), distance.amin(-1))
+def test_two_codebooks_are_closer_than_one() -> None:
+    """Under the solvers too, and every element is on the grid of its group's codebook."""
+    weight, curvature = normal(48, 256), curvature_for(256)
+    errors = {}
+    for books in ("e2m1", "pair"):
+        recipe = Recipe.named("best", rank=0, asymmetry=0.0, codebooks=books)
+        quantized = quantize_weight(weight, curvature, recipe)
+        errors[books] = quantized.output_error
+        assert (quantized.scales.choice is None) == (books == "e2m1")
+    assert errors["pair"] < 0.95 * errors["e2m1"]
+    chosen = quantized.scales
+    assert chosen.choice is not None
+    assert 0.05 < chosen.choice.float().mean() < 0.95
+    again = scales.quantize(quantized.dequantize(), chosen)
+    assert torch.equal(again, quantized.codes)

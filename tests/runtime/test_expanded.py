@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dequantized import CODES, Dense, lorc_of, weight_of
+from dequantized import Dense, lorc_of, weight_of
 from packed_layers import random_layer
 from torch import Tensor
 
 from zqfp_convert.checkpoint.packed import PackedLayer
-from zqfp_convert.numerics import fp8
+from zqfp_convert.numerics import codebook, fp8
 from zqfp_convert.numerics.scales import Kind
 from zqfp_convert.runtime import expanded
 
@@ -20,7 +20,7 @@ def expand(layer: PackedLayer) -> Tensor:
     """The FP8 matrix of a layer, written over garbage; float8_e4m3fn `[N', K']`."""
     shape = (layer.rows + -layer.rows % 16, layer.columns + -layer.columns % 16)
     out = torch.full(shape, 0x5A, dtype=torch.uint8)
-    expanded.expand(layer.packed, layer.scale, layer.group_size, out)
+    expanded.expand(layer.packed, layer.scale, layer.group_size, out, layer.books, layer.choice)
     return out.view(torch.float8_e4m3fn)
 
 
@@ -32,21 +32,23 @@ def assert_exact(layer: PackedLayer) -> None:
     matrix = expand(layer).float()
     factor = expanded.row_factor(layer.scale, layer.row_scale)
     have = matrix[: layer.rows, : layer.columns] * factor[:, None]
-    want = weight_of(layer.tensors(), layer.name, layer.columns, layer.group_size).float()
+    size = layer.columns, layer.group_size
+    want = weight_of(layer.tensors(), layer.name, *size, layer.books).float()
     assert torch.equal(bits(have), bits(want))
     assert torch.equal(bits(have), bits(layer.dequantize()))
     assert not matrix[layer.rows :].view(torch.int32).any()
     assert not matrix[:, layer.columns :].contiguous().view(torch.int32).any()
 
 
-def test_every_code_at_every_shift() -> None:
-    table = expanded.shift_table()
+@pytest.mark.parametrize("book", [codebook.E2M1, *codebook.PAIR])
+def test_every_code_at_every_shift(book: codebook.Codebook) -> None:
+    table = expanded.shift_table(book=book)
     assert table.shape == (12, 16)
     assert table.dtype == torch.uint8
     for below in range(12):
         for code in range(16):
             value = float(table[below, code].view(torch.float8_e4m3fn).float())
-            assert value == float(CODES[code]) * 2.0 ** (6 - below)
+            assert value == (*book, *(-v for v in book))[code] * 2.0 ** (6 - below)
             assert value == 0 or 2.0**-6 <= abs(value) <= 448  # a normal number, or zero
 
 
@@ -55,8 +57,18 @@ def test_every_code_at_every_shift() -> None:
 @pytest.mark.parametrize(
     ("rows", "columns"), [(1, 1), (1, 2), (3, 5), (16, 16), (17, 33), (48, 64), (31, 255)]
 )
-def test_expansion_is_exact(kind: Kind, rows: int, columns: int, group_size: int) -> None:
-    assert_exact(random_layer(kind, rows, columns, group_size, seed=rows + columns))
+@pytest.mark.parametrize(
+    "books", [(codebook.E2M1,), codebook.PAIR[1:], codebook.PAIR], ids=["e2m1", "other", "pair"]
+)
+def test_expansion_is_exact(
+    kind: Kind,
+    rows: int,
+    columns: int,
+    group_size: int,
+    books: tuple[codebook.Codebook, ...],
+) -> None:
+    seed = rows + columns
+    assert_exact(random_layer(kind, rows, columns, group_size, seed=seed, books=books))
 
 
 @pytest.mark.parametrize("span", range(12))

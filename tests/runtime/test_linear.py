@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.errors import OptionError
+from zqfp_convert.numerics import codebook
 from zqfp_convert.numerics.scales import Kind
 from zqfp_convert.runtime.kernels.hopper import linear as hopper_linear
 from zqfp_convert.runtime.kernels.hopper import schedules
@@ -23,7 +24,8 @@ from zqfp_convert.runtime.linear import PATH_VARIABLE, QuantizedLinear, Scratch
 
 
 def truth(layer: PackedLayer, bias: Tensor | None = None) -> Dense:
-    weight = weight_of(layer.tensors(), layer.name, layer.columns, layer.group_size)
+    size = layer.columns, layer.group_size
+    weight = weight_of(layer.tensors(), layer.name, *size, layer.books)
     return Dense(weight, lorc_of(layer.tensors(), layer.name), bias)
 
 
@@ -171,6 +173,27 @@ def test_fast_paths(
         assert y.is_contiguous()
         seen = x.float() if offset is None else x.float() - offset.float()
         assert relative(y, truth(layer, bias)(seen)) < 4e-3
+
+
+@pytest.mark.parametrize("way", ["auto", "expanded", "reference"])
+@pytest.mark.parametrize("kind", ["m1", "m2"])
+def test_two_codebooks(kernels: str, kind: Kind, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled too, and through a state dict; no fused kernel takes them."""
+    layer = random_layer(kind, 40, 300, 32, 5, books=codebook.PAIR)
+    module = QuantizedLinear(layer, None, Scratch())
+    other = random_layer(kind, 40, 300, 32, 5, seed=1, books=codebook.PAIR)
+    again = QuantizedLinear(other, None, Scratch())
+    again.load_state_dict(module.state_dict())
+    if way != "auto":
+        monkeypatch.setenv(PATH_VARIABLE, way)
+    x = torch.randn(7, 300).bfloat16()
+    assert module.path(x) == ("expanded" if way == "auto" else way)
+    want = truth(layer)(x.float())
+    assert relative(module(x), want) < 4e-3
+    assert torch.equal(again(x), module(x))
+    with torch.no_grad():
+        compiled = torch.compile(module, fullgraph=True, backend="eager")
+        assert relative(compiled(x), want) < 4e-3
 
 
 @pytest.mark.parametrize("way", ["fused", "expanded"])

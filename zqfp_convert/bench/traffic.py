@@ -22,6 +22,7 @@ KINDS = (WEIGHTS, ROWS, LORC, EMBEDDING, HEAD, OTHERS, CACHE)
 PARTS = {
     "weight_packed": WEIGHTS,
     "weight_scale": WEIGHTS,
+    "weight_codebook": WEIGHTS,
     "chunks": WEIGHTS,
     "weights": WEIGHTS,
     "shifts": WEIGHTS,

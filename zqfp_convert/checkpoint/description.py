@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.shards import check_inside, read_json
 from zqfp_convert.errors import CheckpointError
+from zqfp_convert.numerics import codebook
 
 AGAIN = "Convert the model again with zqfp-convert, or download the checkpoint again."
 CHANGES = ("bias_added", "bias_changed", "norm_changed")
@@ -67,10 +68,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not _has(producer, name=str, version=str):
         fail(f"producer {producer!r}", "a name and a version")
     weights = config.get("weights")
-    if not isinstance(weights, dict) or weights.get("format") != "e2m1":
-        fail(f"weights {weights!r}", "weights of format e2m1")
+    kind = "codebooks" if "codebooks" in features else "e2m1"
+    if not isinstance(weights, dict) or weights.get("format") != kind:
+        fail(f"weights {weights!r}", f"weights of format {kind}, by required_features")
     if weights.get("scales") not in ("free", "m1", "m2"):
         fail(f"scales {weights.get('scales')!r}", "free, m1 or m2")
+    if kind == "codebooks":
+        books = weights.get("codebooks")
+        if weights["scales"] == "free" or not _codebooks(books):
+            fail(
+                f"codebooks {books!r} with scales {weights['scales']}",
+                "one or two lists of eight E4M3 numbers, 0 and then from 0.5 to 7, that rise; "
+                "scales m1 or m2",
+            )
     size = weights.get("group_size")
     if size != "row" and not _whole(size, 1):
         fail(f"group_size {size!r}", "a positive whole number, or 'row'")
@@ -159,6 +169,17 @@ def _error(value: object) -> bool:
 def _names(value: object) -> bool:
     listed = isinstance(value, list) and all(isinstance(name, str) for name in value)
     return listed and len(set(value)) == len(value)  # type: ignore[arg-type, call-overload]
+
+
+def _codebooks(value: object) -> bool:
+    """One or two codebooks that the format admits."""
+    if not isinstance(value, list) or len(value) not in (1, 2):
+        return False
+    numbers = all(
+        isinstance(book, list) and all(type(number) in (int, float) for number in book)
+        for book in value
+    )
+    return numbers and all(codebook.admissible(tuple(book)) for book in value)
 
 
 def _has(value: object, **kinds: type) -> bool:

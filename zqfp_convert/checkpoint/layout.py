@@ -7,7 +7,7 @@ from __future__ import annotations
 
 FORMAT = "zqfp"
 FORMAT_VERSION = 1
-KNOWN_FEATURES = ("lorc", "input_offset")
+KNOWN_FEATURES = ("lorc", "input_offset", "codebooks")
 
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "quantization_config"
@@ -20,12 +20,22 @@ BIAS = ".bias"
 PACKED = ".weight_packed"
 SCALE = ".weight_scale"
 ROW_SCALE = ".weight_row_scale"
+CODEBOOK = ".weight_codebook"
 LORC_A = ".lorc_A"
 LORC_B = ".lorc_B"
 LORC_SCALE = ".lorc_scale"
 INPUT_OFFSET = ".input_offset"
 
-PACKED_SUFFIXES = (PACKED, SCALE, ROW_SCALE, LORC_A, LORC_B, LORC_SCALE, INPUT_OFFSET)
+PACKED_SUFFIXES = (
+    PACKED,
+    SCALE,
+    ROW_SCALE,
+    CODEBOOK,
+    LORC_A,
+    LORC_B,
+    LORC_SCALE,
+    INPUT_OFFSET,
+)
 
 E8M0_BIAS = 127
 E8M0_FORBIDDEN = 255

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.errors import CheckpointError
-from zqfp_convert.numerics import nibbles, scales
+from zqfp_convert.numerics import bits, codebook, nibbles, scales
+from zqfp_convert.numerics.codebook import Codebook
 from zqfp_convert.numerics.scales import Kind, Scales
 
 
@@ -30,6 +31,8 @@ class PackedLayer:
         lorc_A, lorc_B: `[r, K]`, `[N, r]`, float8_e4m3fn or bfloat16, or None.
         lorc_scale: float32 `[r]`, with float8 factors.
         input_offset: bfloat16 `[K]`, or None.
+        books: one codebook, or two.
+        choice: uint8 `[N, ceil(G / 8)]`, a bit for each group, with two codebooks.
     """
 
     name: str
@@ -43,6 +46,8 @@ class PackedLayer:
     lorc_B: Tensor | None = None
     lorc_scale: Tensor | None = None
     input_offset: Tensor | None = None
+    books: tuple[Codebook, ...] = (codebook.E2M1,)
+    choice: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -65,6 +70,7 @@ class PackedLayer:
             layout.PACKED: self.packed,
             layout.SCALE: self.scale,
             layout.ROW_SCALE: self.row_scale,
+            layout.CODEBOOK: self.choice,
             layout.LORC_A: self.lorc_A,
             layout.LORC_B: self.lorc_B,
             layout.LORC_SCALE: self.lorc_scale,
@@ -87,7 +93,9 @@ class PackedLayer:
             factor = torch.ones(self.rows, 1, device=exponent.device)
         else:
             factor = self.row_scale.float()[:, None]
-        return Scales(self.kind, factor, exponent, self.group_size)
+        groups = exponent.shape[1]
+        choice = None if self.choice is None else bits.unpack(self.choice, groups)
+        return Scales(self.kind, factor, exponent, self.group_size, books=self.books, choice=choice)
 
     def dequantize(self) -> Tensor:
         """The float32 weight `[N, K]`, without low-rank compensation."""
@@ -156,6 +164,15 @@ class PackedLayer:
                 "a group or row of zeros with another scale than the format's",
                 needed="the row's largest exponent; for a row of zeros byte 127 and row scale 1",
             )
+        if self.choice is None:
+            return
+        assert wanted.choice is not None
+        if not torch.equal(bits.pack(wanted.choice), self.choice):
+            self._break(
+                "codebook-choice",
+                "a bit that is not 0 for a group of zeros, or beyond the last group",
+                needed="0",
+            )
 
     def _break(self, rule: str, found: str, *, needed: str) -> None:
         raise CheckpointError(
@@ -188,4 +205,6 @@ def pack(
         home(A),
         home(B),
         home(lorc_scale),
+        books=chosen.books,
+        choice=None if chosen.choice is None else home(bits.pack(chosen.choice)),
     )

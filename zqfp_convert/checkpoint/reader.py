@@ -13,6 +13,8 @@ from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.checkpoint.shards import Shards, TensorInfo, read_header, read_index
 from zqfp_convert.checkpoint.writer import sha256
 from zqfp_convert.errors import CheckpointError
+from zqfp_convert.numerics import codebook
+from zqfp_convert.numerics.codebook import Codebook
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 
@@ -53,6 +55,14 @@ class PackedCheckpoint:
         kind: Literal["free", "m1", "m2"] = self.quantization["weights"]["scales"]
         return kind
 
+    @property
+    def books(self) -> tuple[Codebook, ...]:
+        """What the codes stand for: one codebook, or two."""
+        if "codebooks" not in self.quantization["required_features"]:
+            return (codebook.E2M1,)
+        given = self.quantization["weights"]["codebooks"]
+        return tuple((0.0, *map(float, book[1:])) for book in given)
+
     def layer(self, name: str) -> PackedLayer:
         """One layer, read and held to the rules on values.
 
@@ -80,6 +90,8 @@ class PackedCheckpoint:
             optional(layout.LORC_B),
             optional(layout.LORC_SCALE),
             optional(layout.INPUT_OFFSET),
+            books=self.books,
+            choice=optional(layout.CODEBOOK),
         )
         layer.check()
         if layer.scales().span != entry["span"]:
@@ -206,6 +218,8 @@ class PackedCheckpoint:
         }
         if self.scales == "m2":
             wanted[layout.ROW_SCALE] = (("BF16",), (rows,))
+        if len(self.books) > 1:
+            wanted[layout.CODEBOOK] = (("U8",), (rows, -(-groups // 8)))
         if rank > 0:
             factors = "F8_E4M3" if lorc["factors"] == "e4m3" else "BF16"
             wanted[layout.LORC_A] = ((factors,), (rank, columns))

@@ -42,6 +42,14 @@ def command(
         str | None,
         typer.Option(help="32, 64, 128, 256 or row.", rich_help_panel=QUALITY),
     ] = None,
+    codebooks: Annotated[
+        str | None,
+        typer.Option(
+            help="What codes stand for: e2m1, or pair (each group has the better of two; a bit "
+            "more, closer, slower kernels for now).",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -105,6 +113,7 @@ def command(
             recipe,
             scales=scales,
             group_size=_group_size(group_size),
+            codebooks=codebooks,
             rank=rank,
             tune=tune,
             ignore=ignore,

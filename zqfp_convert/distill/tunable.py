@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,27 +11,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from zqfp_convert.numerics import e2m1, fp8, scales
+from zqfp_convert.numerics import codebook, fp8, scales
 from zqfp_convert.quantize.hessian import relative_error
 from zqfp_convert.quantize.lorc import Factors
 from zqfp_convert.quantize.weight import QuantizedWeight
 
 REACH = 0.3  # steps of the grid that a weight may be moved from where it starts
 EDGE = 0.45  # a start lies at most this far from its code: nearer than the next one
-LEVELS = len(e2m1.MAGNITUDES)
+LEVELS = codebook.SIZE
 
 
 class TunableLinear(nn.Module):
     """`y = (W^ + B diag(s) A) x^ + bias`, with gradients for what a quantized linear consists of.
 
-    A weight has a place on the grid of E2M1, counted in steps (0, 0.5, 1, 1.5, 2, 3, 4, 6 are 0 to
-    7), and its code is the nearest whole number. The place starts where the weight would be best
-    with all others rounded, but never nearer to another code than to its own, and may move by
-    `REACH`. So only roundings that were doubtful can change. Rounding counts as the
+    A weight has a place on the grid of its codebook, counted in steps (of E2M1 0, 0.5, 1, 1.5, 2,
+    3, 4, 6 are 0 to 7), and its code is the nearest whole number. The place starts where the weight
+    would be best with all others rounded, but never nearer to another code than to its own, and may
+    move by `REACH`. So only roundings that were doubtful can change. Rounding counts as the
     identity in the backward pass (straight-through; Bengio et al., arXiv:1308.3432).
     """
 
     start: Tensor
+    tables: Tensor
+    first_code: Tensor | None
     group_scale: Tensor
     row_scale: Tensor | None
 
@@ -47,8 +50,12 @@ class TunableLinear(nn.Module):
         self.register_buffer("row_scale", chosen.factor if by_row else None)  # [N, 1]
         factors = solved.factors
         columns = torch.arange(self.columns, device=solved.codes.device)
+        tables = torch.tensor(chosen.books, device=solved.codes.device)
+        self.register_buffer("tables", tables.flatten())  # one codebook after another
+        second = None if chosen.choice is None else LEVELS * chosen.choice.to(torch.uint8)
+        self.register_buffer("first_code", second)  # [N, G], of each group's codebook in there
         codes = _signed(solved.codes)
-        exact = _place(solved.doubt / chosen.per_column(columns))
+        exact = _place(solved.doubt / chosen.per_column(columns), self._magnitudes)
         self.register_buffer("start", codes + (exact - codes).clamp(-EDGE, EDGE))  # [N, K]
         self.shift = nn.Parameter(torch.zeros_like(self.start))
         self.row_gain = nn.Parameter(torch.zeros_like(chosen.factor)) if by_row else None
@@ -66,8 +73,7 @@ class TunableLinear(nn.Module):
     def weight(self) -> Tensor:
         """What it stands for now, `[N, K]` float32, compensation included."""
         place = (self.start + self.shift).clamp(1 - LEVELS, LEVELS - 1)
-        value = _value(place)
-        value = straight(value, _at(place.detach().round()))
+        value = straight(_value(place, self._magnitudes), self._at(place.detach().round()))
         group = torch.arange(self.columns, device=value.device) // self.group_size
         weight = value * self.group_scale[:, group]
         row_scale = self._row_scale()
@@ -96,6 +102,17 @@ class TunableLinear(nn.Module):
         tuned = QuantizedWeight(codes, chosen, factors, 0.0, None)
         error = relative_error(weight.float() - tuned.dequantize(), weight.float(), None)
         return replace(tuned, weight_error=error)
+
+    def _magnitudes(self, codes: Tensor) -> Tensor:
+        """Of codes int64 `[N, K]`, 0 to 7."""
+        if self.first_code is not None:
+            group = torch.arange(self.columns, device=codes.device) // self.group_size
+            codes = codes + self.first_code[:, group]
+        return self.tables[codes]
+
+    def _at(self, steps: Tensor) -> Tensor:
+        """The values at whole numbers of steps."""
+        return self._magnitudes(steps.abs().long()).copysign(steps)
 
     def _row_scale(self) -> Tensor | None:
         """`[N, 1]`, bfloat16 values, as the format has them."""
@@ -138,28 +155,21 @@ def _signed(codes: Tensor) -> Tensor:
     return torch.where(codes >= 8, -steps, steps)
 
 
-def _magnitudes(like: Tensor) -> Tensor:
-    return torch.tensor(e2m1.MAGNITUDES, device=like.device)
-
-
-def _at(steps: Tensor) -> Tensor:
-    """The values at whole numbers of steps."""
-    return _magnitudes(steps)[steps.abs().long()].copysign(steps)
-
-
-def _value(place: Tensor) -> Tensor:
+def _value(place: Tensor, magnitudes: Callable[[Tensor], Tensor]) -> Tensor:
     """The values at any places, linear between the codes; differentiable."""
-    table, size = _magnitudes(place), place.abs()
+    size = place.abs()
     below = size.detach().floor().clamp_max(LEVELS - 2).long()
-    low, high = table[below], table[below + 1]
+    low, high = magnitudes(below), magnitudes(below + 1)
     return (low + (high - low) * (size - below)) * place.detach().sign()
 
 
-def _place(values: Tensor) -> Tensor:
-    """The inverse of `_value`; beyond 6 it goes on as from 4 to 6."""
-    table, size = _magnitudes(values), values.abs()
-    below = torch.bucketize(size, table, right=True).sub(1).clamp(0, LEVELS - 2)
-    low, high = table[below], table[below + 1]
+def _place(values: Tensor, magnitudes: Callable[[Tensor], Tensor]) -> Tensor:
+    """The inverse of `_value`; beyond the largest it goes on as from the one before."""
+    size = values.abs()
+    below = torch.zeros_like(size, dtype=torch.long)
+    for code in range(1, LEVELS - 1):
+        below += size >= magnitudes(torch.full_like(below, code))
+    low, high = magnitudes(below), magnitudes(below + 1)
     return (below + (size - low) / (high - low)).clamp_max(2.0 * LEVELS).copysign(values)
 
 

@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from zqfp_convert.numerics import e2m1
+from zqfp_convert.numerics import codebook
+from zqfp_convert.numerics.codebook import Codebook
 
 Kind = Literal["free", "m1", "m2"]
 Rounding = Literal["ceil", "floor", "nearest", "search"]
@@ -35,6 +36,8 @@ class Scales:
         exponent: int16 `[N, G]`; zeros where scales are free, at most 0 under M2.
         group_size: columns that share a scale; the last group may be shorter.
         raised: how many groups the limit on the span has lifted to a larger scale.
+        books: one codebook, or two.
+        choice: of two: bool `[N, G]`, the second one where true.
     """
 
     kind: Kind
@@ -42,6 +45,8 @@ class Scales:
     exponent: Tensor
     group_size: int
     raised: int = 0
+    books: tuple[Codebook, ...] = (codebook.E2M1,)
+    choice: Tensor | None = None
 
     def per_group(self) -> Tensor:
         """The scales as float32 `[N, G]`, exact."""
@@ -50,6 +55,22 @@ class Scales:
     def per_column(self, columns: Tensor) -> Tensor:
         """The scales of the given columns (int64 `[C]`) as float32 `[N, C]`."""
         return self.per_group()[:, columns // self.group_size]
+
+    def marks(self, columns: Tensor) -> Tensor:
+        """`per_column`, negative where the second codebook holds: what `round` needs to know."""
+        scale = self.per_group()
+        if self.choice is not None:
+            scale = torch.where(self.choice, -scale, scale)
+        return scale[:, columns // self.group_size]
+
+    def round(self, values: Tensor, marks: Tensor) -> Tensor:
+        """The representable values nearest to `values` under `marks` (shapes that broadcast)."""
+        scale = marks.abs()
+        rounded = codebook.round_to(values / scale, self.books[0])
+        if self.choice is not None:
+            other = codebook.round_to(values / scale, self.books[1])
+            rounded = torch.where(marks < 0, other, rounded)
+        return rounded * scale
 
     @property
     def span(self) -> int | None:
@@ -65,10 +86,11 @@ def choose(
     rounding: Rounding,
     group_size: int,
     importance: Tensor | None = None,
+    books: tuple[Codebook, ...] = (codebook.E2M1,),
 ) -> Scales:
     """Choose the scales of a weight.
 
-    Roundings of the ideal scale `S = absmax / 6` of each group:
+    Roundings of the ideal scale `S = absmax / 6` (the codebook's largest) of each group:
         free: `nearest` keeps S; `search` tries 32 scales from 3/4 S to 3 S.
         m1: `2^ceil(log2 S)` never clips, `floor` clips, `nearest` is nearest in log2 and may.
         m2: the row scale is the row's largest S; a group has it over `2^r(log2(S_max / S))`:
@@ -82,12 +104,20 @@ def choose(
         weight: `[N, K]`, any floating dtype, finite.
         importance: float `[K]`, not negative (the Hessian's diagonal); ones when absent. Only
             `search` uses it.
+        books: one codebook, or two of which `search` gives each group the better one.
     """
     weight = weight.float()
     if rounding == "search":
-        return _searched(weight, kind, group_size, importance)
+        return _searched(weight, kind, group_size, importance, books)
+    assert len(books) == 1, "a choice takes a search"
+    return replace(_rounded(weight, kind, rounding, group_size, books[0][-1]), books=books)
+
+
+def _rounded(
+    weight: Tensor, kind: Kind, rounding: Rounding, group_size: int, largest_code: float
+) -> Scales:
     absmax = _absmax(_grouped(weight, group_size))  # [N, G]
-    ideal = absmax / e2m1.MAX
+    ideal = absmax / largest_code
     match kind:
         case "free":
             return _free(ideal, group_size)
@@ -103,15 +133,24 @@ def choose(
 
 
 def quantize(weight: Tensor, scales: Scales) -> Tensor:
-    """The codes, uint8 `[N, K]`, of the E2M1 values nearest to `weight / scale`."""
+    """The codes, uint8 `[N, K]`, of the values nearest to `weight / scale`."""
     columns = torch.arange(weight.shape[1], device=weight.device)
-    return e2m1.encode(weight.float() / scales.per_column(columns))
+    steps = weight.float() / scales.per_column(columns)
+    codes = codebook.encode(steps, scales.books[0])
+    if scales.choice is None:
+        return codes
+    other = codebook.encode(steps, scales.books[1])
+    return torch.where(scales.choice[:, columns // scales.group_size], other, codes)
 
 
 def dequantize(codes: Tensor, scales: Scales) -> Tensor:
     """The float32 weight `[N, K]` that codes uint8 `[N, K]` and scales stand for."""
     group = torch.arange(codes.shape[1], device=codes.device) // scales.group_size
-    values = e2m1.decode(codes) * power_of_two(scales.exponent)[:, group]
+    values = codebook.decode(codes, scales.books[0])
+    if scales.choice is not None:
+        other = codebook.decode(codes, scales.books[1])
+        values = torch.where(scales.choice[:, group], other, values)
+    values = values * power_of_two(scales.exponent)[:, group]
     return values * (scales.factor[:, group] if scales.kind == "free" else scales.factor)
 
 
@@ -126,8 +165,8 @@ def power_of_two(exponent: Tensor) -> Tensor:
 def canonical(codes: Tensor, scales: Scales) -> Scales:
     """The scales with the format's values where every code of a group or of a row is 0.
 
-    Such a group gets its row's largest exponent, such a row factor 1 and exponents 0; what codes
-    and scales stand for does not change. Free scales stay as they are.
+    Such a group gets its row's largest exponent and the first codebook, such a row factor 1 and
+    exponents 0; what codes and scales stand for does not change. Free scales stay as they are.
     """
     if scales.kind == "free":
         return scales
@@ -138,6 +177,7 @@ def canonical(codes: Tensor, scales: Scales) -> Scales:
         scales,
         exponent=exponent.masked_fill(zero_row, 0),
         factor=scales.factor.masked_fill(zero_row, 1.0),
+        choice=None if scales.choice is None else scales.choice & ~empty,
     )
 
 
@@ -200,11 +240,17 @@ def _constrained(
     return Scales(kind, factor, exponent, group_size, int(too_low.sum()))
 
 
-def _searched(weight: Tensor, kind: Kind, group_size: int, importance: Tensor | None) -> Scales:
-    """Try mantissas `m = 2^(i/16)` and, for each group, two exponents.
+def _searched(
+    weight: Tensor,
+    kind: Kind,
+    group_size: int,
+    importance: Tensor | None,
+    books: tuple[Codebook, ...],
+) -> Scales:
+    """Try mantissas `m = 2^(i/16)` and, for each group, two exponents with each codebook.
 
-    With the exponent `floor(log2(absmax / m)) - 2` the group's largest weight lies in [4, 8) scale
-    steps (it may clip at 6), with one more in [2, 4).
+    With the smaller exponent the group's largest weight lies in `[2/3, 4/3)` of the largest code
+    (for E2M1 in [4, 8) scale steps; it may clip at 6), with one more in `[1/3, 2/3)`.
     """
     if importance is None:
         importance = torch.ones(weight.shape[1], device=weight.device)
@@ -212,32 +258,53 @@ def _searched(weight: Tensor, kind: Kind, group_size: int, importance: Tensor | 
     mantissa_values = torch.tensor(mantissas, device=weight.device).bfloat16().float()
     grouped_importance = _grouped(importance.float()[None], group_size)  # [1, G, group_size]
     absmax = _absmax(_grouped(weight, group_size))  # [N, G]
-    factors, exponents = [], []
+    factors, exponents, choices = [], [], []
     for start in range(0, weight.shape[0], SEARCH_ROWS):
         groups = _grouped(weight[start : start + SEARCH_ROWS], group_size)
-        costs, candidates = [], []  # for each mantissa, [rows, G]
+        costs, candidates, seconds = [], [], []  # for each mantissa, [rows, G]
         for mantissa in mantissa_values:
-            low = _log2(groups.abs().amax(-1) / mantissa, "floor") - 2
-            high = low + 1
-            cost_low = _cost(groups, grouped_importance, mantissa * power_of_two(low))
-            cost_high = _cost(groups, grouped_importance, mantissa * power_of_two(high))
-            candidates.append(torch.where(cost_low <= cost_high, low, high))
-            costs.append(torch.minimum(cost_low, cost_high))
+            cost, exponent = _best(groups, grouped_importance, mantissa, books[0])
+            second = torch.zeros_like(cost, dtype=torch.bool)
+            for book in books[1:]:
+                cost_of, exponent_of = _best(groups, grouped_importance, mantissa, book)
+                second = cost_of < cost
+                cost = torch.where(second, cost_of, cost)
+                exponent = torch.where(second, exponent_of, exponent)
+            costs.append(cost)
+            candidates.append(exponent)
+            seconds.append(second)
         cost, exponent = torch.stack(costs), torch.stack(candidates)  # [mantissas, rows, G]
         if kind != "free":  # one mantissa for a whole row
             cost = cost.sum(-1, keepdim=True)
         best = cost.argmin(0)  # [rows, G or 1]
         factors.append(mantissa_values[best])
-        exponents.append(exponent.gather(0, best.expand(exponent.shape[1:])[None])[0])
+        best = best.expand(exponent.shape[1:])[None]
+        exponents.append(exponent.gather(0, best)[0])
+        choices.append(torch.stack(seconds).gather(0, best)[0])
     factor, exponent = torch.cat(factors), torch.cat(exponents)
     if kind == "free":
         value = factor * power_of_two(exponent)
-        return _free(value.masked_fill(absmax == 0, 0.0), group_size)
-    return _constrained(kind, factor, exponent, absmax, group_size)
+        found = _free(value.masked_fill(absmax == 0, 0.0), group_size)
+    else:
+        found = _constrained(kind, factor, exponent, absmax, group_size)
+    choice = torch.cat(choices) if len(books) > 1 else None
+    return replace(found, books=books, choice=choice)
 
 
-def _cost(groups: Tensor, importance: Tensor, scale: Tensor) -> Tensor:
+def _best(
+    groups: Tensor, importance: Tensor, mantissa: Tensor, book: Codebook
+) -> tuple[Tensor, Tensor]:
+    """Of two exponents the better one: its cost and itself, both `[N, G]`."""
+    clipped = torch.full_like(mantissa, book[-1] * 4 / 3)
+    low = _log2(groups.abs().amax(-1) / mantissa / clipped, "floor") + 1
+    cost_low = _cost(groups, importance, mantissa * power_of_two(low), book)
+    cost_high = _cost(groups, importance, mantissa * power_of_two(low + 1), book)
+    lower = cost_low <= cost_high
+    return torch.where(lower, cost_low, cost_high), torch.where(lower, low, low + 1)
+
+
+def _cost(groups: Tensor, importance: Tensor, scale: Tensor, book: Codebook) -> Tensor:
     """Weighted squared error of each group `[N, G]` under scales `[N, G]`."""
     scale = scale[..., None]
-    error = groups - e2m1.round_to_grid(groups / scale) * scale
+    error = groups - codebook.round_to(groups / scale, book) * scale
     return torch.einsum("ngk,gk->ng", error.square(), importance[0])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from zqfp_convert.numerics import e2m1, scales
+from zqfp_convert.numerics import codebook, scales
 from zqfp_convert.numerics.scales import Scales
 from zqfp_convert.quantize import lorc
 from zqfp_convert.quantize.descent import descend, optimum
@@ -64,14 +64,17 @@ def quantize_weight(weight: Tensor, curvature: Curvature | None, recipe: Recipe)
 
     group_size = W.shape[1] if recipe.group_size == "row" else recipe.group_size
     importance = None if H is None else H.diagonal()
-    chosen = scales.choose(target, recipe.scales, recipe.scale_rounding, group_size, importance)
+    books = codebook.PAIR if recipe.codebooks == "pair" else (codebook.E2M1,)
+    chosen = scales.choose(
+        target, recipe.scales, recipe.scale_rounding, group_size, importance, books
+    )
 
     if curvature is not None and recipe.solver == "gptq":
-        Q = gptq(target, curvature, chosen.per_column, nearest)
+        Q = gptq(target, curvature, chosen.marks, chosen.round)
     else:
         Q = scales.dequantize(scales.quantize(target, chosen), chosen)
     if H is not None:
-        Q = descend(target, Q, H, chosen.per_column, nearest, recipe.sweeps)
+        Q = descend(target, Q, H, chosen.marks, chosen.round, recipe.sweeps)
 
     factors = None
     rank = min(recipe.rank, *W.shape)
@@ -81,7 +84,7 @@ def quantize_weight(weight: Tensor, curvature: Curvature | None, recipe: Recipe)
         if metric is not None:
             for _ in range(recipe.low_rank_rounds):
                 rest = target - factors.product()
-                Q = descend(rest, Q, metric, chosen.per_column, nearest, SWEEPS_PER_ROUND)
+                Q = descend(rest, Q, metric, chosen.marks, chosen.round, SWEEPS_PER_ROUND)
                 factors = lorc.encode(*lorc.fit(target - Q, metric, rank), recipe.factors)
 
     doubt = None
@@ -99,8 +102,3 @@ def quantize_weight(weight: Tensor, curvature: Curvature | None, recipe: Recipe)
         None if H is None else relative_error(error, W, H),
         doubt,
     )
-
-
-def nearest(values: Tensor, scale: Tensor) -> Tensor:
-    """The representable values nearest to `values` under `scale` (shapes that broadcast)."""
-    return e2m1.round_to_grid(values / scale) * scale

@@ -7,18 +7,19 @@ row, is applied to the product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from zqfp_convert.numerics import fp8, nibbles
-from zqfp_convert.numerics.e2m1 import MAGNITUDES
+from zqfp_convert.numerics import bits, codebook, fp8, nibbles
+from zqfp_convert.numerics.codebook import SIZE, Codebook
 from zqfp_convert.numerics.scales import MAX_SPAN, power_of_two
 from zqfp_convert.runtime import operators
 from zqfp_convert.runtime.scratch import scratch as scratch_of
 
-TOP_SHIFT = 6  # the shift of a row's largest exponent: 6 * 2^6 = 384 is the largest product
+TOP_SHIFT = 6  # the shift of a row's largest exponent: 7 * 2^6 = 448 is the largest product
 ALIGNMENT = 16  # `_scaled_mm` wants every extent to be a multiple of it
 COLUMNS = 128  # the kernels' activations come in blocks of so many
 CHUNK = 1 << 24  # weights expanded at a time, to bound the temporary memory
@@ -30,15 +31,22 @@ def available(device: torch.device) -> bool:
 
 
 @cache
-def shift_table(device: torch.device | str = "cpu") -> Tensor:
+def shift_table(device: torch.device | str = "cpu", book: Codebook = codebook.E2M1) -> Tensor:
     """E4M3 of every code times 2^(6 - d), for d from 0 to 11: uint8 `[12, 16]`, exact."""
-    values = torch.tensor(MAGNITUDES + tuple(-value for value in MAGNITUDES))
+    values = torch.tensor(book + tuple(-value for value in book))
     shifts = TOP_SHIFT - torch.arange(MAX_SPAN + 1)
     table = fp8.encode(values * power_of_two(shifts)[:, None])  # [12, 16]
     return table.view(torch.uint8).to(device)
 
 
-def expand(packed: Tensor, exponents: Tensor, group_size: int, out: Tensor) -> None:
+def expand(
+    packed: Tensor,
+    exponents: Tensor,
+    group_size: int,
+    out: Tensor,
+    books: tuple[Codebook, ...] = (codebook.E2M1,),
+    choice: Tensor | None = None,
+) -> None:
     """Write the FP8 matrix of a layer into `out`.
 
     Args:
@@ -46,10 +54,13 @@ def expand(packed: Tensor, exponents: Tensor, group_size: int, out: Tensor) -> N
         exponents: uint8 `[N, G]`, the E8M0 bytes; span at most 11.
         out: uint8 `[N', K']` with `N' >= N`, `K' >= K`, multiples of 16; what lies beyond N and K
             is set to 0.
+        books, choice: as in `PackedLayer`.
     """
     rows, columns = packed.shape[0], out.shape[1]
-    table = shift_table(packed.device)
+    table = torch.cat([shift_table(packed.device, book) for book in books])
     below = (exponents.amax(1, keepdim=True) - exponents).int()  # [N, G], 0 to 11
+    if choice is not None:  # the second codebook's shifts come after the first one's
+        below += (MAX_SPAN + 1) * bits.unpack(choice, below.shape[1]).int()
     step = max(1, CHUNK // max(columns, 1))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
@@ -183,11 +194,19 @@ def _work(
     lorc_A: Tensor | None,
     lorc_B: Tensor | None,
     lorc_scale: Tensor | None,
+    magnitudes: Sequence[float],
+    choice: Tensor | None,
     scratch: int,
 ) -> Tensor:
-    """The expanded path from the tensors as they lie on disk, x `[M, K]`."""
+    """The expanded path from the tensors as they lie on disk, x `[M, K]`.
+
+    `magnitudes` are those of one codebook after another.
+    """
     matrix = scratch_of(scratch).matrix(*matrix_shape(rows, x.shape[1]), x.device)
-    expand(packed, exponents, group_size, matrix)
+    books = tuple(
+        tuple(magnitudes[start : start + SIZE]) for start in range(0, len(magnitudes), SIZE)
+    )
+    expand(packed, exponents, group_size, matrix, books, choice)
     factor = row_factor(exponents, row_scale)
     factor = torch.nn.functional.pad(factor, (0, matrix.shape[0] - rows), value=1.0)
     lorc = None if lorc_A is None or lorc_B is None else (lorc_A, lorc_B, lorc_scale)

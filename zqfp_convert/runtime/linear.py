@@ -32,6 +32,7 @@ class QuantizedLinear(nn.Module):
     weight_packed: Tensor | None
     weight_scale: Tensor | None
     weight_row_scale: Tensor | None
+    weight_codebook: Tensor | None
     lorc_A: Tensor | None
     lorc_B: Tensor | None
     lorc_scale: Tensor | None
@@ -51,9 +52,11 @@ class QuantizedLinear(nn.Module):
         self.dtype = dtype
         self.name, self.kind, self.group_size = layer.name, layer.kind, layer.group_size
         self.in_features, self.out_features = layer.columns, layer.rows
+        self.books = layer.books
         self.register_buffer("weight_packed", layer.packed)
         self.register_buffer("weight_scale", layer.scale)
         self.register_buffer("weight_row_scale", layer.row_scale)
+        self.register_buffer("weight_codebook", layer.choice)
         self.register_buffer("lorc_A", layer.lorc_A)
         self.register_buffer("lorc_B", layer.lorc_B)
         self.register_buffer("lorc_scale", layer.lorc_scale)
@@ -91,6 +94,8 @@ class QuantizedLinear(nn.Module):
             self.lorc_B,
             self.lorc_scale,
             self.input_offset,
+            self.books,
+            self.weight_codebook,
         )
 
     @property
@@ -150,6 +155,8 @@ class QuantizedLinear(nn.Module):
                 self.lorc_A,
                 self.lorc_B,
                 self.lorc_scale,
+                [magnitude for book in self.books for magnitude in book],
+                self.weight_codebook,
                 self._scratch.key,
             )
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -176,7 +183,7 @@ class QuantizedLinear(nn.Module):
         layer = self.packed()
         device = layer.packed.device
         self._kernels: Kernels = paths.kernels_for(
-            device, self.kind, self.group_size, self.in_features, self.rank
+            device, self.kind, self.group_size, self.in_features, self.rank, self.books
         )
         match self._kernels:
             case "hopper":

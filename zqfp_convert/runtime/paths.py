@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from zqfp_convert.errors import OptionError
+from zqfp_convert.numerics import codebook
+from zqfp_convert.numerics.codebook import Codebook
 from zqfp_convert.numerics.scales import Kind
 from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.kernels import hopper, portable
@@ -26,7 +28,12 @@ HOPPER = (9, 0)  # compute capability; the machine code is for no other
 
 
 def kernels_for(
-    device: torch.device, kind: Kind, group_size: int, columns: int, rank: int
+    device: torch.device,
+    kind: Kind,
+    group_size: int,
+    columns: int,
+    rank: int,
+    books: tuple[Codebook, ...] = (codebook.E2M1,),
 ) -> Kernels:
     """What multiplies a layer on a device.
 
@@ -43,7 +50,7 @@ def kernels_for(
         if device.type == "cuda":
             _warn_without_fp8(torch.cuda.get_device_name(device))
         return "none"
-    if device.type != "cuda":
+    if device.type != "cuda" or books != (codebook.E2M1,):
         return "torch"
     capability = torch.cuda.get_device_capability(device)
     if (
