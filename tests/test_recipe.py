@@ -105,6 +105,7 @@ def test_free_scales_with_a_rounding_that_was_asked_for(rounding: str) -> None:
         ("asymmetry", "0.5"),
         ("sweeps", -1),
         ("sweeps", 1.5),
+        ("codebooks", "nf4"),
         ("rank", -1),
         ("rank", 1025),
         ("rank", 2.5),
@@ -134,8 +135,25 @@ def test_bad_values_are_named(field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("fast", {}),
+        ("paper", {}),
+        ("best", {"scales": "free"}),
+        ("best", {"scale_rounding": "floor"}),
+    ],
+)
+def test_two_codebooks_take_a_search_and_powers_of_two(name: str, choices: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="rounding 'search'") as raised:
+        Recipe.named(name, codebooks="pair", **choices)
+    assert raised.value.where == "codebooks"
+
+
+@pytest.mark.parametrize(
     "choices",
     [
+        {"codebooks": "pair"},
+        {"codebooks": "pair", "scales": "m1"},
         {"group_size": 32},
         {"group_size": "row"},
         {"damping": 1e-6},

@@ -101,7 +101,7 @@ class Recipe:
                 "codebooks",
                 f"'pair' with {self.scales} scales and rounding {self.scale_rounding!r}",
                 needed="scales m1 or m2, and rounding 'search', which finds each group's codebook",
-                do="Choose --scales m2 --scale-rounding search, or codebooks e2m1.",
+                do="Choose scales m2 with rounding search (as recipe best has), or codebooks e2m1.",
             )
 
     @classmethod
