@@ -9,6 +9,7 @@ import torch
 from architectures import Maker, configuration, random_model
 
 import zqfp_convert
+from zqfp_convert.bench import subject as subject_module
 from zqfp_convert.bench.subject import Subject
 from zqfp_convert.bench.workload import Workload
 from zqfp_convert.errors import OptionError
@@ -89,3 +90,24 @@ def test_usual_workload_of_a_short_model() -> None:
     assert Workload.fitting(configuration("llama")) == Workload((128,), 64, 64, 5)
     long = configuration("llama", max_position_embeddings=131072)
     assert Workload.fitting(long) == Workload()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recipe", ["fast", "best"])
+def test_early_launches_change_nothing(
+    recipe: str, converted: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels that start before the one ahead has ended write what they write one by one."""
+    written = []
+    for early in (True, False):
+        torch._dynamo.reset()
+        if not early:
+            monkeypatch.setattr(subject_module, "_early_launches", dict)
+        model = zqfp_convert.load(converted("llama", recipe), device="cuda", dtype=torch.bfloat16)
+        subject = Subject(model, WORK)
+        subject.warm_up()
+        assert subject.compiled
+        written.append([tokens(subject) for _ in range(5)])
+        logits = subject._last_logits(subject._context, subject.cache)
+        assert logits.isfinite().all()
+    assert written[0] == written[1]

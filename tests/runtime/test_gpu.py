@@ -18,6 +18,7 @@ from packed_layers import random_layer
 from torch import Tensor, nn
 
 from zqfp_convert.checkpoint.packed import PackedLayer
+from zqfp_convert.numerics import codebook
 from zqfp_convert.numerics.scales import Kind
 from zqfp_convert.runtime import expanded, paths, siblings
 from zqfp_convert.runtime.kernels.hopper import decode, fused, multiply, quantize, schedules
@@ -73,7 +74,8 @@ def module_of(layer: PackedLayer, bias: Tensor | None = None) -> QuantizedLinear
 
 def truth(layer: PackedLayer, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """The layer in float64 on the same FP8 activations, sharing no code with the package."""
-    weight = weight_of(layer.tensors(), layer.name, layer.columns, layer.group_size).to(CUDA)
+    size = layer.columns, layer.group_size
+    weight = weight_of(layer.tensors(), layer.name, *size, layer.books).to(CUDA)
     offset = layer.input_offset
     # On the CPU: on GPUs torch divides by a number inexactly.
     codes = seen(x.cpu().float() if offset is None else x.cpu().float() - offset.float())
@@ -361,6 +363,19 @@ def test_decoding(
     for _ in range(3):
         again = multiply_all(weights, x, "fused", Scratch().key)
         assert all(torch.equal(a, b) for a, b in zip(have, again, strict=True))
+
+
+@pytest.mark.parametrize("group_size", [32, 128, 0])
+@pytest.mark.parametrize("tokens", [1, 40, 600])
+def test_two_codebooks(group_size: int, tokens: int) -> None:
+    """On every path that takes them."""
+    layer = moderate(random_layer("m2", 520, 1100, group_size or 1100, 8, books=codebook.PAIR))
+    x = inputs(tokens, 1100)
+    module = module_of(layer)
+    assert module._kernels in ("portable", "torch")
+    assert relative(module(x), truth(layer, x)) < (TWICE if module(x).numel() > 5000 else 2.0**-7)
+    module.load_state_dict(module.state_dict())
+    assert relative(module(x), truth(layer, x)) < (TWICE if module(x).numel() > 5000 else 2.0**-7)
 
 
 @torch.no_grad()

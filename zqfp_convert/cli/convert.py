@@ -46,7 +46,7 @@ def command(
         str | None,
         typer.Option(
             help="What codes stand for: e2m1, or pair (each group has the better of two; a bit "
-            "more, closer, slower kernels for now).",
+            "more, closer to the original; on Hopper slower kernels).",
             rich_help_panel=QUALITY,
         ),
     ] = None,

@@ -7,6 +7,7 @@ the same speed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -70,3 +71,9 @@ def decode(codes: Tensor, book: Codebook) -> Tensor:
     """The float32 value of each code (uint8, 0 to 15); code 8 gives -0."""
     table = torch.tensor(book + tuple(-value for value in book), device=codes.device)
     return table[codes.int()]
+
+
+def split(magnitudes: Sequence[float]) -> tuple[Codebook, ...]:
+    """The codebooks of which these are the magnitudes, one after another."""
+    starts = range(0, len(magnitudes), SIZE)
+    return tuple(tuple(magnitudes[start : start + SIZE]) for start in starts)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zqfp_convert.numerics import bits, codebook, fp8, nibbles
-from zqfp_convert.numerics.codebook import SIZE, Codebook
+from zqfp_convert.numerics.codebook import Codebook
 from zqfp_convert.numerics.scales import MAX_SPAN, power_of_two
 from zqfp_convert.runtime import operators
 from zqfp_convert.runtime.scratch import scratch as scratch_of
@@ -203,10 +203,7 @@ def _work(
     `magnitudes` are those of one codebook after another.
     """
     matrix = scratch_of(scratch).matrix(*matrix_shape(rows, x.shape[1]), x.device)
-    books = tuple(
-        tuple(magnitudes[start : start + SIZE]) for start in range(0, len(magnitudes), SIZE)
-    )
-    expand(packed, exponents, group_size, matrix, books, choice)
+    expand(packed, exponents, group_size, matrix, codebook.split(magnitudes), choice)
     factor = row_factor(exponents, row_scale)
     factor = torch.nn.functional.pad(factor, (0, matrix.shape[0] - rows), value=1.0)
     lorc = None if lorc_A is None or lorc_B is None else (lorc_A, lorc_B, lorc_scale)

@@ -50,11 +50,12 @@ def kernels_for(
         if device.type == "cuda":
             _warn_without_fp8(torch.cuda.get_device_name(device))
         return "none"
-    if device.type != "cuda" or books != (codebook.E2M1,):
+    if device.type != "cuda":
         return "torch"
     capability = torch.cuda.get_device_capability(device)
     if (
         capability == HOPPER
+        and books == (codebook.E2M1,)
         and hopper_layout.supports(group_size, columns)
         and rank <= hopper_layout.MOST_RANKS
         and hopper.available()
@@ -116,7 +117,7 @@ def _impossible(path: str, found: str) -> OptionError:
         needed += "scales m1 or m2"
     elif path == "fused":
         needed += "NVRTC or Triton, scales m1 or m2 in groups of a multiple of 32 or of a row, "
-        needed += f"rank {portable_layout.MOST_RANKS} at most"
+        needed += f"rank {portable_layout.MOST_RANKS} at most; for other codebooks than E2M1 Triton"
     else:
         found, needed = "no such path", "fused, expanded or reference"
     return OptionError(

@@ -13,6 +13,7 @@ from packed_layers import random_layer
 from torch import Tensor
 
 from zqfp_convert.checkpoint.packed import PackedLayer
+from zqfp_convert.numerics import codebook
 from zqfp_convert.numerics.scales import Kind
 from zqfp_convert.runtime import expanded, reference
 from zqfp_convert.runtime.kernels.portable import layout, multiply, quantize
@@ -33,7 +34,8 @@ class Truth(NamedTuple):
 
 def truth(layer: PackedLayer, x: Tensor, bias: Tensor | None) -> Truth:
     """`[M, N]` from the bytes on disk, sharing no code with the package."""
-    weight = weight_of(layer.tensors(), layer.name, layer.columns, layer.group_size)
+    size = layer.columns, layer.group_size
+    weight = weight_of(layer.tensors(), layer.name, *size, layer.books)
     offset = layer.input_offset
     inputs = seen(x.float() if offset is None else x.float() - offset.float()).double()
     y, magnitude = inputs @ weight.t(), inputs.abs() @ weight.abs().t()
@@ -61,7 +63,8 @@ def run(
     The twin of the quantization is the default because its bytes are the kernel's, only sooner.
     """
     size, columns = layer.group_size, layer.columns
-    weights, shifts = layout.arrange(layer.packed, layer.scale, size, columns)
+    weights, shifts = layout.arrange(layer.packed, layer.scale, size, columns, layer.choice)
+    books = layer.books
     factor = expanded.row_factor(layer.scale, layer.row_scale)
     inner = None if layer.lorc_A is None else (layer.lorc_A, layer.lorc_scale)
 
@@ -76,14 +79,23 @@ def run(
         codes, scale, z = quantizer(x, layer.input_offset, inner)
     B = layer.lorc_B
     twin = multiply.multiply_twin(
-        codes, scale, weights, shifts, size, factor, None if z is None else (B, z), bias, dtype
+        codes,
+        scale,
+        weights,
+        shifts,
+        size,
+        factor,
+        None if z is None else (B, z),
+        bias,
+        dtype,
+        books,
     )
     codes, scale, weights, shifts, factor, B, z, bias = move(
         codes, scale, weights, shifts, factor, B, z, bias
     )
     lorc = None if z is None else (B, z)
     have = multiply.multiply(
-        codes, scale, weights, shifts, size, factor, lorc, bias, dtype, chosen
+        codes, scale, weights, shifts, size, factor, lorc, bias, dtype, chosen, books
     ).cpu()
     for y in (have, twin):
         assert y.dtype == dtype
@@ -123,6 +135,18 @@ def test_group_sizes(
 ) -> None:
     layer = random_layer(kind, rows, columns, group_size or columns, seed=group_size)
     assert_right(layer, torch.randn(tokens, columns), device, summing)
+
+
+@pytest.mark.parametrize("books", [codebook.PAIR[1:], codebook.PAIR], ids=["one", "pair"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 0])
+def test_other_codebooks(
+    books: tuple[codebook.Codebook, ...],
+    group_size: int,
+    device: torch.device,
+    summing: float,
+) -> None:
+    layer = random_layer("m2", 65, 300, group_size or 300, 3, books=books)
+    assert_right(layer, torch.randn(17, 300), device, summing, torch.randn(65))
 
 
 @pytest.mark.parametrize("rows", [1, 17, 65])

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from zqfp_convert.numerics import codebook
 from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.kernels.portable import unpack
 
@@ -66,4 +67,9 @@ def test_every_byte_at_every_shift(low_shift: int) -> None:
 
 
 def test_the_interpreter_does_without_them() -> None:
-    assert not (unpack.fast() and unpack.INTERPRETED.value)
+    assert not (unpack.fast((codebook.E2M1,)) and unpack.INTERPRETED.value)
+
+
+def test_they_know_but_one_codebook() -> None:
+    assert not unpack.fast(codebook.PAIR)
+    assert not unpack.fast(codebook.PAIR[:1])

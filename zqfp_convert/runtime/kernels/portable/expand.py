@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zqfp_convert.numerics import e2m1, fp8
-from zqfp_convert.numerics.scales import power_of_two
+from zqfp_convert.numerics import codebook, fp8
+from zqfp_convert.numerics.codebook import Codebook
 from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.kernels.portable import layout, unpack
 from zqfp_convert.runtime.kernels.portable.casts import on
@@ -16,7 +16,13 @@ from zqfp_convert.runtime.kernels.portable.casts import on
 ROWS = 64  # of a program's tile, beside one block of columns
 
 
-def expand(weights: Tensor, shifts: Tensor, group_size: int, out: Tensor) -> None:
+def expand(
+    weights: Tensor,
+    shifts: Tensor,
+    group_size: int,
+    out: Tensor,
+    books: tuple[Codebook, ...] = (codebook.E2M1,),
+) -> None:
     """Write the FP8 matrix of a layer into `out`, the bytes of `runtime.expanded.expand`.
 
     Args:
@@ -25,7 +31,9 @@ def expand(weights: Tensor, shifts: Tensor, group_size: int, out: Tensor) -> Non
         group_size: as it was given to `arrange`.
         out: uint8 `[N', K'']`, contiguous, `N' >= N`, `K'' >= K`, `K''` a multiple of 16; what
             lies beyond N and K is set to 0.
+        books: what the codes stand for.
     """
+    first, second = unpack.table(books)
     rows, width = weights.shape[0], 2 * weights.shape[1]
     grid = (triton.cdiv(out.shape[0], ROWS), triton.cdiv(out.shape[1], layout.BLOCK))
     with on(weights):
@@ -40,19 +48,25 @@ def expand(weights: Tensor, shifts: Tensor, group_size: int, out: Tensor) -> Non
             out.shape[1] // 16,
             GROUP=width if shifts.shape[1] == 1 else group_size,
             ROWS=ROWS,
-            FAST=unpack.fast(),
+            FAST=unpack.fast(books),
+            FIRST=first,
+            SECOND=second,
             num_warps=4,
         )
 
 
-def expand_twin(weights: Tensor, shifts: Tensor, group_size: int, out: Tensor) -> None:
+def expand_twin(
+    weights: Tensor,
+    shifts: Tensor,
+    group_size: int,
+    out: Tensor,
+    books: tuple[Codebook, ...] = (codebook.E2M1,),
+) -> None:
     """`expand` in plain torch."""
     rows, width = weights.shape[0], min(2 * weights.shape[1], out.shape[1])
-    below = layout.shifts_of(shifts, group_size, width)  # [N, width]
-    values = e2m1.decode(layout.codes_of(weights)[:, :width])
+    matrix = layout.matrix_of(weights, shifts, group_size, books, expanded.TOP_SHIFT)
     out.zero_()
-    codes = fp8.encode(values * power_of_two(expanded.TOP_SHIFT - below.int()))
-    out[:rows, :width] = codes.view(torch.uint8)
+    out[:rows, :width] = fp8.encode(matrix[:, :width]).view(torch.uint8)
 
 
 @triton.jit
@@ -68,6 +82,8 @@ def _expand(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     FAST: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
 ) -> None:
     """A program expands one block of columns of a tile of rows."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -79,7 +95,7 @@ def _expand(
     place = n_read[:, None] * (blocks * 64) + block_read * 64 + ks[None, :]
     packed = tl.load(weights + place, mask=inside[:, None], other=0)
     low_shift, high_shift = unpack.block_shifts(shifts + n_read * groups, block_read, GROUP)
-    low, high = unpack.unpack(packed, low_shift, high_shift, FAST)
+    low, high = unpack.unpack(packed, low_shift, high_shift, FAST, FIRST, SECOND)
     # Rows of whole runs of 16 bytes: the compiler sees that stores of 16 bytes are aligned.
     out_columns = out_runs * 16
     column = block * 128 + ks

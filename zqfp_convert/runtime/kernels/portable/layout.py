@@ -9,11 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zqfp_convert.numerics import nibbles
+from zqfp_convert.numerics import bits, codebook, nibbles
+from zqfp_convert.numerics.codebook import Codebook
+from zqfp_convert.numerics.scales import power_of_two
 
 BLOCK = 128  # columns
 HALF = BLOCK // 2
 RUN = 32  # columns of a block that always share a group
+SECOND = 0x80  # beside a shift: the group has the second codebook
 MOST_RANKS = 32  # of low-rank factors whose tiles fit in registers beside a product's
 
 
@@ -37,7 +40,11 @@ def step(group_size: int, columns: int) -> int:
 
 
 def arrange(
-    packed: Tensor, exponents: Tensor, group_size: int, columns: int
+    packed: Tensor,
+    exponents: Tensor,
+    group_size: int,
+    columns: int,
+    choice: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Lay a layer's weights and scales out for the kernels.
 
@@ -46,11 +53,13 @@ def arrange(
         exponents: uint8 `[N, G]`, the E8M0 bytes; span at most 11.
         group_size: columns that share an exponent; see `supports`.
         columns: K.
+        choice: as in `PackedLayer`.
 
     Returns:
         weights: uint8 `[N, K' / 2]`, zeros for the columns beyond K.
-        shifts: uint8 `[N, G']`, `b_max - b` of each group (0 to 11), zeros beyond G;
-            `G' = ceil(K' / group_size)`, or 1 for groups of a whole row.
+        shifts: uint8 `[N, G']`, `b_max - b` of each group (0 to 11), and `SECOND` where it has the
+            second codebook; zeros beyond G; `G' = ceil(K' / group_size)`, or 1 for groups of a
+            whole row.
     """
     assert supports(group_size, columns), f"groups of {group_size} in rows of {columns}"
     rows, width = packed.shape[0], padded(columns)
@@ -59,6 +68,8 @@ def arrange(
     halves = codes.view(rows, -1, 2, HALF)  # [N, blocks, half, HALF]
     weights = (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(rows, width // 2)
     shifts = exponents.amax(1, keepdim=True) - exponents  # [N, G]
+    if choice is not None:
+        shifts |= SECOND * bits.unpack(choice, shifts.shape[1]).to(torch.uint8)
     groups = -(-width // step(group_size, columns))
     shifts = torch.nn.functional.pad(shifts, (0, groups - shifts.shape[1]))
     return weights.contiguous(), shifts.contiguous()
@@ -74,7 +85,8 @@ def restore(
         shifts: uint8 `[N, G]`; the exponents are the row's largest minus these.
     """
     groups = -(-columns // group_size)
-    return nibbles.pack(codes_of(weights)[:, :columns]), shifts[:, :groups].contiguous()
+    below = shifts[:, :groups] & ~SECOND & 0xFF
+    return nibbles.pack(codes_of(weights)[:, :columns]), below.contiguous()
 
 
 def codes_of(weights: Tensor) -> Tensor:
@@ -88,3 +100,15 @@ def shifts_of(shifts: Tensor, group_size: int, width: int) -> Tensor:
     if shifts.shape[1] == 1:
         return shifts.expand(-1, width)
     return shifts.repeat_interleave(group_size, 1)[:, :width]
+
+
+def matrix_of(
+    weights: Tensor, shifts: Tensor, group_size: int, books: tuple[Codebook, ...], top: int
+) -> Tensor:
+    """The weights `[N, K']` times `2^top`, without their rows' factors, float32."""
+    codes = codes_of(weights)
+    marked = shifts_of(shifts, group_size, codes.shape[1]).int()
+    values = codebook.decode(codes, books[0])
+    if len(books) > 1:
+        values = torch.where(marked >= SECOND, codebook.decode(codes, books[1]), values)
+    return values * power_of_two(top - marked % SECOND)

@@ -5,11 +5,13 @@ Imports Triton.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from zqfp_convert.checkpoint.packed import PackedLayer
-from zqfp_convert.numerics import fp8
+from zqfp_convert.numerics import codebook, fp8
 from zqfp_convert.runtime import expanded, operators
 from zqfp_convert.runtime.kernels.portable import layout
 from zqfp_convert.runtime.kernels.portable.casts import on
@@ -40,7 +42,10 @@ class PortableWeights(nn.Module):
     def __init__(self, layer: PackedLayer, bias: Tensor | None) -> None:
         super().__init__()
         self.rows, self.columns, self.group_size = layer.rows, layer.columns, layer.group_size
-        weights, shifts = layout.arrange(layer.packed, layer.scale, layer.group_size, layer.columns)
+        self.magnitudes = [magnitude for book in layer.books for magnitude in book]
+        weights, shifts = layout.arrange(
+            layer.packed, layer.scale, layer.group_size, layer.columns, layer.choice
+        )
         buffers = {
             "weights": weights,
             "shifts": shifts,
@@ -69,6 +74,7 @@ class PortableWeights(nn.Module):
             self.lorc_A,
             self.lorc_B,
             self.lorc_scale,
+            self.magnitudes,
             way,
             scratch,
         )
@@ -95,6 +101,7 @@ def _work(
     lorc_A: Tensor | None,
     lorc_B: Tensor | None,
     lorc_scale: Tensor | None,
+    magnitudes: Sequence[float],
     way: str,
     scratch: int,
 ) -> Tensor:
@@ -108,18 +115,21 @@ def _work(
         bias: `[N]`, or None.
         input_offset: `[K]`, or None.
         lorc_A, lorc_B, lorc_scale: the low-rank factors as they lie on disk, or None.
+        magnitudes: of one codebook after another.
         way: fused, expanded, or auto: by the number of tokens.
         scratch: key of the buffer for the expanded path.
     """
     tokens, columns = x.shape
     if not tokens:
         return x.new_empty(0, rows)
+    books = codebook.split(magnitudes)
     codes, scale, z = quantize(x, input_offset, None if lorc_A is None else (lorc_A, lorc_scale))
     if way == "fused" or (way == "auto" and tokens <= FUSED_TOKENS):
         lorc = None if lorc_B is None or z is None else (lorc_B, z)
-        return multiply(codes, scale, weights, shifts, group_size, row_factor, lorc, bias, x.dtype)
+        about = weights, shifts, group_size, row_factor, lorc, bias, x.dtype
+        return multiply(codes, scale, *about, books=books)
     matrix = scratch_of(scratch).matrix(*expanded.matrix_shape(rows, columns), x.device)
-    expand(weights, shifts, group_size, matrix)
+    expand(weights, shifts, group_size, matrix, books)
     factor = torch.nn.functional.pad(row_factor, (0, matrix.shape[0] - rows), value=1.0)
     with on(x):
         y = expanded.product(codes, scale[:, None], matrix.view(fp8.DTYPE), factor, rows)

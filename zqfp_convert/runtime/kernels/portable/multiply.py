@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zqfp_convert.numerics import e2m1, fp8
-from zqfp_convert.numerics.scales import power_of_two
+from zqfp_convert.numerics import codebook, fp8
+from zqfp_convert.numerics.codebook import Codebook
 from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.kernels.portable import layout, tiles, unpack
 from zqfp_convert.runtime.kernels.portable.casts import dot_e4m3, narrow, on
@@ -34,6 +34,7 @@ def multiply(
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
     chosen: Tiles | None = None,
+    books: tuple[Codebook, ...] = (codebook.E2M1,),
 ) -> Tensor:
     """`y = factor * scale * (W codes) + B z + bias`, the sums in float32.
 
@@ -48,6 +49,7 @@ def multiply(
         bias: `[N]`, any floating dtype.
         dtype: of y: bfloat16, float16 or float32.
         chosen: the tiles, where they are not to be chosen from the shape.
+        books: what the codes stand for.
 
     Returns:
         `[M, N]`.
@@ -65,6 +67,7 @@ def multiply(
         shape = (chosen.splits, tokens, rows)
         sums = torch.empty(shape, dtype=torch.float32, device=codes.device)
     row_tiles, token_tiles = triton.cdiv(rows, chosen.rows), triton.cdiv(tokens, chosen.tokens)
+    first, second = unpack.table(books)
     # Triton keeps one compiled program for each of these settings, not for each shape.
     epilogue = {
         "ROWS": chosen.rows,
@@ -92,7 +95,9 @@ def multiply(
             GROUP=width if shifts.shape[1] == 1 else group_size,
             BAND=chosen.band,
             SPLITS=chosen.splits,
-            FAST=unpack.fast(),
+            FAST=unpack.fast(books),
+            FIRST=first,
+            SECOND=second,
             num_warps=chosen.warps,
             num_stages=chosen.stages,
             **epilogue,
@@ -126,11 +131,10 @@ def multiply_twin(
     lorc: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    books: tuple[Codebook, ...] = (codebook.E2M1,),
 ) -> Tensor:
     """`multiply` in plain torch; sums in another order."""
-    below = layout.shifts_of(shifts, group_size, codes.shape[1])  # [N, K']
-    matrix = e2m1.decode(layout.codes_of(weights))
-    matrix = matrix * power_of_two(expanded.TOP_SHIFT - below.int())
+    matrix = layout.matrix_of(weights, shifts, group_size, books, expanded.TOP_SHIFT)
     y = fp8.decode(codes) @ matrix.t() * factor * scale[:, None]
     if lorc is not None:
         B, z = lorc
@@ -168,6 +172,8 @@ def _multiply(
     BAND: tl.constexpr,
     SPLITS: tl.constexpr,
     FAST: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     RANK: tl.constexpr,
@@ -198,7 +204,7 @@ def _multiply(
         x_low = tl.load(x + block * 128)
         x_high = tl.load(x + block * 128 + 64)
         low_shift, high_shift = unpack.block_shifts(shift, block, GROUP)
-        low, high = unpack.unpack(packed, low_shift, high_shift, FAST)
+        low, high = unpack.unpack(packed, low_shift, high_shift, FAST, FIRST, SECOND)
         total = dot_e4m3(low, x_low, total)
         total = dot_e4m3(high, x_high, total)
     if SPLITS == 1:

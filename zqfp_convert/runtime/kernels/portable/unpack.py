@@ -1,15 +1,19 @@
 """From 4-bit codes to E4M3 bytes in registers, the shift folded in; exact for all of them.
 
-Code magnitudes 0 to 7 times 2^(6 - shift) are the bytes 0, 0x60, 0x68, 0x6C, 0x70, 0x74, 0x78, 0x7C
-less 8 for each shift (0 stays 0): below 2^6 a code is an exponent and a mantissa bit, as in E4M3.
+Code magnitudes 0 to 7 times 2^(6 - shift) are, of E2M1, the bytes 0, 0x60, 0x68, 0x6C, 0x70, 0x74,
+0x78, 0x7C less 8 for each shift (0 stays 0): a step of the exponent. So it is with every codebook.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
+from zqfp_convert.numerics import fp8
+from zqfp_convert.numerics.codebook import E2M1, Codebook
 from zqfp_convert.runtime.kernels.portable.casts import INTERPRETED
 
 # Four packed bytes ($2) to four low ($0) and four high ($1) E4M3 bytes. The eight magnitudes for
@@ -48,21 +52,38 @@ mov.b32 $1, high;
 """)
 
 
-def fast() -> bool:
+def fast(books: tuple[Codebook, ...]) -> bool:
     """Whether the kernels may unpack four bytes at a time with NVIDIA's instructions."""
-    return not INTERPRETED.value and torch.version.cuda is not None
+    return not INTERPRETED.value and torch.version.cuda is not None and books == (E2M1,)
+
+
+@cache
+def table(books: tuple[Codebook, ...]) -> tuple[int, int]:
+    """The E4M3 bytes of each codebook's magnitudes times 2^6, the first of them lowest."""
+    bytes_of = [
+        fp8.encode(torch.tensor(book) * 2.0**6).view(torch.uint8).tolist() for book in books
+    ]
+    words = [sum(byte << 8 * code for code, byte in enumerate(row)) for row in bytes_of]
+    return words[0], words[-1]
 
 
 @triton.jit
 def unpack(
-    packed: tl.tensor, low_shift: tl.tensor, high_shift: tl.tensor, FAST: tl.constexpr
+    packed: tl.tensor,
+    low_shift: tl.tensor,
+    high_shift: tl.tensor,
+    FAST: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
 ) -> tl.tuple:
     """Bytes of two codes to the E4M3 bytes of the low and of the high ones.
 
     Args:
         packed: uint8 `[R, 64]`.
-        low_shift, high_shift: uint8 `[R, 64]`, 0 to 11, equal within 4 neighbours of a row.
+        low_shift, high_shift: uint8 `[R, 64]`, 0 to 11, equal within 4 neighbours of a row; 128
+            more where the second codebook holds.
         FAST: see `fast`.
+        FIRST, SECOND: see `table`.
     """
     if FAST:
         return tl.inline_asm_elementwise(
@@ -74,16 +95,22 @@ def unpack(
             pack=4,
         )
     else:
-        return _place(packed & 0x0F, low_shift), _place(packed >> 4, high_shift)
+        low = _place(packed & 0x0F, low_shift, FIRST, SECOND)
+        return low, _place(packed >> 4, high_shift, FIRST, SECOND)
 
 
 @triton.jit
-def _place(code: tl.tensor, shift: tl.tensor) -> tl.tensor:
+def _place(
+    code: tl.tensor, shift: tl.tensor, FIRST: tl.constexpr, SECOND: tl.constexpr
+) -> tl.tensor:
     """Codes uint8 (0 to 15) to E4M3 bytes."""
     magnitude = code & 7
-    byte = 4 * magnitude + (0x60 - 8 * shift)
-    byte = tl.where(magnitude == 1, byte - 4, byte)  # one half has no mantissa bit
-    byte = tl.where(magnitude == 0, 0, byte)
+    place = magnitude.to(tl.int64) * 8
+    byte = ((tl.full(code.shape, FIRST, tl.int64) >> place) & 0xFF).to(tl.uint8)
+    if FIRST != SECOND:
+        other = ((tl.full(code.shape, SECOND, tl.int64) >> place) & 0xFF).to(tl.uint8)
+        byte = tl.where(shift > 127, other, byte)
+    byte = tl.where(magnitude == 0, 0, byte - 8 * (shift & 15))
     return byte | ((code & 8) << 4)
 
 
