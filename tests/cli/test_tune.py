@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB")
+    processors = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processors)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(room, "hopper_device", lambda device: torch.device("cuda", 0))
@@ -54,8 +57,9 @@ def test_table(gpu: Path) -> None:
         (96, 64, 1), (96, 64, 64), (96, 64, 128),
         (4096, 14336, 1), (4096, 14336, 64), (4096, 14336, 128)]  # fmt: skip
     assert schedules.choose(64, (96,), 64, 0) == Schedule(8, stages=8)
-    assert schedules.decodes(1, (96,), 64, 0)
-    assert not schedules.decodes(64, (96,), 64, 0)
+    assert schedules.decodes(1, (96,), 64, 0, 0)
+    assert not schedules.decodes(1, (96,), 64, 9000, 0)  # no room for so many factors
+    assert not schedules.decodes(64, (96,), 64, 0, 0)
     assert not [path for path in gpu.parent.iterdir() if path != gpu]
 
 

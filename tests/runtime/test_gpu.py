@@ -21,7 +21,7 @@ from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.numerics import codebook
 from zqfp_convert.numerics.scales import Kind
 from zqfp_convert.runtime import expanded, paths, siblings
-from zqfp_convert.runtime.kernels.hopper import decode, fused, multiply, quantize, schedules
+from zqfp_convert.runtime.kernels.hopper import fused, multiply, quantize, schedules
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
 from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights, multiply_all
 from zqfp_convert.runtime.linear import PATH_VARIABLE, QuantizedLinear, Scratch
@@ -314,7 +314,9 @@ def test_every_schedule(rank: int, tokens: int, monkeypatch: pytest.MonkeyPatch)
         assert all(torch.equal(a, b) for a, b in zip(have, again, strict=True)), schedule
 
 
-@pytest.mark.parametrize("tokens", range(1, decode.MOST_TOKENS + 1))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", ["all", "some", "none"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize(
     ("sizes", "columns", "group_size", "rank"),
     [
@@ -332,9 +334,11 @@ def test_decoding(
     group_size: int,
     rank: int,
     tokens: int,
+    biased: str,
+    dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The product for few tokens, at all that are few."""
+    """The product for few tokens; what nobody has written must not matter."""
     if paths.kernels_for(CUDA, "m2", 128, 4096, 8) != "hopper":
         pytest.skip("no Hopper")
     monkeypatch.setattr(schedules, "decodes", lambda *about: True)
@@ -345,12 +349,20 @@ def test_decoding(
     for layer in layers:
         if layer.lorc_scale is not None:
             layer.lorc_scale.mul_(float(layer.dequantize().norm() / layer.lorc_product().norm()))
-    bias = [torch.randn(rows) for rows in sizes]
+    has = {"all": 1, "some": 2, "none": len(sizes) + 1}[biased]
+    bias = [None if (i + 1) % has else torch.randn(rows) for i, rows in enumerate(sizes)]
     weights = [
         HopperWeights(copy.deepcopy(layer), one).to(CUDA)
         for layer, one in zip(layers, bias, strict=True)
     ]
-    x = inputs(tokens, columns)
+    x = inputs(tokens, columns, dtype=dtype)
+    empty = torch.empty
+
+    def poisoned(*about: object, **more: object) -> Tensor:
+        made = empty(*about, **more)
+        return made.view(torch.uint8).fill_(0x7F).view(made.dtype) if made.is_cuda else made
+
+    monkeypatch.setattr(fused.torch, "empty", poisoned)
     ys = [torch.empty(tokens, rows, device=CUDA, dtype=x.dtype) for rows in sizes]
     matrices = [
         multiply.Matrix(Chunks(w.chunks, w.groups), w.row_factor, w.bias, y, w.outer)

@@ -45,8 +45,8 @@ def command(
     codebooks: Annotated[
         str | None,
         typer.Option(
-            help="What codes stand for: e2m1, or pair (each group has the better of two; a bit "
-            "more, closer to the original; on Hopper slower kernels).",
+            help="What codes stand for: e2m1, or pair (each group has the better of two, for one "
+            "bit: closer to the original, but on Hopper slower).",
             rich_help_panel=QUALITY,
         ),
     ] = None,

@@ -77,7 +77,7 @@ def _show(found: list[Tuned]) -> None:
             str(entry.tokens),
             tuned.path,
             "for few tokens" if tuned.decodes else _words(tuned.spelled),
-            f"{entry.fused:.2f}",
+            f"{entry.at_best:.2f}",
             f"{entry.expanded:.2f}",
             f"{rate / 1e12:.2f} TB/s" if rate else f"{tuned.flops / 1e12:.0f} TFLOP/s",
         )

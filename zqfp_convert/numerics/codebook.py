@@ -1,6 +1,6 @@
 """Codebooks: the magnitudes that the eight codes of each sign stand for.
 
-E2M1 is one. Any eight E4M3 numbers from 0.5 to 7, and 0, do as well: times 2^-5 to 2^6, all shifts
+E2M1 is one. Any seven E4M3 numbers from 0.5 to 7, and 0, do as well: times 2^-5 to 2^6, all shifts
 that a row can have, they are normal E4M3 numbers, so a table of eight bytes turns codes into FP8 at
 the same speed.
 """
@@ -8,6 +8,7 @@ the same speed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -45,6 +46,20 @@ def admissible(book: Codebook) -> bool:
     return rises and all(magnitude in MAGNITUDES for magnitude in book[1:])
 
 
+@cache
+def _table(book: Codebook, device: torch.device) -> Tensor:
+    """Made once, for solvers that round each column: on a GPU it is a copy which waits."""
+    with torch.inference_mode(False):
+        return torch.tensor(book, device=device)
+
+
+@cache
+def _middles(book: Codebook, device: torch.device) -> Tensor:
+    table = _table(book, device)
+    with torch.inference_mode(False):
+        return (table[1:] + table[:-1]) / 2
+
+
 def round_to(values: Tensor, book: Codebook) -> Tensor:
     """The nearest values of a codebook; halfway between two of them the smaller, for E2M1 the even.
 
@@ -52,9 +67,9 @@ def round_to(values: Tensor, book: Codebook) -> Tensor:
     """
     if book == E2M1:
         return e2m1.round_to_grid(values)
-    table = torch.tensor(book, device=values.device)
+    table = _table(book, values.device)
     magnitude = values.abs().float().contiguous()
-    nearest = table[torch.bucketize(magnitude, (table[1:] + table[:-1]) / 2)]
+    nearest = table[torch.bucketize(magnitude, _middles(book, values.device))]
     nearest = torch.where(magnitude.isnan(), magnitude, nearest)
     return nearest.to(values.dtype).copysign(values)
 
@@ -62,7 +77,7 @@ def round_to(values: Tensor, book: Codebook) -> Tensor:
 def encode(values: Tensor, book: Codebook) -> Tensor:
     """The code of the nearest value of each element, uint8 of the same shape, never 8 (-0)."""
     grid = round_to(values, book).float().contiguous()
-    bounds = torch.tensor(book[1:], device=values.device)
+    bounds = _table(book, values.device)[1:]
     code = torch.bucketize(grid.abs(), bounds, right=True).to(torch.uint8)
     return code | ((grid < 0).to(torch.uint8) << 3)
 

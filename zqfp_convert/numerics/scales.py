@@ -20,7 +20,7 @@ Rounding = Literal["ceil", "floor", "nearest", "search"]
 
 MAX_SPAN = 11
 MIN_FACTOR = 2.0**-100  # groups whose largest weight is smaller count as zeros
-MAX_FACTOR = 2.0**125  # six times it is still a float32
+MAX_FACTOR = 2.0**125  # seven times it is still a float32
 MANTISSAS = 16  # of the searched scales, 2^(i/16)
 SEARCH_ROWS = 2048  # rows searched at a time, to bound the memory
 
@@ -66,9 +66,10 @@ class Scales:
     def round(self, values: Tensor, marks: Tensor) -> Tensor:
         """The representable values nearest to `values` under `marks` (shapes that broadcast)."""
         scale = marks.abs()
-        rounded = codebook.round_to(values / scale, self.books[0])
+        steps = values / scale
+        rounded = codebook.round_to(steps, self.books[0])
         if self.choice is not None:
-            other = codebook.round_to(values / scale, self.books[1])
+            other = codebook.round_to(steps, self.books[1])
             rounded = torch.where(marks < 0, other, rounded)
         return rounded * scale
 

@@ -7,8 +7,10 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from zqfp_convert.runtime.kernels.hopper import schedules
 from zqfp_convert.runtime.kernels.hopper.multiply import SHARED_LIMIT, Schedule
@@ -22,6 +24,8 @@ MINE = Schedule(8, stages=3)
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the tuned table is."""
     monkeypatch.setattr(schedules, "tuned_path", lambda device: tmp_path / "a" / "gpu.json")
+    processors = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processors)
     schedules.forget()
     yield tmp_path / "a" / "gpu.json"
     schedules.forget()
@@ -67,8 +71,13 @@ def test_keeping_twice(path: Path) -> None:
         "not JSON",
         "{}5",
         '[{"rows": 1}]',
+        '{"version": 2, "entries": [{"rows": 1}]}',
+        '{"version": 1, "entries": []}',
         json.dumps([{"rows": 64, "columns": 64, "tokens": 1, "fused": 1.0, "expanded": 1.0,
-                     "schedule": {"tokens": 8, "of_another_version": 1}}]),
+                     "schedule": {"tokens": 8}}]),
+        json.dumps({"version": 2, "entries": [
+            {"rows": 64, "columns": 64, "tokens": 1, "fused": 1.0, "expanded": 1.0,
+             "schedule": {"tokens": 8, "of_another_version": 1}}]}),
     ],
 )  # fmt: skip
 def test_stale_tables_are_ignored_aloud_and_once(text: str, path: Path) -> None:
@@ -85,6 +94,17 @@ def test_stale_tables_are_ignored_aloud_and_once(text: str, path: Path) -> None:
         chosen(1, 64, 64)
     schedules.keep([entry(64, 64, 1)], 0)
     assert schedules.read(path) == [entry(64, 64, 1)]
+
+
+def test_few_tokens_have_the_faster_product() -> None:
+    known = [Entry(64, 64, 1, MINE, 9.0, 30.0, 8.0), Entry(64, 64, 4, MINE, 9.0, 30.0, 10.0)]
+    schedules.keep([*known, Entry(64, 64, 8, MINE, 9.0, 8.5)], 0)
+    assert schedules.read(schedules.tuned_path(0)) == [*known, Entry(64, 64, 8, MINE, 9.0, 8.5)]
+    assert schedules.decodes(1, (64,), 64, 8, 0)
+    assert not schedules.decodes(1, (64,), 64, 9000, 0)  # no room for so many factors
+    assert not schedules.decodes(4, (64,), 64, 8, 0)
+    assert not schedules.decodes(8, (64,), 64, 8, 0)
+    assert not schedules.prefers_expanded(1, (64,), 64, 0, 0)
 
 
 def test_weights_of_the_same_input_count_as_one() -> None:

@@ -166,10 +166,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     copy_async(factors + i * 16, matrix.row_factor + at);
     if (matrix.bias) copy_async(biases + i * 16, matrix.bias + at);
   }
-  int steps = p.most_steps * 16;
-  for (int i = threadIdx.x; i < count * steps; i += THREADS) {
-    const Matrix &matrix = p.matrices[tiles[i / steps].matrix];
-    int at = begin + i / steps - matrix.first, step = i % steps / 16;
+  int pieces = p.most_steps * 16;  // of B for a tile, of 16 bytes
+  for (int i = threadIdx.x; i < count * pieces; i += THREADS) {
+    const Matrix &matrix = p.matrices[tiles[i / pieces].matrix];
+    int at = begin + i / pieces - matrix.first, step = i % pieces / 16;
     if (step < matrix.rank_steps)
       copy_async(outer + i * 16, matrix.outer +
                                      ((u64)(at / 4) * matrix.rank_steps + step) * 4 * OUTER_BYTES +

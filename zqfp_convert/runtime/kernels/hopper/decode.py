@@ -120,29 +120,31 @@ def scales(tokens: int) -> int:
 
 
 @cache
-def _kernel(device: int, tokens: int, groups: int, half: bool, shared: int) -> Kernel:
+def _kernel(device: int, columns: int, groups: int, half: bool) -> Kernel:
     constants = {
-        "TOKENS": operand_columns(tokens),
+        "TOKENS": columns,
         "WARPGROUPS": WARPGROUPS,
         "AHEAD": AHEAD,
         "GROUPS": groups,
-        "INNER_PARTS": inner_parts(tokens),
+        "INNER_PARTS": inner_parts(MOST_TOKENS),
         "HALF": half,
     }
-    return Kernel("decode", constants, shared)
+    return Kernel("decode", constants, SHARED_LIMIT - STATIC)
 
 
 def decode(inputs: Inputs, matrices: Sequence[Matrix]) -> None:
     """`y = W^ x^ + B z + bias` for weights that get the same activations, 1 to 8 tokens.
 
     Args:
-        inputs: the activations; codes uint8 `[ceil(K / 512), 4 M', 32, 4]`.
+        inputs: the activations; codes of `codes_shape`, scales as many as `scales` says.
         matrices: 1 to 4 of them, all with as many scales for 128 columns.
     """
     first = matrices[0]
     _, depth, _ = first.chunks.data.shape
     tokens, device = first.y.shape[0], first.y.device.index or 0
     rows = tuple(matrix.y.shape[1] for matrix in matrices)
+    assert inputs.codes.shape == codes_shape(tokens, depth)
+    assert inputs.token_scale.numel() >= scales(tokens)
     steps = tuple(matrix.steps for matrix in matrices)
     way = cut(tokens, rows, depth, steps, device)
     problem = _Problem(
@@ -175,5 +177,5 @@ def decode(inputs: Inputs, matrices: Sequence[Matrix]) -> None:
     for index in range(len(matrices), MATRICES):
         problem.matrices[index].first = problem.tiles  # which no block will have
     groups, half = first.chunks.groups, first.y.dtype == torch.float16
-    kernel = _kernel(device, tokens, groups, half, way.shared)
-    kernel.launch(problem, (way.blocks, 1), WARPGROUPS * 128)
+    kernel = _kernel(device, operand_columns(tokens), groups, half)
+    kernel.launch(problem, (way.blocks, 1), WARPGROUPS * 128, shared=way.shared)

@@ -83,7 +83,7 @@ class Kernel:
     def __init__(self, name: str, constants: Mapping[str, int], shared: int = 0) -> None:
         """Compile (or take from the cache) and load on the current device.
 
-        `shared`: bytes of dynamic shared memory.
+        `shared`: bytes of dynamic shared memory, at most.
         """
         self.name, self.shared = name, shared
         image = compile_kernel(name, constants)
@@ -106,6 +106,7 @@ class Kernel:
         threads: int,
         cluster: int = 1,
         overlap: bool = True,
+        shared: int | None = None,
     ) -> None:
         """Enqueue on the current stream.
 
@@ -115,6 +116,7 @@ class Kernel:
             threads: in a block.
             cluster: blocks in a cluster, along the first extent of the grid.
             overlap: it may start before the kernel ahead has ended, and waits for it by itself.
+            shared: bytes of dynamic shared memory, where it is not the most.
         """
         attributes = (_Attribute * 2)()
         count = 0
@@ -130,7 +132,7 @@ class Kernel:
         launch = _Launch(
             (grid[0], grid[1], 1),
             (threads, 1, 1),
-            self.shared,
+            self.shared if shared is None else shared,
             torch.cuda.current_stream().cuda_stream,
             attributes,
             count,

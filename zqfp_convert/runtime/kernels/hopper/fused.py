@@ -58,9 +58,7 @@ def room(x: Tensor, matrices: Sequence[Matrix]) -> Room:
     depth = chunks.data.shape[1]
     rows = tuple(matrix.y.shape[1] for matrix in matrices)
     steps = tuple(matrix.steps for matrix in matrices)
-    if schedules.decodes(tokens, rows, columns, index) and decode.fits(
-        tokens, rows, depth, steps, index
-    ):
+    if schedules.decodes(tokens, rows, columns, max(steps) * layout.RANKS, index):
         return room_to_decode(tokens, depth, sum(steps), x.device)
     schedule = schedules.choose(tokens, rows, columns, index).fit(chunks.groups)
     return room_to_multiply(tokens, rows, depth, sum(steps), schedule, x.device)

@@ -152,7 +152,7 @@ class Inputs:
 
     Attributes:
         codes: uint8, E4M3 as `quantize` writes them, `[ceil(K / 128), M, 128]` for `multiply`.
-        token_scale: float32 `[M]`.
+        token_scale: float32 `[M]`; for `decode` filled up to 16 bytes.
         inner: z of all matrices in `inner_parts(M)` parts, bfloat16 `[parts, steps, M, 16]`; None
             without low-rank compensation.
     """

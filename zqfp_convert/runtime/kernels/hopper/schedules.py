@@ -21,11 +21,14 @@ from pathlib import Path
 import torch
 
 from zqfp_convert.errors import OutputError
+from zqfp_convert.runtime.kernels.hopper import decode
+from zqfp_convert.runtime.kernels.hopper.layout import COLUMNS, RANKS
 from zqfp_convert.runtime.kernels.hopper.multiply import SHARED_LIMIT, Schedule
 
 SHIPPED = Path(__file__).parent / "table.json"
 BYTES_PER_MICROSECOND = 4e6  # what an H200 copies, read and written
 LARGEST_TOKENS = 256  # of a tile
+VERSION = 2  # of a table: what its times mean
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,12 @@ def choose(tokens: int, rows: tuple[int, ...], columns: int, device: int) -> Sch
 
 
 @cache
-def decodes(tokens: int, rows: tuple[int, ...], columns: int, device: int) -> bool:
-    """Whether the product for few tokens is the faster one."""
+def decodes(tokens: int, rows: tuple[int, ...], columns: int, rank: int, device: int) -> bool:
+    """Whether the product for few tokens can be taken, and is the faster one."""
     entry = _entry(tokens, sum(rows), columns, device)
-    return entry.decoded is not None and entry.decoded < entry.fused
+    steps = (-(-rank // RANKS),) * len(rows)
+    depth = -(-columns // COLUMNS)
+    return entry.at_best < entry.fused and decode.fits(tokens, rows, depth, steps, device)
 
 
 @cache
@@ -95,7 +100,8 @@ def prefers_expanded(
     There low-rank compensation is a pass over the results, which the fused product does not need.
     """
     whole = _entry(tokens, sum(rows), columns, device)
-    fused = whole.at_best * sum(rows) * columns / (whole.rows * whole.columns)
+    best = whole.at_best if decodes(tokens, rows, columns, rank, device) else whole.fused
+    fused = best * sum(rows) * columns / (whole.rows * whole.columns)
     expanded = 0.0
     for count in rows:
         entry = _entry(tokens, count, columns, device)
@@ -151,9 +157,11 @@ def read(path: Path) -> list[Entry]:
     Raises:
         OSError, ValueError, KeyError, TypeError: it is missing, or no table of this version.
     """
+    table = json.loads(path.read_text())
+    if not isinstance(table, dict) or table.get("version") != VERSION:
+        raise ValueError(f"not version {VERSION}")
     return [
-        Entry(**{**entry, "schedule": Schedule(**entry["schedule"])})
-        for entry in json.loads(path.read_text())
+        Entry(**{**entry, "schedule": Schedule(**entry["schedule"])}) for entry in table["entries"]
     ]
 
 
@@ -163,7 +171,8 @@ def written(entries: Iterable[Entry]) -> str:
     for entry in entries:
         values = asdict(entry) | {"schedule": spelled(entry.schedule)}
         lines.append(json.dumps({key: v for key, v in values.items() if v is not None}))
-    return "[\n" + ",\n".join(lines) + "\n]\n"
+    entries_text = ",\n".join(lines)
+    return f'{{"version": {VERSION}, "entries": [\n{entries_text}\n]}}\n'
 
 
 def spelled(schedule: Schedule) -> dict[str, int]:
