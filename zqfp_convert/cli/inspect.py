@@ -52,7 +52,8 @@ def command(
         described = packed.quantization
         producer, recipe = described["producer"], described["recipe"]
         console.out.print(
-            f"{len(layers)} layers, {weights:,} weights at {bits:.3f} bits; scales "
+            f"{len(layers)} layers, {weights:,} weights at {bits:.3f} bits; codes "
+            f"{described['weights']['format']}, scales "
             f"{described['weights']['scales']}, groups of {described['weights']['group_size']}; "
             f"recipe {recipe.get('name', 'unnamed')}, made by {producer['name']} "
             f"{producer['version']}"
