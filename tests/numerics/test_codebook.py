@@ -78,7 +78,6 @@ def test_signs_and_nan_stay() -> None:
 def test_e2m1_is_one_of_them() -> None:
     values = torch.linspace(-7, 7, 4001)
     assert torch.equal(codebook.round_to(values, E2M1), e2m1.round_to_grid(values))
-    assert torch.equal(codebook.encode(values, E2M1), e2m1.encode(values))
 
 
 @pytest.mark.parametrize("groups", [1, 7, 8, 9, 64])

@@ -11,7 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from zqfp_convert.numerics import e2m1, fp8, nibbles
+from zqfp_convert.numerics import codebook, fp8, nibbles
 from zqfp_convert.numerics.scales import power_of_two
 from zqfp_convert.runtime.kernels.hopper import layout
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
@@ -116,7 +116,7 @@ def matrix_of(chunks: Chunks) -> Tensor:
     tiles, depth, _ = chunks.data.shape
     rows, columns, step = tiles * 64, depth * 128, 128 // chunks.groups
     packed, below = layout.restore(chunks, rows, columns, step)
-    values = e2m1.decode(nibbles.unpack(packed, columns))
+    values = codebook.decode(nibbles.unpack(packed, columns), codebook.E2M1)
     return values * power_of_two(6 - below.int()).repeat_interleave(step, 1)
 
 

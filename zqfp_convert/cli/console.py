@@ -139,6 +139,14 @@ def json_target(given: str | None) -> Path | None:
     return path
 
 
+def give_json(found: dict[str, Any], given: str | None, target: Path | None) -> None:
+    """Write a result to where a `JsonFile` goes."""
+    if given == TO_PROGRAMS:
+        print_json(found)
+    if target is not None:
+        target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def size(count: float) -> str:
     """Bytes as a person reads them."""
     for unit in ("bytes", "kB", "MB", "GB"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -87,10 +86,7 @@ def command(
             _show_plan(plan)
         with console.progress(silent) as report:
             result = run(plan, report)
-        if as_json:
-            console.print_json(result.to_json())
-        if target is not None:
-            target.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+        console.give_json(result.to_json(), json_file, target)
         if not silent:
             _show_result(result)
 

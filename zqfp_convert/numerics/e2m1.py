@@ -23,19 +23,3 @@ def round_to_grid(values: Tensor) -> Tensor:
     step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
     step = step.to(values.dtype)
     return (torch.round(values / step) * step).clamp(-MAX, MAX)
-
-
-def encode(values: Tensor) -> Tensor:
-    """The code of the nearest E2M1 value of each element, uint8 of the same shape, never 8 (-0)."""
-    grid = round_to_grid(values).float().contiguous()
-    bounds = torch.tensor(MAGNITUDES[1:], device=values.device)
-    magnitude_code = torch.bucketize(grid.abs(), bounds, right=True).to(torch.uint8)
-    return magnitude_code | ((grid < 0).to(torch.uint8) << 3)
-
-
-def decode(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The value of each code (uint8, 0 to 15); code 8 gives -0."""
-    table = torch.tensor(
-        MAGNITUDES + tuple(-value for value in MAGNITUDES), dtype=dtype, device=codes.device
-    )
-    return table[codes.int()]

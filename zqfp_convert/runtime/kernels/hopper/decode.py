@@ -16,6 +16,9 @@ from zqfp_convert.runtime.kernels.hopper.multiply import (
     SHARED_LIMIT,
     Inputs,
     Matrix,
+    MatrixFields,
+    address,
+    fill,
     inner_parts,
 )
 
@@ -27,20 +30,6 @@ SLICES = 4  # warps of a warpgroup, chunks of a unit
 AHEAD = 8
 STATIC = 2048  # bytes of shared memory beside the dynamic ones, at most
 MOST_TOKENS = 8
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = (
-        ("chunks", ctypes.c_void_p),
-        ("outer", ctypes.c_void_p),
-        ("row_factor", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("rows", ctypes.c_int),
-        ("first", ctypes.c_int),
-        ("rank_steps", ctypes.c_int),
-        ("rank_step", ctypes.c_int),
-    )
 
 
 class _Problem(ctypes.Structure):
@@ -56,7 +45,7 @@ class _Problem(ctypes.Structure):
         ("most_steps", ctypes.c_int),
         ("most_tiles", ctypes.c_int),
         ("parts", ctypes.c_int),
-        ("matrices", _Matrix * MATRICES),
+        ("matrices", MatrixFields * MATRICES),
     )
 
 
@@ -150,7 +139,7 @@ def decode(inputs: Inputs, matrices: Sequence[Matrix]) -> None:
     problem = _Problem(
         inputs.codes.data_ptr(),
         inputs.token_scale.data_ptr(),
-        None if inputs.inner is None else inputs.inner.data_ptr(),
+        address(inputs.inner),
         tokens=tokens,
         depth=depth,
         units=-(-depth // SLICES),
@@ -159,23 +148,9 @@ def decode(inputs: Inputs, matrices: Sequence[Matrix]) -> None:
         most_tiles=way.tiles,
         parts=way.parts,
     )
-    step = 0
-    for index, matrix in enumerate(matrices):
-        problem.matrices[index] = _Matrix(
-            matrix.chunks.data.data_ptr(),
-            None if matrix.outer is None else matrix.outer.data_ptr(),
-            matrix.row_factor.data_ptr(),
-            None if matrix.bias is None else matrix.bias.data_ptr(),
-            matrix.y.data_ptr(),
-            rows[index],
-            problem.tiles,
-            matrix.steps,
-            step,
-        )
-        problem.tiles += -(-rows[index] // ROWS)
-        step += matrix.steps
-    for index in range(len(matrices), MATRICES):
-        problem.matrices[index].first = problem.tiles  # which no block will have
+    extents = [-(-count // ROWS) for count in rows]
+    fill(problem.matrices, matrices, extents)
+    problem.tiles = sum(extents)
     groups, half = first.chunks.groups, first.y.dtype == torch.float16
     kernel = _kernel(device, operand_columns(tokens), groups, half)
     kernel.launch(problem, (way.blocks, 1), WARPGROUPS * 128, shared=way.shared)

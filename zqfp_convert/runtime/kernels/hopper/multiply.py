@@ -117,7 +117,9 @@ class Schedule:
         return fitting
 
 
-class _Matrix(ctypes.Structure):
+class MatrixFields(ctypes.Structure):
+    """A matrix as the sources of both products have it."""
+
     _fields_ = (
         ("chunks", ctypes.c_void_p),
         ("outer", ctypes.c_void_p),
@@ -125,7 +127,7 @@ class _Matrix(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("rows", ctypes.c_int),
-        ("stretch", ctypes.c_int),
+        ("first", ctypes.c_int),
         ("rank_steps", ctypes.c_int),
         ("rank_step", ctypes.c_int),
     )
@@ -142,7 +144,7 @@ class _Problem(ctypes.Structure):
         ("depth", ctypes.c_int),
         ("stretches", ctypes.c_int),
         ("rank_steps", ctypes.c_int),
-        ("matrices", _Matrix * MATRICES),
+        ("matrices", MatrixFields * MATRICES),
     )
 
 
@@ -242,7 +244,7 @@ def multiply(inputs: Inputs, matrices: Sequence[Matrix], schedule: Schedule, fla
     problem = _Problem(
         inputs.codes.data_ptr(),
         inputs.token_scale.data_ptr(),
-        _address(inputs.inner),
+        address(inputs.inner),
         tokens=tokens,
         depth=depth,
     )
@@ -250,24 +252,9 @@ def multiply(inputs: Inputs, matrices: Sequence[Matrix], schedule: Schedule, fla
         sums = schedule.tokens * schedule.rows  # float32
         workspace = torch.empty(count * sums, dtype=torch.float32, device=first.y.device)
         problem.workspace, problem.flags = workspace.data_ptr(), flags.data_ptr()
-    steps = 0
-    for index, matrix in enumerate(matrices):
-        problem.matrices[index] = _Matrix(
-            matrix.chunks.data.data_ptr(),
-            _address(matrix.outer),
-            matrix.row_factor.data_ptr(),
-            _address(matrix.bias),
-            matrix.y.data_ptr(),
-            rows[index],
-            problem.stretches,
-            matrix.steps,
-            steps,
-        )
-        problem.stretches += stretches(schedule, rows[index])
-        steps += matrix.steps
-    problem.rank_steps = steps
-    for index in range(len(matrices), MATRICES):
-        problem.matrices[index].stretch = problem.stretches  # which no block will have
+    extents = [stretches(schedule, count) for count in rows]
+    fill(problem.matrices, matrices, extents)
+    problem.stretches, problem.rank_steps = sum(extents), sum(m.steps for m in matrices)
     groups, half = first.chunks.groups, first.y.dtype == torch.float16
     kernel = _kernel(device, schedule, groups, half, inner_parts(tokens))
     threads = schedule.consumers * 128 + schedule.copiers
@@ -275,5 +262,28 @@ def multiply(inputs: Inputs, matrices: Sequence[Matrix], schedule: Schedule, fla
     kernel.launch(problem, (count * cluster, 1), threads, cluster)
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def fill(
+    fields: ctypes.Array[MatrixFields], matrices: Sequence[Matrix], extents: Sequence[int]
+) -> None:
+    """What the kernel has to know of each matrix; `extents` says how many tiles it has."""
+    first = step = 0
+    for index, (matrix, extent) in enumerate(zip(matrices, extents, strict=True)):
+        fields[index] = MatrixFields(
+            matrix.chunks.data.data_ptr(),
+            address(matrix.outer),
+            matrix.row_factor.data_ptr(),
+            address(matrix.bias),
+            matrix.y.data_ptr(),
+            matrix.y.shape[1],
+            first,
+            matrix.steps,
+            step,
+        )
+        first, step = first + extent, step + matrix.steps
+    for index in range(len(matrices), MATRICES):
+        fields[index].first = first  # which no block will have
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Of its data, or null."""
     return None if tensor is None else tensor.data_ptr()
