@@ -1,7 +1,7 @@
 """Times of the products with a weight of Llama-3.1-8B, ours beside those of others, on one GPU.
 
     python tests/benchmarks/kernels.py [--quick] [--json PATH] [--shapes 4096x14336 ...]
-        [--tokens 1 16 ...] [--contenders bf16 fp8 humming humming-tuned ours] [--rank 0 8]
+        [--tokens 1 16 ...] [--contenders bf16 fp8 humming humming-tuned ours pair] [--rank 0 8]
         [--with-quantization]
 
 Method: for each weight shape `N x K` and each number of tokens M, every contender becomes a CUDA
@@ -9,7 +9,7 @@ graph of 24 calls or more, which goes round so many copies of its weight (200 MB
 is still in the L2 cache; the graphs are replayed in turn, seven rounds, and the median counts.
 Random data. `humming` is humming-kernels with the tile that it chooses, `humming-tuned` the fastest
 of many of its tiles. The products of `humming` and `ours` take activations that are FP8 already;
-`--with-quantization` times them from bfloat16 too. First come the machine's own bandwidths, last
+`--with-quantization` times them from bfloat16 too; `pair` are ours with a pair of codebooks. First come the machine's own bandwidths, last
 the quantization of the activations alone. Columns: `/x` is x's time over ours, `/best` that of the
 fastest of the others, `+q` humming's over ours with quantization, `LoRC` ours with over without
 it, `TB/s` the rate of reading the weight, also as a share of a pure read's. A contender that cannot
@@ -37,6 +37,8 @@ from peers import Bf16, Fp8
 from rich.console import Console
 from rich.table import Table
 from timing import CALLS, Replay, bandwidths, copies, medians
+
+from zqfp_convert.numerics import codebook
 
 SHAPES = ["6144x4096", "4096x4096", "28672x4096", "4096x14336"]
 TOKENS = [1, 16, 64, 256, 1024, 4096, 8192]
@@ -77,6 +79,8 @@ class Run:
             if name == "ours":
                 for rank in self.given.rank:
                     kinds[f"ours-r{rank}"] = partial(Ours, rows, columns, rank=rank)
+            elif name == "pair":
+                kinds["ours-pair"] = partial(Ours, rows, columns, rank=0, books=codebook.PAIR)
             else:
                 kinds[name] = partial(CONTENDERS[name], rows, columns)
         made = {}
@@ -269,7 +273,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", metavar="NxK")
     parser.add_argument("--tokens", nargs="+", type=int, metavar="M")
     parser.add_argument(
-        "--contenders", nargs="+", choices=[*CONTENDERS, "ours"],
+        "--contenders", nargs="+", choices=[*CONTENDERS, "ours", "pair"],
         default=["bf16", "fp8", "humming", "ours"],
     )  # fmt: skip
     parser.add_argument("--rank", nargs="+", type=int, default=[0, 8], help="of LoRC, for ours")

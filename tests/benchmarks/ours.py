@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from peers import GROUP, Problem, random_inputs
 from torch import Tensor
 
 from zqfp_convert.checkpoint.packed import PackedLayer
-from zqfp_convert.numerics import fp8
+from zqfp_convert.numerics import bits, codebook, fp8
+from zqfp_convert.numerics.codebook import Codebook
 from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.kernels.hopper import layout, schedules
 from zqfp_convert.runtime.kernels.hopper.expand import expand
@@ -17,15 +20,22 @@ from zqfp_convert.runtime.kernels.hopper.multiply import Inputs, Matrix
 
 
 class Ours:
-    """E2M1 weights, groups of 128 under M2, FP8 activations, LoRC of some rank.
+    """E2M1 weights or those of other codebooks, groups of 128 under M2, FP8 activations, LoRC of some rank.
 
     The path is the one that a model takes, fused or expanded; `multiply` leaves out what makes the
     activations FP8, and z with them.
     """
 
-    def __init__(self, rows: int, columns: int, copies: int, rank: int) -> None:
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        copies: int,
+        rank: int,
+        books: tuple[Codebook, ...] = (codebook.E2M1,),
+    ) -> None:
         self.rows, self.columns, self.rank = rows, columns, rank
-        self.problem = Problem(rows, columns)
+        self.problem = Problem(rows, columns, books=books)
         A = B = s = None
         if rank:
             A = torch.randn(rank, columns, device="cuda").to(fp8.DTYPE)
@@ -34,12 +44,14 @@ class Ours:
         self.factors = (A, B, s)
         given = self.problem
         layer = PackedLayer(
-            "ours", "m2", GROUP, columns, given.packed, given.exponents, given.row_scale, A, B, s
-        )
+            "ours", "m2", GROUP, columns, given.packed, given.exponents, given.row_scale, A, B, s,
+            books=books, choice=bits.pack(given.second) if len(books) > 1 else None,
+        )  # fmt: skip
         self.weights = HopperWeights(layer, None)
-        self.copies = [layout.Chunks(self.weights.chunks, self.weights.groups)]
+        chunks = layout.Chunks(self.weights.chunks, self.weights.groups, books)
+        self.copies = [chunks]
         for _ in range(copies - 1):
-            self.copies.append(layout.Chunks(self.weights.chunks.clone(), self.weights.groups))
+            self.copies.append(replace(chunks, data=chunks.data.clone()))
         self.weight_bytes = self.weights.chunks.nbytes
 
     @staticmethod

@@ -19,10 +19,23 @@ CHECKED = 256  # tokens that are compared with float32
 
 
 class Problem:
-    """A random weight as it lies in the file (M2), and products with it in float32."""
+    """A random weight as it lies in the file (M2), and products with it in float32.
 
-    def __init__(self, rows: int, columns: int, device: str = "cuda") -> None:
-        self.rows, self.columns = rows, columns
+    Attributes:
+        books: the magnitudes that codes stand for, of one codebook or two.
+        second: bool `[N, G]`, which groups have the second one.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        device: str = "cuda",
+        books: tuple[tuple[float, ...], ...] = (MAGNITUDES,),
+    ) -> None:
+        self.rows, self.columns, self.books = rows, columns, books
+        groups = rows, columns // GROUP
+        self.second = torch.randint(len(books), groups, device=device).bool()
         # uint8 [N, K / 2], even columns in the low nibble
         self.packed = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, device=device)
         # uint8 [N, G], the largest of each row 127
@@ -33,11 +46,12 @@ class Problem:
 
     def dense(self, part: slice) -> Tensor:
         """Some rows of the weight, float32."""
-        signed = MAGNITUDES + tuple(-value for value in MAGNITUDES)
-        table = torch.tensor(signed, device=self.packed.device)
+        books = torch.tensor(self.books, device=self.packed.device)
+        table = torch.cat([books, -books], 1).flatten()
         packed = self.packed[part].int()
         codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1)  # [n, K]
         scales = torch.exp2(self.exponents[part].float() - 127) * self.row_scale[part, None].float()
+        codes += 16 * self.second[part].repeat_interleave(GROUP, 1)
         return table[codes] * scales.repeat_interleave(GROUP, 1)
 
     def product(self, x: Tensor) -> Tensor:

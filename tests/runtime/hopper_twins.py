@@ -11,7 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from zqfp_convert.numerics import codebook, fp8, nibbles
+from zqfp_convert.numerics import codebook, fp8
 from zqfp_convert.numerics.scales import power_of_two
 from zqfp_convert.runtime.kernels.hopper import layout
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
@@ -113,11 +113,13 @@ def quantize(
 
 def matrix_of(chunks: Chunks) -> Tensor:
     """Code times 2^(6 - how far its exponent lies below), float32 `[tiles * 64, depth * 128]`."""
-    tiles, depth, _ = chunks.data.shape
-    rows, columns, step = tiles * 64, depth * 128, 128 // chunks.groups
-    packed, below = layout.restore(chunks, rows, columns, step)
-    values = codebook.decode(nibbles.unpack(packed, columns), codebook.E2M1)
-    return values * power_of_two(6 - below.int()).repeat_interleave(step, 1)
+    step = 128 // chunks.groups
+    codes, marks = layout._restore(chunks.data, chunks.groups)
+    values = codebook.decode(codes, chunks.books[0])
+    if len(chunks.books) > 1:
+        second = (marks >= 128).repeat_interleave(step, 1)
+        values = torch.where(second, codebook.decode(codes, chunks.books[1]), values)
+    return values * power_of_two((marks & 127).int() - 5).repeat_interleave(step, 1)
 
 
 def in_order(codes: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from zqfp_convert.numerics.scales import Kind
 from zqfp_convert.runtime import expanded, paths, siblings
 from zqfp_convert.runtime.kernels.hopper import fused, multiply, quantize, schedules
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
-from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights, multiply_all
+from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights, multiply_all, together
 from zqfp_convert.runtime.linear import PATH_VARIABLE, QuantizedLinear, Scratch
 
 CUDA = torch.device("cuda", 0)
@@ -377,17 +377,38 @@ def test_decoding(
         assert all(torch.equal(a, b) for a, b in zip(have, again, strict=True))
 
 
-@pytest.mark.parametrize("group_size", [32, 128, 0])
-@pytest.mark.parametrize("tokens", [1, 40, 600])
-def test_two_codebooks(group_size: int, tokens: int) -> None:
-    """On every path that takes them."""
-    layer = moderate(random_layer("m2", 520, 1100, group_size or 1100, 8, books=codebook.PAIR))
+@pytest.mark.parametrize("books", [codebook.PAIR[1:], codebook.PAIR], ids=["one", "pair"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 0])
+@pytest.mark.parametrize("tokens", [1, 5, 40, 600])
+def test_other_codebooks(
+    tokens: int, group_size: int, books: tuple[codebook.Codebook, ...], way: tuple[str, str]
+) -> None:
+    layer = moderate(random_layer("m2", 520, 1100, group_size or 1100, 8, books=books))
     x = inputs(tokens, 1100)
     module = module_of(layer)
-    assert module._kernels in ("portable", "torch")
-    assert relative(module(x), truth(layer, x)) < (TWICE if module(x).numel() > 5000 else 2.0**-7)
+    assert module._kernels == way[0]
+    limit = TWICE if tokens >= 10 else 2.0**-7
+    assert relative(module(x), truth(layer, x)) < limit
     module.load_state_dict(module.state_dict())
-    assert relative(module(x), truth(layer, x)) < (TWICE if module(x).numel() > 5000 else 2.0**-7)
+    assert relative(module(x), truth(layer, x)) < limit
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_siblings_with_other_codebooks(decodes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens, by both products; and codebooks that differ are multiplied apart."""
+    if paths.kernels_for(CUDA, "m2", 128, 4096, 8) != "hopper":
+        pytest.skip("no Hopper")
+    monkeypatch.setattr(schedules, "decodes", lambda *about: decodes)
+    layers = [
+        moderate(random_layer("m2", rows, 700, 128, 8, books=codebook.PAIR)) for rows in (520, 77)
+    ]
+    weights = [HopperWeights(copy.deepcopy(layer), None).to(CUDA) for layer in layers]
+    x = inputs(3, 700)
+    for y, layer in zip(multiply_all(weights, x, "fused", Scratch().key), layers, strict=True):
+        assert relative(y, truth(layer, x)) < 2.0**-7
+    plain = HopperWeights(random_layer("m2", 64, 700, 128, 8), None).to(CUDA)
+    assert together(weights)
+    assert not together([*weights, plain])
 
 
 @torch.no_grad()

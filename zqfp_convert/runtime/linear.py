@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from zqfp_convert.checkpoint.packed import PackedLayer
-from zqfp_convert.numerics import codebook
 from zqfp_convert.runtime import expanded, paths, reference
 from zqfp_convert.runtime.paths import PATH_VARIABLE, Kernels, Path
 from zqfp_convert.runtime.scratch import Scratch
@@ -68,8 +67,6 @@ class QuantizedLinear(nn.Module):
         self._siblings: Siblings | None = None
         self._place = 0
         self._about = f"{self.kind} scales in groups of {self.group_size}, rank {self.rank}"
-        if self.books != (codebook.E2M1,):
-            self._about += ", codebooks of its own"
         self._arrange()
 
     @property
@@ -186,7 +183,7 @@ class QuantizedLinear(nn.Module):
         layer = self.packed()
         device = layer.packed.device
         self._kernels: Kernels = paths.kernels_for(
-            device, self.kind, self.group_size, self.in_features, self.rank, self.books
+            device, self.kind, self.group_size, self.in_features, self.rank
         )
         match self._kernels:
             case "hopper":

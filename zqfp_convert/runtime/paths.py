@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from zqfp_convert.errors import OptionError
-from zqfp_convert.numerics import codebook
-from zqfp_convert.numerics.codebook import Codebook
 from zqfp_convert.numerics.scales import Kind
 from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.kernels import hopper, portable
@@ -33,7 +31,6 @@ def kernels_for(
     group_size: int,
     columns: int,
     rank: int,
-    books: tuple[Codebook, ...] = (codebook.E2M1,),
 ) -> Kernels:
     """What multiplies a layer on a device.
 
@@ -55,7 +52,6 @@ def kernels_for(
     capability = torch.cuda.get_device_capability(device)
     if (
         capability == HOPPER
-        and books == (codebook.E2M1,)
         and hopper_layout.supports(group_size, columns)
         and rank <= hopper_layout.MOST_RANKS
         and hopper.available()
@@ -117,7 +113,7 @@ def _impossible(path: str, found: str) -> OptionError:
         needed += "scales m1 or m2"
     elif path == "fused":
         needed += "NVRTC or Triton, scales m1 or m2 in groups of a multiple of 32 or of a row, "
-        needed += f"rank {portable_layout.MOST_RANKS} at most; for other codebooks than E2M1 Triton"
+        needed += f"rank {portable_layout.MOST_RANKS} at most"
     else:
         found, needed = "no such path", "fused, expanded or reference"
     return OptionError(

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from packed_layers import random_layer
 
-from zqfp_convert.numerics import nibbles
+from zqfp_convert.numerics import codebook, nibbles
 from zqfp_convert.runtime.kernels.hopper import layout
 
 
@@ -38,12 +38,17 @@ def test_scales_in_a_chunk(group_size: int, columns: int, want: int) -> None:
     assert layout.groups_in_chunk(group_size, columns) == want
 
 
+@pytest.mark.parametrize("books", [(codebook.E2M1,), codebook.PAIR], ids=["e2m1", "pair"])
 @pytest.mark.parametrize("group_size", [32, 64, 128, 150])
-def test_where_each_weight_and_lift_goes(group_size: int) -> None:
+def test_where_each_weight_and_lift_goes(
+    group_size: int, books: tuple[codebook.Codebook, ...]
+) -> None:
     """Which thread, word, nibble and bit holds weight [n, k], one by one."""
     rows, columns = 70, 150
-    layer = random_layer("m2", rows, columns, group_size)
-    chunks = layout.arrange(layer.packed, layer.scale, group_size, columns)
+    layer = random_layer("m2", rows, columns, group_size, books=books)
+    about = group_size, columns, layer.books, layer.choice
+    chunks = layout.arrange(layer.packed, layer.scale, *about)
+    assert chunks.books == books
     groups = chunks.groups
     assert chunks.data.shape == (2, 2, 64 * 128 // 2 + 64 * groups)
     codes = nibbles.unpack(layer.packed, columns).tolist()
@@ -64,8 +69,10 @@ def test_where_each_weight_and_lift_goes(group_size: int) -> None:
             assert magnitude | sign << 3 == want
             lift = chunk[4096 + ((8 * warp + g) * groups + k % 128 * groups // 128) * 2 + lower]
             if n < rows and k < columns:
-                assert lift == 11 - (top[n] - int(layer.scale[n, k // group_size]))
-            assert 0 <= lift <= 11
+                assert lift & 127 == 11 - (top[n] - int(layer.scale[n, k // group_size]))
+                second = layer.choice is not None and layer.choice[n, k // group_size // 8]
+                assert lift >> 7 == (int(second) >> k // group_size % 8 & 1)
+            assert 0 <= lift & 127 <= 11
 
 
 @settings(max_examples=100, deadline=None)
@@ -74,12 +81,21 @@ def test_where_each_weight_and_lift_goes(group_size: int) -> None:
     columns=st.integers(1, 500),
     group_size=st.one_of(st.integers(1, 16).map(lambda runs: 32 * runs), st.integers(1, 600)),
     kind=st.sampled_from(["m1", "m2"]),
+    books=st.sampled_from([(codebook.E2M1,), codebook.PAIR]),
     seed=st.integers(0, 1 << 20),
 )
-def test_there_and_back(rows: int, columns: int, group_size: int, kind: str, seed: int) -> None:
+def test_there_and_back(
+    rows: int,
+    columns: int,
+    group_size: int,
+    kind: str,
+    books: tuple[codebook.Codebook, ...],
+    seed: int,
+) -> None:
     assume(layout.supports(group_size, columns))
-    layer = random_layer(kind, rows, columns, group_size, seed=seed)
-    chunks = layout.arrange(layer.packed, layer.scale, group_size, columns)
+    layer = random_layer(kind, rows, columns, group_size, seed=seed, books=books)
+    about = group_size, columns, layer.books, layer.choice
+    chunks = layout.arrange(layer.packed, layer.scale, *about)
     assert chunks.data.is_contiguous()
     packed, below = layout.restore(chunks, rows, columns, group_size)
     assert torch.equal(packed, layer.packed)

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from zqfp_convert.numerics import codebook
+from zqfp_convert.numerics.codebook import Codebook
 from zqfp_convert.runtime.kernels import hopper
 from zqfp_convert.runtime.kernels.hopper import (
     compiler,
@@ -68,19 +70,25 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
         module._kernel.cache_clear()
 
 
-def chunks(groups: int) -> Chunks:
+def chunks(groups: int, books: tuple[Codebook, ...] = (codebook.E2M1,)) -> Chunks:
     """Weights `[128, 256]`."""
-    return Chunks(torch.zeros(2, 2, layout.chunk_bytes(groups), dtype=torch.uint8), groups)
+    data = torch.zeros(2, 2, layout.chunk_bytes(groups), dtype=torch.uint8)
+    return Chunks(data, groups, books)
 
 
-def run_multiply(schedule: Schedule, groups: int, dtype: torch.dtype) -> None:
+def run_multiply(
+    schedule: Schedule,
+    groups: int,
+    dtype: torch.dtype,
+    books: tuple[Codebook, ...] = (codebook.E2M1,),
+) -> None:
     tokens = schedule.tokens
     inputs = Inputs(torch.empty(2, tokens, 128, dtype=torch.uint8), torch.ones(tokens))
     fitting = schedule.fit(groups)
     matrices = []
     for _ in range(2):
         y = torch.empty(tokens, 128, dtype=dtype)
-        matrices.append(Matrix(chunks(groups), torch.ones(128), None, y))
+        matrices.append(Matrix(chunks(groups, books), torch.ones(128), None, y))
     flags = torch.zeros(flag_count(fitting, tokens, (128, 128), 2, 0), dtype=torch.int32)
     multiply.multiply(inputs, matrices, fitting, flags)
 
@@ -91,6 +99,7 @@ def test_multiply(schedule: Schedule) -> None:
     if schedule.tokens == 8:
         run_multiply(schedule, 2, torch.float16)
         run_multiply(schedule, 4, torch.float16)
+        run_multiply(schedule, 1, torch.bfloat16, codebook.PAIR)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -101,7 +110,9 @@ def test_decode(tokens: int, groups: int) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         y = torch.empty(tokens, 128, dtype=dtype)
         decode.decode(inputs, [Matrix(chunks(groups), torch.ones(128), None, y)] * 2)
-    assert len(Kernel.made) == 2
+    others = chunks(groups, codebook.PAIR)
+    decode.decode(inputs, [Matrix(others, torch.ones(128), None, y)] * 2)
+    assert len(Kernel.made) == 3
 
 
 def test_what_a_decoding_product_has_room_for() -> None:
@@ -146,12 +157,13 @@ def test_cuts_of_the_activations(steps: int, tokens: int, columns: int) -> None:
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_expand(groups: int) -> None:
-    expand.expand(chunks(groups), torch.empty(128, 256, dtype=torch.uint8))
-    assert len(Kernel.made) == 1
+    for books in ((codebook.E2M1,), codebook.PAIR[:1], codebook.PAIR):
+        expand.expand(chunks(groups, books), torch.empty(128, 256, dtype=torch.uint8))
+    assert len(Kernel.made) == 2
 
 
 def test_what_is_compiled_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    test_expand(1)
+    expand.expand(chunks(1), torch.empty(128, 256, dtype=torch.uint8))
     (kept,) = cache.iterdir()
     assert kept.read_bytes() == Kernel.made[0].image
     expand._kernel.cache_clear()

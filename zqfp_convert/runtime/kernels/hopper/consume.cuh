@@ -45,7 +45,7 @@ struct Consumer {
   // Multiplies a chunk. The products run on; those of the chunk before have ended when this returns.
   DEVICE void chunk(Sums &sums, Weights &w, const Words &words, const Step &step, int tile) const {
     if (BUFFERS == 1) wgmma_wait<0>();
-    convert(w, words);
+    convert(w, words, p.books);
     u64 codes = operand_128(s.codes(step.slot));
     wgmma_fence();
 #pragma unroll

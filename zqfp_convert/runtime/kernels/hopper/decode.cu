@@ -13,8 +13,8 @@
 // have.
 //
 // Given by the compiler's command line: TOKENS (the operand's columns: 8, 16 or 32; M is a quarter at
-// most), WARPGROUPS, AHEAD, GROUPS (scales in 128 columns: 1, 2 or 4), INNER_PARTS (of z, to be added
-// up), HALF (float16 results).
+// most), WARPGROUPS, AHEAD, GROUPS (scales in 128 columns: 1, 2 or 4), BOOKS (see codebook.cuh),
+// INNER_PARTS (of z, to be added up), HALF (float16 results).
 #include "weights.cuh"
 #include "wgmma.cuh"
 
@@ -51,6 +51,7 @@ struct Problem {
   int most_steps;            // of a matrix
   int most_tiles;            // of a block
   int parts;                 // tiles that a warpgroup has a part of, at most
+  Books books;
   Matrix matrices[MATRICES];
 };
 
@@ -231,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int i = 0; i < AHEAD; ++i) {
       if (unit >= end) break;
       Weights w;
-      convert(w, ahead[i]);
+      convert(w, ahead[i], p.books);
       u64 operand = operand_128(codes + place * CODES_BYTES);
       wgmma_fence();
 #pragma unroll

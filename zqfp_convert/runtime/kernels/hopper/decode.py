@@ -10,6 +10,7 @@ from functools import cache
 import torch
 
 from zqfp_convert.runtime.kernels.hopper import layout
+from zqfp_convert.runtime.kernels.hopper.books import BookFields, fields, given
 from zqfp_convert.runtime.kernels.hopper.driver import Kernel
 from zqfp_convert.runtime.kernels.hopper.multiply import (
     MATRICES,
@@ -45,6 +46,7 @@ class _Problem(ctypes.Structure):
         ("most_steps", ctypes.c_int),
         ("most_tiles", ctypes.c_int),
         ("parts", ctypes.c_int),
+        ("books", BookFields),
         ("matrices", MatrixFields * MATRICES),
     )
 
@@ -109,12 +111,13 @@ def scales(tokens: int) -> int:
 
 
 @cache
-def _kernel(device: int, columns: int, groups: int, half: bool) -> Kernel:
+def _kernel(device: int, columns: int, groups: int, books: bool, half: bool) -> Kernel:
     constants = {
         "TOKENS": columns,
         "WARPGROUPS": WARPGROUPS,
         "AHEAD": AHEAD,
         "GROUPS": groups,
+        "BOOKS": books,
         "INNER_PARTS": inner_parts(MOST_TOKENS),
         "HALF": half,
     }
@@ -126,7 +129,7 @@ def decode(inputs: Inputs, matrices: Sequence[Matrix]) -> None:
 
     Args:
         inputs: the activations; codes of `codes_shape`, scales as many as `scales` says.
-        matrices: 1 to 4 of them, all with as many scales for 128 columns.
+        matrices: 1 to 4 of them, all with as many scales for 128 columns and the same codebooks.
     """
     first = matrices[0]
     _, depth, _ = first.chunks.data.shape
@@ -147,10 +150,12 @@ def decode(inputs: Inputs, matrices: Sequence[Matrix]) -> None:
         most_steps=max(steps),
         most_tiles=way.tiles,
         parts=way.parts,
+        books=fields(first.chunks.books),
     )
     extents = [-(-count // ROWS) for count in rows]
     fill(problem.matrices, matrices, extents)
     problem.tiles = sum(extents)
     groups, half = first.chunks.groups, first.y.dtype == torch.float16
-    kernel = _kernel(device, operand_columns(tokens), groups, half)
+    books = given(first.chunks.books)
+    kernel = _kernel(device, operand_columns(tokens), groups, books, half)
     kernel.launch(problem, (way.blocks, 1), WARPGROUPS * 128, shared=way.shared)

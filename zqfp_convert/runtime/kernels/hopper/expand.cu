@@ -3,8 +3,9 @@
 // A warp takes 16 rows of DEPTH neighbouring chunks; through shared memory it turns the order of a
 // tensor-core operand into rows, so that it writes 128 neighbouring bytes of a row at once.
 //
-// Given by the compiler's command line: GROUPS (as in multiply.cu), DEPTH.
+// Given by the compiler's command line: GROUPS, BOOKS (as in multiply.cu), DEPTH.
 #include "chunk.cuh"
+#include "codebook.cuh"
 
 constexpr int CHUNK_BYTES = CHUNK_ROWS * CHUNK_COLUMNS / 2 + CHUNK_ROWS * GROUPS;
 
@@ -12,6 +13,7 @@ struct Problem {
   const u8 *chunks;         // [ceil(N / 64), depth, CHUNK_BYTES]
   u8 *matrix;               // [rows, columns], columns a multiple of 16
   int rows, columns, depth;  // of the matrix; depth of the chunks
+  Books books;
 };
 
 extern "C" __global__ void __launch_bounds__(128) expand(const __grid_constant__ Problem p) {
@@ -45,7 +47,8 @@ extern "C" __global__ void __launch_bounds__(128) expand(const __grid_constant__
 #pragma unroll
       for (int h = 0; h < 2; ++h) {  // rows `row` and `row + 8`
         u32 left, right;
-        to_e4m3(k % 2 ? (h ? w.w : w.z) : (h ? w.y : w.x), table(pair >> h * 8 & 255), left, right);
+        to_e4m3(k % 2 ? (h ? w.w : w.z) : (h ? w.y : w.x), table(p.books, pair >> h * 8 & 255),
+                left, right);
         u32 line = tile + (row + h * 8) * CHUNK_COLUMNS + t * 4;
         store_shared(line + ((k * 2) ^ row) * 16, left);
         store_shared(line + ((k * 2 + 1) ^ row) * 16, right);

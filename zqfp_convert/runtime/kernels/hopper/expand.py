@@ -7,6 +7,7 @@ from functools import cache
 
 from torch import Tensor
 
+from zqfp_convert.runtime.kernels.hopper.books import BookFields, fields, given
 from zqfp_convert.runtime.kernels.hopper.driver import Kernel
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
 
@@ -20,12 +21,13 @@ class _Problem(ctypes.Structure):
         ("rows", ctypes.c_int),
         ("columns", ctypes.c_int),
         ("depth", ctypes.c_int),
+        ("books", BookFields),
     )
 
 
 @cache
-def _kernel(device: int, groups: int) -> Kernel:
-    return Kernel("expand", {"GROUPS": groups, "DEPTH": DEPTH})
+def _kernel(device: int, groups: int, books: bool) -> Kernel:
+    return Kernel("expand", {"GROUPS": groups, "BOOKS": books, "DEPTH": DEPTH})
 
 
 def expand(chunks: Chunks, matrix: Tensor) -> None:
@@ -37,7 +39,8 @@ def expand(chunks: Chunks, matrix: Tensor) -> None:
             chunks; zeros beyond N and K.
     """
     tiles, depth, _ = chunks.data.shape
-    problem = _Problem(chunks.data.data_ptr(), matrix.data_ptr(), *matrix.shape, depth)
-    kernel = _kernel(matrix.device.index or 0, chunks.groups)
+    data, books = chunks.data.data_ptr(), chunks.books
+    problem = _Problem(data, matrix.data_ptr(), *matrix.shape, depth, fields(books))
+    kernel = _kernel(matrix.device.index or 0, chunks.groups, given(books))
     # No overlap: the kernel ahead may still read the matrix of another layer from there.
     kernel.launch(problem, (-(-depth // DEPTH), tiles), 128, overlap=False)

@@ -5,9 +5,10 @@ pipeline. Thread `32 w + 4 g + t` holds rows `16 w + g` and 8 below it, and of 3
 columns `4 t` to `4 t + 3` and 16 further (PTX ISA, register fragments of wgmma .m64nNk32). A chunk
 is `[2 halves of K, 128 threads, 4 words]` and then the lifts `[32 pairs of rows, groups, 2 rows]`.
 A word is 8 weights of a row: magnitudes in the low three bits of its nibbles, in order of columns,
-and signs where the conversion to E4M3 wants them (`to_e4m3` in chunk.cuh).
+and signs where the conversion to E4M3 wants them (`to_e4m3` in codebook.cuh).
 
-A lift is `11 - (b_max - b)`: how far a group's exponent lies above the lowest that fits.
+A lift is `11 - (b_max - b)`: how far a group's exponent lies above the lowest that fits. Its
+highest bit says that the group has the second of two codebooks.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zqfp_convert.numerics import nibbles
+from zqfp_convert.numerics import bits, codebook, nibbles
+from zqfp_convert.numerics.codebook import Codebook
 from zqfp_convert.numerics.scales import MAX_SPAN
+from zqfp_convert.runtime.kernels.hopper.books import SECOND
 
 ROWS, COLUMNS = 64, 128  # of a chunk
 CODES_BYTES = ROWS * COLUMNS // 2
@@ -34,10 +37,12 @@ class Chunks:
     Attributes:
         data: uint8 `[ceil(N / 64), ceil(K / 128), chunk bytes]`.
         groups: scales for 128 columns: 1, 2 or 4.
+        books: what the codes stand for.
     """
 
     data: Tensor
     groups: int
+    books: tuple[Codebook, ...] = (codebook.E2M1,)
 
 
 def supports(group_size: int, columns: int) -> bool:
@@ -57,7 +62,14 @@ def chunk_bytes(groups: int) -> int:
     return CODES_BYTES + ROWS * groups
 
 
-def arrange(packed: Tensor, exponents: Tensor, group_size: int, columns: int) -> Chunks:
+def arrange(
+    packed: Tensor,
+    exponents: Tensor,
+    group_size: int,
+    columns: int,
+    books: tuple[Codebook, ...] = (codebook.E2M1,),
+    choice: Tensor | None = None,
+) -> Chunks:
     """Chunks of a layer.
 
     Args:
@@ -65,6 +77,7 @@ def arrange(packed: Tensor, exponents: Tensor, group_size: int, columns: int) ->
         exponents: uint8 `[N, G]`, E8M0 bytes with a span of at most 11.
         group_size: a multiple of 32, or K.
         columns: K.
+        books, choice: as in `PackedLayer`.
     """
     groups = groups_in_chunk(group_size, columns)
     tiles, depth = -(-packed.shape[0] // ROWS), -(-columns // COLUMNS)
@@ -75,8 +88,10 @@ def arrange(packed: Tensor, exponents: Tensor, group_size: int, columns: int) ->
         part = data[start : start + step]
         codes = nibbles.unpack(packed[rows], columns)
         lifts = MAX_SPAN - (exponents[rows].amax(1, keepdim=True) - exponents[rows])
+        if choice is not None:
+            lifts |= SECOND * bits.unpack(choice[rows], lifts.shape[1]).to(torch.uint8)
         _arrange(codes, lifts, group_size, groups, part)
-    return Chunks(data, groups)
+    return Chunks(data, groups, books)
 
 
 def _arrange(codes: Tensor, lifts: Tensor, group_size: int, groups: int, out: Tensor) -> None:
@@ -120,7 +135,7 @@ def restore(chunks: Chunks, rows: int, columns: int, group_size: int) -> tuple[T
         codes, lifts = _restore(chunks.data[start : start + step], chunks.groups)
         kept = rows - start * ROWS
         packed.append(nibbles.pack(codes[:kept, :columns]))
-        below.append(MAX_SPAN - lifts[:kept, starts // width])
+        below.append(MAX_SPAN - (lifts[:kept, starts // width] & ~SECOND))
     return torch.cat(packed), torch.cat(below)
 
 

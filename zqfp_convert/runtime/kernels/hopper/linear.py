@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.errors import OptionError
-from zqfp_convert.numerics import fp8
+from zqfp_convert.numerics import codebook, fp8
 from zqfp_convert.runtime import expanded, operators
 from zqfp_convert.runtime.kernels.hopper import layout, schedules
 from zqfp_convert.runtime.kernels.hopper.expand import expand
@@ -39,8 +39,9 @@ class HopperWeights(nn.Module):
     def __init__(self, layer: PackedLayer, bias: Tensor | None) -> None:
         super().__init__()
         self.rows, self.columns, self.group_size = layer.rows, layer.columns, layer.group_size
-        chunks = layout.arrange(layer.packed, layer.scale, layer.group_size, layer.columns)
-        self.groups = chunks.groups
+        about = layer.group_size, layer.columns, layer.books, layer.choice
+        chunks = layout.arrange(layer.packed, layer.scale, *about)
+        self.groups, self.books = chunks.groups, chunks.books
         factor = expanded.row_factor(layer.scale, layer.row_scale)
         A, B, s = layer.lorc_A, layer.lorc_B, layer.lorc_scale
         if A is not None:
@@ -76,7 +77,7 @@ class HopperWeights(nn.Module):
 
     def restore(self) -> tuple[Tensor, Tensor]:
         """The canonical tensors: packed uint8 `[N, ceil(K / 2)]`, exponents uint8 `[N, G]`."""
-        chunks = Chunks(self.chunks, self.groups)
+        chunks = Chunks(self.chunks, self.groups, self.books)
         packed, below = layout.restore(chunks, self.rows, self.columns, self.group_size)
         return packed, self.row_top[:, None] - below
 
@@ -85,7 +86,7 @@ def together(weights: Sequence[HopperWeights]) -> bool:
     """Whether weights that get the same input can be multiplied at once."""
 
     def about(one: HopperWeights) -> tuple[object, ...]:
-        return one.columns, one.groups, one.rank, one.chunks.device
+        return one.columns, one.groups, one.books, one.rank, one.chunks.device
 
     first = weights[0]
     steps = len(weights) * -(-first.rank // layout.RANKS)
@@ -107,6 +108,7 @@ def multiply_all(
         [one.rows for one in weights],
         [one.chunks for one in weights],
         first.groups,
+        [magnitude for book in first.books for magnitude in book],
         [one.row_factor for one in weights],
         [one.bias for one in weights],
         first.input_offset,
@@ -124,6 +126,7 @@ def _work(
     rows: Sequence[int],
     chunks: Sequence[Tensor],
     groups: int,
+    magnitudes: Sequence[float],
     row_factor: Sequence[Tensor],
     bias: Sequence[Tensor | None],
     input_offset: Tensor | None,
@@ -140,6 +143,7 @@ def _work(
         x: bfloat16 or float16 `[M, K]`.
         rows: N of each.
         chunks, groups: the weights, see `layout.Chunks`.
+        magnitudes: of one codebook after another.
         row_factor: float32 `[ceil(N / 64) * 64]`, of each.
         bias: the same, or None.
         input_offset: bfloat16 `[K]`, or None.
@@ -168,12 +172,12 @@ def _work(
     index = x.device.index or 0
     if way == "auto" and schedules.prefers_expanded(tokens, tuple(rows), columns, rank, index):
         way = "expanded"
-    factors = inner_factor, inner_scale
+    factors, books = (inner_factor, inner_scale), codebook.split(magnitudes)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         if way != "expanded":
             matrices = [
                 Matrix(
-                    Chunks(chunks[i], groups),
+                    Chunks(chunks[i], groups, books),
                     row_factor[i],
                     bias[i],
                     x.new_empty(tokens, rows[i]),
@@ -189,7 +193,7 @@ def _work(
         results = []
         for i, count in enumerate(rows):
             matrix = scratch_of(scratch).matrix(*expanded.matrix_shape(count, columns), x.device)
-            expand(Chunks(chunks[i], groups), matrix)
+            expand(Chunks(chunks[i], groups, books), matrix)
             factor, of_row = row_factor[i][: matrix.shape[0]], bias[i]
             y = expanded.product(codes, scale, matrix.view(fp8.DTYPE), factor, count)[:tokens]
             of_row = None if of_row is None else of_row[:count]

@@ -18,8 +18,9 @@
 // Given by the compiler's command line: TOKENS, WARPGROUPS, TILES, STAGES, SHARES, SPLIT, PAIR,
 // STREAM, PERSISTENT, BLOCKS (that share a multiprocessor), COPIERS (threads: 32, 64, or 128 that
 // give registers away, down to COPIER_REGISTERS, so that the others have CONSUMER_REGISTERS), GROUPS
-// (scales in 128 columns: 1, 2 or 4), INNER_PARTS (of z, to be added up: 1 or 4), HALF (float16
-// results), LARGEST_EXCHANGE (bytes of partial sums that have room of their own).
+// (scales in 128 columns: 1, 2 or 4), BOOKS (see codebook.cuh), INNER_PARTS (of z, to be added up:
+// 1 or 4), HALF (float16 results), LARGEST_EXCHANGE (bytes of partial sums that have room of their
+// own).
 #include "consume.cuh"
 #include "copy.cuh"
 

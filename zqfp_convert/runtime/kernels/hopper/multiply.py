@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zqfp_convert.runtime.kernels.hopper import layout
+from zqfp_convert.runtime.kernels.hopper.books import BookFields, fields, given
 from zqfp_convert.runtime.kernels.hopper.driver import Kernel
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
 
@@ -144,6 +145,7 @@ class _Problem(ctypes.Structure):
         ("depth", ctypes.c_int),
         ("stretches", ctypes.c_int),
         ("rank_steps", ctypes.c_int),
+        ("books", BookFields),
         ("matrices", MatrixFields * MATRICES),
     )
 
@@ -189,9 +191,11 @@ class Matrix:
 
 
 @cache
-def _kernel(device: int, schedule: Schedule, groups: int, half: bool, parts: int) -> Kernel:
-    constants = schedule.constants() | {"GROUPS": groups, "HALF": half, "INNER_PARTS": parts}
-    return Kernel("multiply", constants, schedule.shared(groups))
+def _kernel(
+    device: int, schedule: Schedule, groups: int, books: bool, half: bool, parts: int
+) -> Kernel:
+    about = {"GROUPS": groups, "BOOKS": books, "HALF": half, "INNER_PARTS": parts}
+    return Kernel("multiply", schedule.constants() | about, schedule.shared(groups))
 
 
 def stretches(schedule: Schedule, rows: int) -> int:
@@ -232,7 +236,7 @@ def multiply(inputs: Inputs, matrices: Sequence[Matrix], schedule: Schedule, fla
 
     Args:
         inputs: the activations.
-        matrices: 1 to 4 of them, all with as many scales for 128 columns.
+        matrices: 1 to 4 of them, all with as many scales for 128 columns and the same codebooks.
         schedule: see there.
         flags: int32, as many as `flag_count` says, which `quantize` has set to 0.
     """
@@ -247,6 +251,7 @@ def multiply(inputs: Inputs, matrices: Sequence[Matrix], schedule: Schedule, fla
         address(inputs.inner),
         tokens=tokens,
         depth=depth,
+        books=fields(first.chunks.books),
     )
     if schedule.stream:
         sums = schedule.tokens * schedule.rows  # float32
@@ -256,7 +261,8 @@ def multiply(inputs: Inputs, matrices: Sequence[Matrix], schedule: Schedule, fla
     fill(problem.matrices, matrices, extents)
     problem.stretches, problem.rank_steps = sum(extents), sum(m.steps for m in matrices)
     groups, half = first.chunks.groups, first.y.dtype == torch.float16
-    kernel = _kernel(device, schedule, groups, half, inner_parts(tokens))
+    books = given(first.chunks.books)
+    kernel = _kernel(device, schedule, groups, books, half, inner_parts(tokens))
     threads = schedule.consumers * 128 + schedule.copiers
     cluster = schedule.cluster_split * schedule.pair
     kernel.launch(problem, (count * cluster, 1), threads, cluster)

@@ -1,6 +1,7 @@
 // A product cut up: sizes, what a block has to do, and what lies where in its shared memory.
 #pragma once
 #include "chunk.cuh"
+#include "codebook.cuh"
 
 constexpr int ROW_TILES = WARPGROUPS * TILES;  // of 64 features, in a block
 constexpr int CHUNK_BYTES = CHUNK_ROWS * CHUNK_COLUMNS / 2 + CHUNK_ROWS * GROUPS;
@@ -54,6 +55,7 @@ struct Problem {
   u32 *flags;                // STREAM: [blocks, SLICES, WARPGROUPS], 0 at first
   int tokens, depth;         // M, ceil(K / 128)
   int stretches, rank_steps;  // of all matrices
+  Books books;
   Matrix matrices[MATRICES];
 };
 
