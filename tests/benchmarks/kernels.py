@@ -9,11 +9,11 @@ graph of 24 calls or more, which goes round so many copies of its weight (200 MB
 is still in the L2 cache; the graphs are replayed in turn, seven rounds, and the median counts.
 Random data. `humming` is humming-kernels with the tile that it chooses, `humming-tuned` the fastest
 of many of its tiles. The products of `humming` and `ours` take activations that are FP8 already;
-`--with-quantization` times them from bfloat16 too; `pair` are ours with a pair of codebooks. First come the machine's own bandwidths, last
-the quantization of the activations alone. Columns: `/x` is x's time over ours, `/best` that of the
-fastest of the others, `+q` humming's over ours with quantization, `LoRC` ours with over without
-it, `TB/s` the rate of reading the weight, also as a share of a pure read's. A contender that cannot
-run is named and left out.
+`--with-quantization` times them from bfloat16 too. `pair` is ours with a pair of codebooks. First
+come the machine's own bandwidths, last the quantization of the activations alone. Columns: `/x` is
+x's time over ours, `/best` that of the fastest of the others, `+q` humming's over ours with
+quantization, `LoRC` ours with over without it, `TB/s` the rate of reading the weight, also as a
+share of a pure read's. A contender that cannot run is named and left out.
 """
 
 from __future__ import annotations

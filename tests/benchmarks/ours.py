@@ -20,7 +20,7 @@ from zqfp_convert.runtime.kernels.hopper.multiply import Inputs, Matrix
 
 
 class Ours:
-    """E2M1 weights or those of other codebooks, groups of 128 under M2, FP8 activations, LoRC of some rank.
+    """Weights of one codebook or two, groups of 128 under M2, FP8 activations, LoRC of some rank.
 
     The path is the one that a model takes, fused or expanded; `multiply` leaves out what makes the
     activations FP8, and z with them.

@@ -46,7 +46,7 @@ def command(
         str | None,
         typer.Option(
             help="What codes stand for: e2m1, or pair (each group has the better of two, for one "
-            "bit: closer to the original, but on Hopper slower).",
+            "bit: closer to the original).",
             rich_help_panel=QUALITY,
         ),
     ] = None,
