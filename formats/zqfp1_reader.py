@@ -587,9 +587,10 @@ class Layer:
             for _ in range(self.shape[0]):
                 yield [0] * self.groups
             return
-        data, width = self.tensors["weight_codebook"].read(), (self.groups + 7) // 8
-        for start in range(0, len(data), width):
-            yield [data[start + g // 8] >> g % 8 & 1 for g in range(self.groups)]
+        data = self.tensors["weight_codebook"].read()
+        for n in range(self.shape[0]):
+            start = n // 8 * self.groups
+            yield [byte >> n % 8 & 1 for byte in data[start : start + self.groups]]
 
 
 @dataclass(frozen=True)
@@ -617,7 +618,7 @@ def _make_layer(
     if settings.scales == "m2":
         layout["weight_row_scale"] = (("BF16",), (n,))
     if len(settings.books) == 2:
-        layout["weight_codebook"] = (("U8",), (n, (groups + 7) // 8))
+        layout["weight_codebook"] = (("U8",), ((n + 7) // 8, groups))
     if rank:
         factor = ("F8_E4M3" if settings.factors == "e4m3" else "BF16",)
         layout |= {"lorc_A": (factor, (rank, k)), "lorc_B": (factor, (n, rank))}
@@ -740,13 +741,13 @@ def _check_exponents(layer: Layer, where: str) -> None:
 
 
 def _check_choices(layer: Layer, where: str) -> None:
-    width = layer.tensors["weight_codebook"].shape[1]
-    used = layer.groups - 8 * (width - 1)  # bits of the last byte
-    for n, last in enumerate(layer.tensors["weight_codebook"].read()[width - 1 :: width]):
+    rows = layer.shape[0]
+    used = (rows - 1) % 8 + 1  # bits of the last bytes
+    for g, last in enumerate(layer.tensors["weight_codebook"].read()[-layer.groups :]):
         if last >> used:
             found = f"last byte {last:#04x} of weight_codebook"
-            needed = f"0 but for its {used} lowest bits, as a row has {layer.groups} groups"
-            _fail("codebook-choice", f"{where}, row {n}", found, needed)
+            needed = f"0 but for its {used} lowest bits, as there are {rows} rows"
+            _fail("codebook-choice", f"{where}, group {g}", found, needed)
     for n, (codes, choices) in enumerate(
         zip(layer._code_rows(), layer._choice_rows(), strict=True)
     ):

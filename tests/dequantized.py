@@ -57,8 +57,8 @@ def weight_of(
     choice = torch.zeros(scale.shape, dtype=torch.int64)
     if name + ".weight_codebook" in tensors:
         packed = tensors[name + ".weight_codebook"].long()
-        for group in range(scale.shape[1]):
-            choice[:, group] = packed[:, group // 8] // 2 ** (group % 8) % 2
+        for row in range(scale.shape[0]):
+            choice[row] = packed[row // 8] // 2 ** (row % 8) % 2
 
     def spread(by_group: Tensor) -> Tensor:
         return by_group.repeat_interleave(group_size, 1)[:, :columns]

@@ -404,11 +404,11 @@ INVALID: dict[str, Broken] = {
     ),
     "wrong-dtype": Broken("wrong-dtype", _m2, _retype(PACKED, "I8", [3, 6])),
     "wrong-dtype-bias": Broken("wrong-dtype", input_offset, _retype("bias", "I32", [3])),
-    "wrong-dtype-codebook": Broken("wrong-dtype", codebooks_two, _retype(CHOICE, "BOOL", [3, 2])),
+    "wrong-dtype-codebook": Broken("wrong-dtype", codebooks_two, _retype(CHOICE, "BOOL", [2, 10])),
     "wrong-shape": Broken("wrong-shape", _m2, _retype(PACKED, "U8", [6, 3])),
     "wrong-shape-lorc": Broken("wrong-shape", _lorc_e4m3, _retype("lorc_A", "F8_E4M3", [18, 3])),
     "wrong-shape-bias": Broken("wrong-shape", input_offset, _retype("bias", "F32", [3, 1])),
-    "wrong-shape-codebook": Broken("wrong-shape", codebooks_two, _retype(CHOICE, "U8", [2, 3])),
+    "wrong-shape-codebook": Broken("wrong-shape", codebooks_two, _retype(CHOICE, "U8", [10, 2])),
     "scale-forbidden-m1": Broken("scale-forbidden", _m1, _poke(SCALE, 4, b"\xff")),
     "scale-forbidden-m2": Broken("scale-forbidden", _m2, _poke(SCALE, 8, b"\xff")),
     "scale-forbidden-zero": Broken("scale-forbidden", _free, _poke_bf16(SCALE, 4, 0)),
@@ -438,10 +438,10 @@ INVALID: dict[str, Broken] = {
     "zero-group-row-scale": Broken("zero-group", _zeros_m2, _poke_bf16(ROW_SCALE, 1, 0x3F00)),
     "zero-group-row-m1": Broken("zero-group", _zeros_m1, _poke(SCALE, 3, bytes([121] * 3))),
     "zero-group-row-m2": Broken("zero-group", _zeros_m2, _poke(SCALE, 4, bytes([126]))),
-    # 10 groups a row: the lower two bits of a row's second byte are used.
-    "codebook-choice-padding": Broken("codebook-choice", codebooks_two, _poke(CHOICE, 3, b"\x04")),
+    # 9 rows of 10 groups: of the second ten bytes only the lowest bit is used.
+    "codebook-choice-padding": Broken("codebook-choice", codebooks_two, _poke(CHOICE, 13, b"\x02")),
     # Group 8 of k_proj's row 2 has codes 8, 8, 0, 8.
-    "codebook-choice-zeros": Broken("codebook-choice", codebooks_two, _poke(CHOICE, 5, b"\x03", K)),
+    "codebook-choice-zeros": Broken("codebook-choice", codebooks_two, _poke(CHOICE, 8, b"\x05", K)),
     "lorc-value-nan": Broken("lorc-value", _lorc_e4m3, _poke("lorc_A", 20, b"\xff")),
     "lorc-value-infinite": Broken("lorc-value", _lorc_bf16, _poke_bf16("lorc_B", 5, BF16_INFINITY)),
     "lorc-value-scale": Broken("lorc-value", _lorc_e4m3, _poke("lorc_scale", 4, F32_INFINITY)),

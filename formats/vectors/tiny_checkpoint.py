@@ -98,10 +98,13 @@ def pack(codes: list[int]) -> bytes:
     return bytes(low | high << 4 for low, high in zip(padded[::2], padded[1::2], strict=True))
 
 
-def pack_choice(choice: list[int]) -> bytes:
-    """Pack a row's choice of codebooks, the first group in the lowest bit."""
-    bits = "".join(map(str, reversed(choice)))
-    return int(bits, 2).to_bytes((len(choice) + 7) // 8, "little")
+def pack_choice(choice: list[list[int]]) -> bytes:
+    """Pack the groups' choices of codebooks, of eight rows in a byte, the first in bit 0."""
+    packed = []
+    for start in range(0, len(choice), 8):
+        for bits in zip(*choice[start : start + 8], strict=True):
+            packed.append(sum(bit << place for place, bit in enumerate(bits)))
+    return bytes(packed)
 
 
 def add_layer(
@@ -133,8 +136,8 @@ def add_layer(
     if "codebooks" in checkpoint.settings["required_features"]:
         books = checkpoint.settings["weights"]["codebooks"]
     if choice is not None:
-        data = b"".join(map(pack_choice, choice))
-        tensors[f"{name}.weight_codebook"] = Tensor("U8", [n, (groups + 7) // 8], data)
+        data = pack_choice(choice)
+        tensors[f"{name}.weight_codebook"] = Tensor("U8", [(n + 7) // 8, groups], data)
     weight = b""
     for row, code_row in enumerate(codes):
         for column, code in enumerate(code_row):

@@ -96,13 +96,13 @@ def input_offset() -> Checkpoint:
 
 
 def codebooks_two() -> Checkpoint:
-    """q_proj: 10 groups a row, the last of one weight. k_proj: all codes of both, and zeros.
+    """q_proj: 9 rows of 10 groups, the last of one weight. k_proj: all codes of both, and zeros.
 
     Zeros in k_proj: a group between others, a row, a group of code 8; its row scales are the
     smallest, 1, and the largest that leaves 7 finite.
     """
     checkpoint = new_checkpoint(4, "m2", (ONE_SHARD,), PAIR)
-    add_random_layer(checkpoint, Q, 3, 37)
+    add_random_layer(checkpoint, Q, 9, 37)
     upwards = list(range(16))
     codes = [
         [*upwards, 0, 0, 0, 0, *upwards, 9],

@@ -136,8 +136,11 @@ def test_broken_rules() -> None:
     nothing = pair.packed.clone()
     nothing[0, 16:32] = 0
     top = changed(pair.scale, (0, 1), 127)
-    assert broken(pair, packed=nothing, scale=top, choice=pair.choice | 2) == "codebook-choice"
-    dataclasses.replace(pair, packed=nothing, scale=top, choice=pair.choice & 0xFD).check()
+    others = int(pair.choice[0, 1]) & 0xFE
+    second = changed(pair.choice, (0, 1), others | 1)
+    assert broken(pair, packed=nothing, scale=top, choice=second) == "codebook-choice"
+    first = changed(pair.choice, (0, 1), others)
+    dataclasses.replace(pair, packed=nothing, scale=top, choice=first).check()
     empty = m2.packed.clone()
     empty[0, :16] = 0
     assert broken(m2, packed=empty, scale=changed(m2.scale, (0, 0), 125)) == "zero-group"

@@ -76,8 +76,8 @@ def decode(
     books = torch.cat((magnitudes, -magnitudes), dim=1)
     choice = torch.zeros(codes.shape, dtype=torch.int64)
     if len(books) == 2:
-        bits = tensors[f"{layer.name}.weight_codebook"][:, :, None] >> torch.arange(8) & 1
-        groups = bits.flatten(1)[:, : layer.groups].long()
+        bits = tensors[f"{layer.name}.weight_codebook"][:, None] >> torch.arange(8)[:, None] & 1
+        groups = bits.flatten(0, 1)[: layer.shape[0]].long()
         choice = groups.repeat_interleave(layer.group_size, dim=1)[:, : layer.shape[1]]
     return books[choice, codes.long()]
 

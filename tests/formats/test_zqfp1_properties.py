@@ -146,7 +146,7 @@ def test_rounding_to_e4m3_saturates() -> None:
 
 
 def test_bits_a_weight_with_two_codebooks() -> None:
-    n, k = 2, 1280
+    n, k = 16, 1280
     books = valid_cases.PAIR
     checkpoint = tiny_checkpoint.new_checkpoint(128, "m2", ("model.safetensors",), books)
     tiny_checkpoint.add_random_layer(checkpoint, "layer", n, k)
@@ -154,7 +154,7 @@ def test_bits_a_weight_with_two_codebooks() -> None:
         for name, data in tiny_checkpoint.render(checkpoint).items():
             (Path(folder) / name).write_bytes(data)
         layer = reader.read(folder).layers["layer"]
-    assert layer.bits_per_weight == 4 + 8 / 128 + 16 / k + 8 * 2 / k
+    assert layer.bits_per_weight == 4 + 8 / 128 + 16 / k + 1 / 128
 
 
 def test_bits_a_weight_are_those_of_the_bytes() -> None:

@@ -80,14 +80,14 @@ def test_e2m1_is_one_of_them() -> None:
     assert torch.equal(codebook.round_to(values, E2M1), e2m1.round_to_grid(values))
 
 
-@pytest.mark.parametrize("groups", [1, 7, 8, 9, 64])
-def test_a_bit_for_each_group(groups: int) -> None:
-    flags = normal(5, groups) > 0
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 64])
+def test_a_bit_for_each_group(rows: int) -> None:
+    flags = normal(rows, 5) > 0
     packed = bits.pack(flags)
-    assert packed.shape == (5, -(-groups // 8))
-    assert torch.equal(bits.unpack(packed, groups), flags)
-    spelled = [sum(int(flag) << g % 8 for g, flag in enumerate(row) if g < 8) for row in flags]
-    assert packed[:, 0].tolist() == spelled
+    assert packed.shape == (-(-rows // 8), 5)
+    assert torch.equal(bits.unpack(packed, rows), flags)
+    spelled = [sum(int(flag) << n % 8 for n, flag in enumerate(g) if n < 8) for g in flags.t()]
+    assert packed[0].tolist() == spelled
 
 
 @pytest.mark.parametrize("kind", ["m1", "m2"])

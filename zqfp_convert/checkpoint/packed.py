@@ -32,7 +32,7 @@ class PackedLayer:
         lorc_scale: float32 `[r]`, with float8 factors.
         input_offset: bfloat16 `[K]`, or None.
         books: one codebook, or two.
-        choice: uint8 `[N, ceil(G / 8)]`, a bit for each group, with two codebooks.
+        choice: uint8 `[ceil(N / 8), G]`, a bit for each group, with two codebooks.
     """
 
     name: str
@@ -93,8 +93,7 @@ class PackedLayer:
             factor = torch.ones(self.rows, 1, device=exponent.device)
         else:
             factor = self.row_scale.float()[:, None]
-        groups = exponent.shape[1]
-        choice = None if self.choice is None else bits.unpack(self.choice, groups)
+        choice = None if self.choice is None else bits.unpack(self.choice, self.rows)
         return Scales(self.kind, factor, exponent, self.group_size, books=self.books, choice=choice)
 
     def dequantize(self) -> Tensor:
@@ -170,7 +169,7 @@ class PackedLayer:
         if not torch.equal(bits.pack(wanted.choice), self.choice):
             self._break(
                 "codebook-choice",
-                "a bit that is not 0 for a group of zeros, or beyond the last group",
+                "a bit that is not 0 for a group of zeros, or beyond the last row",
                 needed="0",
             )
 

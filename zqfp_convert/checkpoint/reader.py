@@ -219,7 +219,7 @@ class PackedCheckpoint:
         if self.scales == "m2":
             wanted[layout.ROW_SCALE] = (("BF16",), (rows,))
         if len(self.books) > 1:
-            wanted[layout.CODEBOOK] = (("U8",), (rows, -(-groups // 8)))
+            wanted[layout.CODEBOOK] = (("U8",), (-(-rows // 8), groups))
         if rank > 0:
             factors = "F8_E4M3" if lorc["factors"] == "e4m3" else "BF16"
             wanted[layout.LORC_A] = ((factors,), (rank, columns))

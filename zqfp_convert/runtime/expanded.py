@@ -60,7 +60,7 @@ def expand(
     table = torch.cat([shift_table(packed.device, book) for book in books])
     below = (exponents.amax(1, keepdim=True) - exponents).int()  # [N, G], 0 to 11
     if choice is not None:  # the second codebook's shifts come after the first one's
-        below += (MAX_SPAN + 1) * bits.unpack(choice, below.shape[1]).int()
+        below += (MAX_SPAN + 1) * bits.unpack(choice, rows).int()
     step = max(1, CHUNK // max(columns, 1))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))

@@ -70,8 +70,8 @@ def test_where_each_weight_and_lift_goes(
             lift = chunk[4096 + ((8 * warp + g) * groups + k % 128 * groups // 128) * 2 + lower]
             if n < rows and k < columns:
                 assert lift & 127 == 11 - (top[n] - int(layer.scale[n, k // group_size]))
-                second = layer.choice is not None and layer.choice[n, k // group_size // 8]
-                assert lift >> 7 == (int(second) >> k // group_size % 8 & 1)
+                marks = 0 if layer.choice is None else int(layer.choice[n // 8, k // group_size])
+                assert lift >> 7 == marks >> n % 8 & 1
             assert 0 <= lift & 127 <= 11
 
 

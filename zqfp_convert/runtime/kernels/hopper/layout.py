@@ -83,13 +83,14 @@ def arrange(
     tiles, depth = -(-packed.shape[0] // ROWS), -(-columns // COLUMNS)
     data = packed.new_empty(tiles, depth, chunk_bytes(groups))
     step = max(1, PART // (ROWS * depth * COLUMNS))
+    second = None if choice is None else bits.unpack(choice, packed.shape[0])
     for start in range(0, tiles, step):
         rows = slice(start * ROWS, (start + step) * ROWS)
         part = data[start : start + step]
         codes = nibbles.unpack(packed[rows], columns)
         lifts = MAX_SPAN - (exponents[rows].amax(1, keepdim=True) - exponents[rows])
-        if choice is not None:
-            lifts |= SECOND * bits.unpack(choice[rows], lifts.shape[1]).to(torch.uint8)
+        if second is not None:
+            lifts |= SECOND * second[rows].to(torch.uint8)
         _arrange(codes, lifts, group_size, groups, part)
     return Chunks(data, groups, books)
 

@@ -69,7 +69,7 @@ def arrange(
     weights = (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(rows, width // 2)
     shifts = exponents.amax(1, keepdim=True) - exponents  # [N, G]
     if choice is not None:
-        shifts |= SECOND * bits.unpack(choice, shifts.shape[1]).to(torch.uint8)
+        shifts |= SECOND * bits.unpack(choice, rows).to(torch.uint8)
     groups = -(-width // step(group_size, columns))
     shifts = torch.nn.functional.pad(shifts, (0, groups - shifts.shape[1]))
     return weights.contiguous(), shifts.contiguous()
