@@ -255,7 +255,10 @@ def test_group_sizes_and_scales(
     out = tmp_path / "out"
     result = convert(tiny_model(), out, recipe=recipe, group_size=group_size, scales=scales)
     config = quantization_config(out)
-    assert config["weights"] == {"format": "e2m1", "group_size": group_size, "scales": scales}
+    described = {"format": "e2m1", "group_size": group_size, "scales": scales}
+    if recipe == "best" and scales != "free":
+        described |= {"format": "codebooks", "codebooks": [list(book) for book in codebook.PAIR]}
+    assert config["weights"] == described
     assert config["recipe"] == result.plan.recipe.to_json()
     for name, entry in result.layers.items():
         rows, columns = entry["shape"]
@@ -272,13 +275,13 @@ def test_group_sizes_and_scales(
 @pytest.mark.parametrize("choices", [{"scales": "m1"}, {"group_size": 32}, {"tune": 2}], ids=str)
 def test_two_codebooks(choices: dict[str, Any], tiny_model: Maker, tmp_path: Path) -> None:
     out, plain, source = tmp_path / "out", tmp_path / "plain", tiny_model()
-    result = convert(source, out, codebooks="pair", **choices)
+    result = convert(source, out, **choices)
     config = quantization_config(out)
     assert config["required_features"] == ["lorc", "codebooks"]
     assert config["weights"]["format"] == "codebooks"
     assert config["weights"]["codebooks"] == [list(book) for book in codebook.PAIR]
     assert_readers_agree(out)
-    one = convert(source, plain, **choices)
+    one = convert(source, plain, codebooks="e2m1", **choices)
     assert result.plan.bits > one.plan.bits
     error = {name: entry["weight_error"] for name, entry in one.layers.items()}
     closer = [entry["weight_error"] < error[name] for name, entry in result.layers.items()]
@@ -306,7 +309,7 @@ def test_two_codebooks(choices: dict[str, Any], tiny_model: Maker, tmp_path: Pat
 )
 def test_ranks(choices: dict[str, Any], lorc: object, tiny_model: Maker, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = convert(tiny_model(), out, **choices)
+    result = convert(tiny_model(), out, codebooks="e2m1", **choices)
     config = quantization_config(out)
     assert config["lorc"] == lorc
     assert config["required_features"] == (["lorc"] if lorc else [])

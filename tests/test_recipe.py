@@ -149,9 +149,17 @@ def test_two_codebooks_take_a_search_and_powers_of_two(name: str, choices: dict[
     assert raised.value.where == "codebooks"
 
 
+@pytest.mark.parametrize("choices", [{"scales": "free"}, {"scale_rounding": "floor"}], ids=str)
+def test_a_pair_that_nobody_named_gives_way(choices: dict[str, Any]) -> None:
+    assert Recipe.named("best").codebooks == "pair"
+    assert Recipe.named("best", **choices).codebooks == "e2m1"
+    assert Recipe.named("best", scale_rounding="search").codebooks == "pair"
+
+
 @pytest.mark.parametrize(
     "choices",
     [
+        {"codebooks": "e2m1"},
         {"codebooks": "pair"},
         {"codebooks": "pair", "scales": "m1"},
         {"group_size": 32},

@@ -270,7 +270,7 @@ def _packed_bytes(rows: int, columns: int, recipe: Recipe) -> int:
         rows * -(-columns // 2)
         + rows * groups * (2 if recipe.scales == "free" else 1)
         + (2 * rows if recipe.scales == "m2" else 0)
-        + (rows * -(-groups // 8) if recipe.codebooks == "pair" else 0)
+        + (-(-rows // 8) * groups if recipe.codebooks == "pair" else 0)
         + rank * (rows + columns) * factor
         + (4 * rank if recipe.factors == "e4m3" else 0)
     )

@@ -38,7 +38,7 @@ class Recipe:
     scales: ScaleKind = "m2"
     scale_rounding: ScaleRounding = "search"
     group_size: GroupSize = 128
-    codebooks: Codebooks = "e2m1"  # what the codes stand for; of a pair each group has the better
+    codebooks: Codebooks = "pair"  # what the codes stand for; of a pair each group has the better
     # The solver that picks the codes.
     solver: Solver = "gptq"
     damping: float = 0.01  # share of the Hessian's mean diagonal that is added to its diagonal
@@ -118,7 +118,8 @@ class Recipe:
         """The same recipe with some of its choices replaced (`None` keeps the recipe's).
 
         Free scales know no rounding to powers of two: with them `ceil` and `floor` give way to
-        `nearest`, unless a rounding is named too.
+        `nearest`, unless a rounding is named too. A pair of codebooks, which only a search can
+        choose between, gives way to E2M1 unless it is named.
 
         Raises:
             OptionError: an unknown choice, or a value that is not admitted.
@@ -129,6 +130,8 @@ class Recipe:
         given = {key: value for key, value in choices.items() if value is not None}
         if given.get("scales") == "free" and self.scale_rounding in ("ceil", "floor"):
             given.setdefault("scale_rounding", "nearest")
+        if given.get("scales") == "free" or given.get("scale_rounding", "search") != "search":
+            given.setdefault("codebooks", "e2m1")
         return dataclasses.replace(self, **given)
 
     @property
@@ -155,6 +158,7 @@ _NAMED: dict[str, dict[str, Any]] = {
     # No calibration: each weight goes to the nearest code under scales that never clip.
     "fast": {
         "scale_rounding": "floor",
+        "codebooks": "e2m1",
         "solver": "round",
         "activation_order": False,
         "asymmetry": 0.0,
@@ -170,6 +174,7 @@ _NAMED: dict[str, dict[str, Any]] = {
         "scales": "m1",
         "scale_rounding": "ceil",
         "group_size": 256,
+        "codebooks": "e2m1",
         "activation_order": False,
         "asymmetry": 0.0,
         "sweeps": 0,

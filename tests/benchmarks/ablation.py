@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "scales m1": {"rank": 0, "scales": "m1"},
     "free scales": {"rank": 0, "scales": "free"},
     "groups of 32": {"rank": 0, "group_size": 32},
+    "one codebook, E2M1": {"rank": 0, "codebooks": "e2m1"},
     "a pair of codebooks": {"rank": 0, "codebooks": "pair"},
     WHOLE: {},
     "factors by plain SVD": {"low_rank": "svd", "low_rank_rounds": 0},
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=32, help="evaluation windows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--codebooks", help="of all rows but those about them; those of best")
     parser.add_argument("--only", nargs="*", choices=list(CASES), help="some cases")
     given = parser.parse_args()
     logging.set_verbosity_error()
@@ -91,7 +93,7 @@ def measure_of(folder: Path, given: argparse.Namespace) -> Callable[[str, int], 
                 seq_len=length,
                 seed=seed,
                 device="cpu",
-                **CASES[case],
+                **{"codebooks": given.codebooks} | CASES[case],
             )
             packed = zqfp_convert.load(made.out, device="cpu", dtype=torch.float32)
         return compare(original, packed, windows).kl

@@ -34,10 +34,10 @@ CASES: dict[str, dict[str, Any]] = {
     "paper, M2": {"recipe": "paper", "scales": "m2"},
     "paper, M1, group 128": {"recipe": "paper", "group_size": 128},
     "best, M1": {"recipe": "best", "scales": "m1"},
+    "best, M2, E2M1": {"recipe": "best", "codebooks": "e2m1"},
+    "best, M2, E2M1, rank 0": {"recipe": "best", "codebooks": "e2m1", "rank": 0},
     "best, M2": {"recipe": "best"},
     "best, M2, rank 0": {"recipe": "best", "rank": 0},
-    "best, M2, pair": {"recipe": "best", "codebooks": "pair"},
-    "best, M2, pair, rank 0": {"recipe": "best", "codebooks": "pair", "rank": 0},
     "GPTQ, free scales": {
         "recipe": "paper",
         "scales": "free",
@@ -47,7 +47,6 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "max, M2": {"recipe": "max"},
     "max, M2, rank 0": {"recipe": "max", "rank": 0},
-    "max, M2, pair, rank 0": {"recipe": "max", "codebooks": "pair", "rank": 0},
 }
 
 

@@ -69,7 +69,9 @@ class Ours:
     def prepare(self, tokens: int) -> None:
         """Inputs `[tokens, columns]`, and room for all that comes of them."""
         self.x = random_inputs(tokens, self.columns)
-        self.wide = schedules.prefers_expanded(tokens, (self.rows,), self.columns, self.rank, 0)
+        self.wide = schedules.prefers_expanded(
+            tokens, (self.rows,), self.columns, self.rank, self.rank > 0, 0
+        )
         self.y = torch.full((tokens, self.rows), torch.nan, dtype=torch.bfloat16, device="cuda")
         if self.wide:
             rows, columns = expanded.matrix_shape(self.rows, self.columns)

@@ -59,6 +59,24 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_every_part_has_an_option(tmp_path: Path) -> None:
+    words = "--no-act-order --sweeps 1 --asymmetry 0 --alternations 2 --offset none --rank 4"
+    words += " --codebooks e2m1 --scales m1 --group-size 64 --tune 3"
+    done = run(DEMO, tmp_path / "out", "--dry-run", "--json", *words.split())
+    recipe = json.loads(done.stdout)["recipe"]
+    want = {"activation_order": False, "sweeps": 1, "asymmetry": 0, "low_rank_rounds": 2}
+    want |= {"center_norms": False, "rank": 4, "codebooks": "e2m1", "scales": "m1"}
+    want |= {"group_size": 64, "tune": 3}
+    assert recipe == recipe | want
+    usual = json.loads(run(DEMO, tmp_path / "out", "--dry-run", "--json").stdout)["recipe"]
+    assert usual["activation_order"] is True
+    assert usual["center_norms"] is True
+    assert usual["codebooks"] == "pair"
+    wrong = run(DEMO, tmp_path / "out", "--asymmetry", "2")
+    assert wrong.exit_code == 2
+    assert "a number from 0 to 1" in wrong.stderr
+
+
 def test_json_and_quiet(tmp_path: Path) -> None:
     done = run(DEMO, tmp_path / "a", "--recipe", "fast", "--json")
     result = json.loads(done.stdout)

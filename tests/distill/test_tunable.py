@@ -45,7 +45,7 @@ def curvature() -> Curvature:
 
 
 def solved_by(weight: Tensor, **choices: Any) -> QuantizedWeight:
-    choices = {"group_size": 32, "rank": 0, "tune": 1} | choices
+    choices = {"group_size": 32, "codebooks": "e2m1", "rank": 0, "tune": 1} | choices
     return quantize_weight(weight, curvature(), Recipe.named("best", **choices))
 
 

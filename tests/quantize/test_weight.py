@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from zqfp_convert.numerics import scales
+from zqfp_convert.numerics import codebook, scales
 from zqfp_convert.quantize import lorc
 from zqfp_convert.quantize.gptq import gptq
 from zqfp_convert.quantize.hessian import Curvature, HessianSum, aim_at_original, prepare
 from zqfp_convert.quantize.weight import QuantizedWeight, quantize_weight
 from zqfp_convert.recipe import GROUP_SIZES, GroupSize, Recipe, ScaleKind
 
-VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 KINDS: tuple[ScaleKind, ...] = ("free", "m1", "m2")
 RECIPES = ("fast", "paper", "best")
 
@@ -64,8 +63,12 @@ def decoded(quantized: QuantizedWeight) -> np.ndarray:
     """Codes and scales as the format says, in float64."""
     codes, chosen = quantized.codes.numpy(), quantized.scales
     scale = np.ldexp(chosen.factor.double().numpy(), chosen.exponent.int().numpy())  # [N, G]
-    column_scale = scale[:, np.arange(codes.shape[1]) // chosen.group_size]
-    return np.where(codes >= 8, -1, 1) * VALUES[codes % 8] * column_scale
+    group = np.arange(codes.shape[1]) // chosen.group_size
+    values = np.array(chosen.books)
+    choice = (
+        np.zeros(scale.shape, int) if chosen.choice is None else chosen.choice.numpy().astype(int)
+    )
+    return np.where(codes >= 8, -1, 1) * values[choice[:, group], codes % 8] * scale[:, group]
 
 
 def compensation(quantized: QuantizedWeight) -> np.ndarray:
@@ -155,7 +158,8 @@ def test_without_curvature(name: str, kind: ScaleKind) -> None:
     check_rules(quantized, weight.shape)
     check_errors(quantized, weight, None)
     group_size = 256 if name == "paper" else 128
-    chosen = scales.choose(weight, kind, recipe.scale_rounding, group_size)
+    books = codebook.PAIR if recipe.codebooks == "pair" else (codebook.E2M1,)
+    chosen = scales.choose(weight, kind, recipe.scale_rounding, group_size, books=books)
     assert torch.equal(quantized.codes, scales.quantize(weight, chosen))
     if recipe.rank:  # plain decomposition: at least as good as none
         assert quantized.factors is not None

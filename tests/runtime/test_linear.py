@@ -17,6 +17,7 @@ from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.errors import OptionError
 from zqfp_convert.numerics import codebook
 from zqfp_convert.numerics.scales import Kind
+from zqfp_convert.runtime import siblings
 from zqfp_convert.runtime.kernels.hopper import linear as hopper_linear
 from zqfp_convert.runtime.kernels.hopper import schedules
 from zqfp_convert.runtime.kernels.hopper.linear import HopperWeights
@@ -340,9 +341,10 @@ def test_the_way_is_chosen(
     called: list[int] = []
 
     def prefers_expanded(
-        tokens: int, rows: tuple[int], columns: int, rank: int, device: int
+        tokens: int, rows: tuple[int], columns: int, rank: int, finishes: bool, device: int
     ) -> bool:
         called.append(tokens)
+        assert finishes == (rank > 0 or dtype == torch.float16)
         return tokens == 513
 
     monkeypatch.setattr(schedules, "prefers_expanded", prefers_expanded)
@@ -433,3 +435,18 @@ def test_an_input_that_does_not_fit_is_refused(columns: int, device: str) -> Non
     buffers = ([weights.chunks], 1, E2M1, [weights.row_factor], [None], None, *[[]] * 4)
     with pytest.raises(OptionError, match=f"{columns} features on cpu"):
         hopper_linear._work(x, [64], *buffers, "fused", 0)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_another_number_of_features_is_refused(kernels: str, together: bool) -> None:
+    """Also where a whole number of rows could be made of them."""
+    model = nn.Module()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        model.add_module(name, QuantizedLinear(random_layer("m2", 64, 136), None, Scratch()))
+    if together:
+        siblings.link(model)
+        for _ in range(2):
+            for module in model.children():
+                module(torch.randn(2, 136).bfloat16())
+    with pytest.raises(OptionError, match="130 features on cpu"):
+        model.get_submodule("q_proj")(torch.randn(136, 130).bfloat16())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 
 QUALITY = "Quality and size"
 CALIBRATION = "Calibration"
+
+
+class Offset(Enum):
+    """Of LayerNorm outputs."""
+
+    mean = "mean"
+    none = "none"
 
 
 def command(
@@ -54,6 +62,45 @@ def command(
         int | None,
         typer.Option(
             help="Of the low-rank compensation; 0 for none.", rich_help_panel=QUALITY, min=0
+        ),
+    ] = None,
+    alternations: Annotated[
+        int | None,
+        typer.Option(
+            help="Times that the low-rank factors are fitted again and the codes with them.",
+            rich_help_panel=QUALITY,
+            min=0,
+        ),
+    ] = None,
+    sweeps: Annotated[
+        int | None,
+        typer.Option(
+            help="Of coordinate descent over the codes, after GPTQ.", rich_help_panel=QUALITY, min=0
+        ),
+    ] = None,
+    asymmetry: Annotated[
+        float | None,
+        typer.Option(
+            help="From 0 to 1: how far a layer aims at the original model's outputs instead of "
+            "those of its own quantized inputs.",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    act_order: Annotated[
+        bool | None,
+        typer.Option(
+            "--act-order/--no-act-order",
+            help="GPTQ in the order of the Hessian's diagonal.",
+            rich_help_panel=QUALITY,
+            show_default=False,
+        ),
+    ] = None,
+    offset: Annotated[
+        Offset | None,
+        typer.Option(
+            help="What is subtracted from the outputs of LayerNorms, so that FP8 has less to lose: "
+            "each feature's mean (folded into biases), or none.",
+            rich_help_panel=QUALITY,
         ),
     ] = None,
     tune: Annotated[
@@ -115,6 +162,11 @@ def command(
             group_size=_group_size(group_size),
             codebooks=codebooks,
             rank=rank,
+            low_rank_rounds=alternations,
+            sweeps=sweeps,
+            asymmetry=asymmetry,
+            activation_order=act_order,
+            center_norms=None if offset is None else offset is Offset.mean,
             tune=tune,
             ignore=ignore,
             samples=samples,

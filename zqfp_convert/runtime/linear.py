@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zqfp_convert.checkpoint.packed import PackedLayer
+from zqfp_convert.errors import OptionError
 from zqfp_convert.runtime import expanded, paths, reference
 from zqfp_convert.runtime.paths import PATH_VARIABLE, Kernels, Path
 from zqfp_convert.runtime.scratch import Scratch
@@ -120,7 +121,7 @@ class QuantizedLinear(nn.Module):
             return way
         assert self.arranged is not None
         tokens = x.numel() // self.in_features
-        return "expanded" if self.arranged.prefers_expanded(tokens) else "fused"
+        return "expanded" if self.arranged.prefers_expanded(tokens, x.dtype) else "fused"
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]` in the dtype of x.
@@ -134,6 +135,7 @@ class QuantizedLinear(nn.Module):
             factors = layer.lorc_factors()
             return reference.linear(x, layer.dequantize(), factors, self.bias, self.input_offset)
         paths.refuse_gradients(x, way)
+        self._check(x)
         tokens = x.reshape(-1, self.in_features)  # [M, K]
         made = None
         if self._siblings is not None:
@@ -164,6 +166,16 @@ class QuantizedLinear(nn.Module):
     def join(self, siblings: Siblings, place: int) -> None:
         """Share the work with linears that get the same input; `place` is its own among them."""
         self._siblings, self._place = siblings, place
+
+    def _check(self, x: Tensor) -> None:
+        """Kernels get addresses, so what does not fit must not reach them."""
+        if x.shape[-1] != self.in_features or x.device != self._device:
+            raise OptionError(
+                "the input of a quantized linear",
+                f"{x.shape[-1]} features on {x.device}",
+                needed=f"{self.in_features} features on {self._device}",
+                do="Move the input to the model's device, or look at what comes before the layer.",
+            )
 
     def _wanted(self, x: Tensor) -> paths.Wanted:
         return paths.wanted(self._kernels, x, self._about)

@@ -77,8 +77,8 @@ def _warn_without_fp8(name: str) -> None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def forced() -> str | None:
-    """`ZQFP_PATH`, read at each call; under torch.compile once, when a call is compiled."""
-    return os.environ.get(PATH_VARIABLE)
+    """`ZQFP_PATH`, or None; read at each call, under torch.compile when a call is compiled."""
+    return os.environ.get(PATH_VARIABLE) or None
 
 
 def wanted(kernels: Kernels, x: Tensor, layer: str) -> Wanted:

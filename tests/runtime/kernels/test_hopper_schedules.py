@@ -104,7 +104,7 @@ def test_few_tokens_have_the_faster_product() -> None:
     assert not schedules.decodes(1, (64,), 64, 9000, 0)  # no room for so many factors
     assert not schedules.decodes(4, (64,), 64, 8, 0)
     assert not schedules.decodes(8, (64,), 64, 8, 0)
-    assert not schedules.prefers_expanded(1, (64,), 64, 0, 0)
+    assert not schedules.prefers_expanded(1, (64,), 64, 0, False, 0)
 
 
 def test_weights_of_the_same_input_count_as_one() -> None:
@@ -117,19 +117,30 @@ def test_expanded_goes_one_weight_at_a_time(apart: bool) -> None:
     """Three small products can take longer than the large one."""
     small = Entry(64, 64, 1, MINE, 9.0, 4.0 if apart else 3.0)
     schedules.keep([small, Entry(192, 64, 1, MINE, 10.0, 1.0)], 0)
-    assert schedules.prefers_expanded(1, (64, 64, 64), 64, 0, 0) != apart
+    assert schedules.prefers_expanded(1, (64, 64, 64), 64, 0, False, 0) != apart
 
 
 def test_times_of_another_shape_count_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused time is known for the shape itself, the expanded one only for another K."""
     known = [Entry(64, 64, 1, MINE, 9.0, 3.0), Entry(320, 256, 1, MINE, 40.0, 1.0)]
     monkeypatch.setattr(schedules, "shipped", cache(lambda: Table(known)))
-    assert not schedules.prefers_expanded(1, (64,) * 5, 256, 0, 0)  # 12 us each
+    assert not schedules.prefers_expanded(1, (64,) * 5, 256, 0, False, 0)  # 12 us each
 
 
+def test_a_pass_over_the_results_counts() -> None:
+    """A bias or float16 results cost the expanded path one."""
+    schedules.keep([Entry(4096, 64, 1024, MINE, 10.0, 9.0)], 0)
+    assert schedules.prefers_expanded(1024, (4096,), 64, 0, False, 0)
+    assert not schedules.prefers_expanded(1024, (4096,), 64, 0, True, 0)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("tokens", [1, 16, 64, 256, 8192])
-def test_fitting(tokens: int) -> None:
+def test_fitting(tokens: int, groups: int) -> None:
     for schedule in schedules.candidates(tokens, 28672, 14336):
-        fitting = schedule.fit(4)
-        assert fitting.shared(4) <= SHARED_LIMIT
+        fitting = schedule.fit(groups)
+        assert fitting.shared(groups) <= SHARED_LIMIT
+        # As many blocks share 228 KiB as with groups of 128; each takes 1 KiB more.
+        if schedule.blocks * (schedule.shared(1) + 1024) <= 228 * 1024:
+            assert fitting.blocks * (fitting.shared(groups) + 1024) <= 228 * 1024
         assert 2 * schedule.shares <= fitting.stages <= schedule.stages

@@ -70,10 +70,11 @@ class HopperWeights(nn.Module):
         """`[M, K]` to `[M, N]`; `way` is fused, expanded or auto."""
         return multiply_all([self], x, way, scratch)[0]
 
-    def prefers_expanded(self, tokens: int) -> bool:
-        """What `auto` means for M tokens."""
-        index = self.chunks.device.index or 0
-        return schedules.prefers_expanded(tokens, (self.rows,), self.columns, self.rank, index)
+    def prefers_expanded(self, tokens: int, dtype: torch.dtype) -> bool:
+        """What `auto` means for M tokens of a dtype."""
+        index, rank = self.chunks.device.index or 0, self.rank
+        more = rank > 0 or self.bias is not None or dtype != torch.bfloat16
+        return schedules.prefers_expanded(tokens, (self.rows,), self.columns, rank, more, index)
 
     def restore(self) -> tuple[Tensor, Tensor]:
         """The canonical tensors: packed uint8 `[N, ceil(K / 2)]`, exponents uint8 `[N, G]`."""
@@ -170,8 +171,10 @@ def _work(
     x = x if x.stride(1) == 1 else x.contiguous()
     rank = lorc_B[0].shape[1] if lorc_B else 0
     index = x.device.index or 0
-    if way == "auto" and schedules.prefers_expanded(tokens, tuple(rows), columns, rank, index):
-        way = "expanded"
+    if way == "auto":
+        more = rank > 0 or any(one is not None for one in bias) or x.dtype != torch.bfloat16
+        if schedules.prefers_expanded(tokens, tuple(rows), columns, rank, more, index):
+            way = "expanded"
     factors, books = (inner_factor, inner_scale), codebook.split(magnitudes)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         if way != "expanded":

@@ -16,6 +16,8 @@ from zqfp_convert.runtime.kernels.hopper.driver import Kernel
 from zqfp_convert.runtime.kernels.hopper.layout import Chunks
 
 SHARED_LIMIT = 227 * 1024  # bytes a block can have
+ALL_SHARED = 228 * 1024  # of a multiprocessor
+RESERVED = 1024  # of that, by each block
 ALIGNMENT = 1024  # of the stages in shared memory
 MATRICES = 4  # that one launch multiplies, at most
 FEW_TOKENS = 64
@@ -111,9 +113,19 @@ class Schedule:
         return ALIGNMENT + self.stages * stage + staging + apart
 
     def fit(self, groups: int) -> Schedule:
-        """The schedule with as many stages as the shared memory has room for."""
+        """The schedule with as many stages as the shared memory has room for.
+
+        Schedules are measured with one scale for 128 columns. With more, `blocks` of a
+        multiprocessor are still there at the same time, if they were then.
+        """
+
+        def fits(schedule: Schedule, groups: int, blocks: int) -> bool:
+            room = SHARED_LIMIT if blocks == 1 else ALL_SHARED // blocks - RESERVED
+            return schedule.shared(groups) <= room
+
+        together = self.blocks if fits(self, 1, self.blocks) else 1
         fitting = self
-        while fitting.shared(groups) > SHARED_LIMIT:
+        while not fits(fitting, groups, together):
             fitting = replace(fitting, stages=fitting.stages - 1)
         return fitting
 

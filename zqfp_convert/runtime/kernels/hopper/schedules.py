@@ -93,11 +93,12 @@ def decodes(tokens: int, rows: tuple[int, ...], columns: int, rank: int, device:
 
 @cache
 def prefers_expanded(
-    tokens: int, rows: tuple[int, ...], columns: int, rank: int, device: int
+    tokens: int, rows: tuple[int, ...], columns: int, rank: int, finishes: bool, device: int
 ) -> bool:
     """Whether the expanded path is the faster one: a weight at a time, the fused one all at once.
 
-    There low-rank compensation is a pass over the results, which the fused product does not need.
+    `finishes`: low-rank compensation, a bias or float16 results are there, which the expanded path
+    spends a pass over the results on, and the fused one nothing.
     """
     whole = _entry(tokens, sum(rows), columns, device)
     best = whole.at_best if decodes(tokens, rows, columns, rank, device) else whole.fused
@@ -108,7 +109,7 @@ def prefers_expanded(
         expanded += entry.expanded * count * columns / (entry.rows * entry.columns)
     # Each time has the quantization of the activations in it, which happens once.
     expanded -= (len(rows) - 1) * 3 * whole.tokens * columns / BYTES_PER_MICROSECOND
-    after = 8 * whole.tokens * sum(rows) / BYTES_PER_MICROSECOND if rank else 0.0
+    after = 8 * whole.tokens * sum(rows) / BYTES_PER_MICROSECOND if finishes else 0.0
     return expanded + after < fused
 
 

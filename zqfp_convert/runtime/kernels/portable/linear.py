@@ -79,8 +79,8 @@ class PortableWeights(nn.Module):
             scratch,
         )
 
-    def prefers_expanded(self, tokens: int) -> bool:
-        """What `auto` means for M tokens."""
+    def prefers_expanded(self, tokens: int, dtype: torch.dtype) -> bool:
+        """What `auto` means for M tokens of a dtype."""
         return tokens > FUSED_TOKENS
 
     def restore(self) -> tuple[Tensor, Tensor]:
