@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 
 from zqfp_convert import __version__
 from zqfp_convert.calibration import text
-from zqfp_convert.calibration.centering import Change, center_norms
+from zqfp_convert.calibration.balancing import balance_norms
+from zqfp_convert.calibration.centering import center_norms
+from zqfp_convert.calibration.folding import Change
 from zqfp_convert.calibration.simulated import SimulatedLinear
 from zqfp_convert.calibration.stages import statistics, trace
 from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
@@ -205,6 +207,7 @@ class _Work:
     windows: Tensor | None = None  # of calibration, for tuning
     solved: dict[str, QuantizedWeight] = field(default_factory=dict)  # the same
     tuned: dict[str, Tensor] = field(default_factory=dict)  # norms by their names on disk
+    columns: dict[str, Tensor] = field(default_factory=dict)  # of balanced layers, by names on disk
     outcome: Outcome | None = None
 
     def calibrate(self) -> dict[str, Any]:
@@ -254,10 +257,7 @@ class _Work:
             self._fill(block, prefix, disk, tensors)
             quantized, changes = self._calibrated(index, block)
             for change in changes:
-                place = prefix + change.name
-                owner, _, leaf = place.rpartition(".")
-                weight = plan.names.to_disk[owner + layout.WEIGHT].removesuffix(layout.WEIGHT)
-                name = plan.names.to_disk.get(place, f"{weight}.{leaf}")
+                name = self._disk(prefix + change.name)
                 tensors[name] = change.value.cpu()
                 self.changed[name] = change.kind
             skeleton.empty(block)
@@ -311,7 +311,10 @@ class _Work:
                 path = self._path(index, layer)
                 linear = model.get_submodule(path)
                 assert isinstance(linear, TunableLinear)
-                result = linear.result(weight_matrix(get_linear(original, path)))
+                weight = weight_matrix(get_linear(original, path))
+                if layer.disk in self.columns:
+                    weight = weight * self.columns[layer.disk].to(weight.dtype)
+                result = linear.result(weight)
                 tensors |= self._packed(layer, result)
                 entry = self.entries[layer.disk]
                 entry["weight_error"], entry["output_error"] = result.weight_error, None
@@ -320,6 +323,12 @@ class _Work:
     def tuned_of(self, names: list[str]) -> dict[str, Tensor]:
         """Those of the tensors, by their names on disk, that tuning has changed."""
         return {name: self.tuned[name] for name in names if name in self.tuned}
+
+    def _disk(self, place: str) -> str:
+        """The name on disk of a tensor of the model, which the source may not have."""
+        names = self.plan.names.to_disk
+        owner, _, leaf = place.rpartition(".")
+        return names.get(place, names[owner + layout.WEIGHT].removesuffix("weight") + leaf)
 
     def _path(self, index: int, layer: PlannedLayer) -> str:
         return f"{self.plan.blocks.name(index)}.{layer.place}"
@@ -344,8 +353,25 @@ class _Work:
         calls = self.entrance.calls(index)
         layers = {layer.place: layer for layer in plan.layers[index]}
         changes: list[Change] = []
+        norms: dict[str, str] = {}  # of balanced layers, on disk
+        if recipe.balance_norms and layers:
+            plain = recipe.changed(solver="round", sweeps=0, rank=0, tune=0)
+            balanced = balance_norms(
+                block,
+                set(layers),
+                self.student,
+                calls,
+                plan.dtype,
+                lambda weight: quantize_weight(weight, None, plain).dequantize(),
+            )
+            prefix = plan.blocks.name(index) + "."
+            for one in balanced:
+                changes += one.changes
+                for place in one.linears:
+                    norms[place] = self._disk(f"{prefix}{one.norm}{layout.WEIGHT}")
+                    self.columns[layers[place].disk] = one.columns
         if recipe.center_norms and layers:
-            changes = center_norms(block, set(layers), self.student, calls, plan.dtype)
+            changes += center_norms(block, set(layers), self.student, calls, plan.dtype)
         student = copy.deepcopy(block)
         teacher = block if self.teacher is not None else None
         stages = trace(student, layers, calls(0), self.student.hidden[0]) if layers else []
@@ -368,6 +394,8 @@ class _Work:
         self.student.advance(student, calls)
         if self.teacher is not None:
             self.teacher.advance(block, calls)
+        for place, norm in norms.items():
+            self.entries[layers[place].disk]["balanced"] = norm
         return quantized, changes
 
     def _solve(

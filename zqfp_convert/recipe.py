@@ -51,6 +51,7 @@ class Recipe:
     low_rank_rounds: int = 4  # alternations of fitting the factors and re-solving the codes
     factors: FactorFormat = "e4m3"
     # The model around the weights.
+    balance_norms: bool = True  # take back what gains and the next weights moved between them
     center_norms: bool = True  # fold the mean of each LayerNorm's output into the biases
     ignore: tuple[str, ...] = ("lm_head",)
     # End-to-end tuning against the original's token distributions.
@@ -137,7 +138,8 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether any part of the recipe looks at activations."""
-        looks = self.solver == "gptq" or self.sweeps > 0 or self.asymmetry > 0 or self.center_norms
+        looks = self.solver == "gptq" or self.sweeps > 0 or self.asymmetry > 0
+        looks = looks or self.balance_norms or self.center_norms
         return looks or self.tune > 0 or (self.rank > 0 and self.low_rank == "hessian")
 
     def ignores(self, layer: str) -> bool:
@@ -166,6 +168,7 @@ _NAMED: dict[str, dict[str, Any]] = {
         "rank": 0,
         "low_rank": "svd",
         "low_rank_rounds": 0,
+        "balance_norms": False,
         "center_norms": False,
     },
     # ZeroQuant-FP (arXiv:2307.09782) as printed: GPTQ, groups of 256, scales rounded up to a power
@@ -180,6 +183,7 @@ _NAMED: dict[str, dict[str, Any]] = {
         "sweeps": 0,
         "low_rank": "svd",
         "low_rank_rounds": 0,
+        "balance_norms": False,
         "center_norms": False,
     },
     "best": {},

@@ -97,6 +97,24 @@ def _prove_cast(layer: PackedLayer) -> None:
         )
 
 
+def _columns(packed: PackedCheckpoint, layer: PackedLayer, source: Source) -> Tensor:
+    """What the columns of a layer were multiplied with: powers of two that its norm's gains lost.
+
+    Tuned gains are not quite those any more.
+    """
+    norm = packed.manifest["layers"][layer.name].get("balanced")
+    if norm is None:
+        return torch.ones(layer.columns)
+    if norm not in source.shards.tensors or norm not in packed.shards.tensors:
+        raise _another_model(norm, "no such tensor")
+    before = source.shards.read([norm])[norm].float()
+    after = packed.shards.read([norm])[norm].float()
+    if before.shape != (layer.columns,) or after.shape != before.shape:
+        raise _another_model(norm, f"shape {tuple(before.shape)}")
+    ratio = (before / after).abs().log2().round()
+    return torch.exp2(ratio.where(ratio.isfinite(), torch.zeros_like(ratio)))
+
+
 def _compare(packed: PackedCheckpoint, layer: PackedLayer, source: Source) -> float:
     name = layer.name + layout.WEIGHT
     shape = (layer.rows, layer.columns)
@@ -107,9 +125,11 @@ def _compare(packed: PackedCheckpoint, layer: PackedLayer, source: Source) -> fl
     compensation = layer.lorc_product()
     weight = layer.dequantize() if compensation is None else layer.dequantize() + compensation
     said = float(packed.manifest["layers"][layer.name]["weight_error"])
+    columns = _columns(packed, layer, source)
 
     def error(original: Tensor) -> float:
-        return relative_error(original - weight, original, None)
+        balanced = original * columns
+        return relative_error(balanced - weight, balanced, None)
 
     # GPT-2 stores [K, N]; a square weight tells its orientation by the error that was written down
     readings = [error(w) for w in (stored, stored.t()) if w.shape == shape]

@@ -95,6 +95,16 @@ def command(
             show_default=False,
         ),
     ] = None,
+    balance: Annotated[
+        bool | None,
+        typer.Option(
+            "--balance/--no-balance",
+            help="Take back what the gains of norms and the weights behind them have moved "
+            "between each other, where that is much.",
+            rich_help_panel=QUALITY,
+            show_default=False,
+        ),
+    ] = None,
     offset: Annotated[
         Offset | None,
         typer.Option(
@@ -166,6 +176,7 @@ def command(
             sweeps=sweeps,
             asymmetry=asymmetry,
             activation_order=act_order,
+            balance_norms=balance,
             center_norms=None if offset is None else offset is Offset.mean,
             tune=tune,
             ignore=ignore,
