@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "target: the quantized prefix's output": {"rank": 0, "asymmetry": 0.0},
     "target: the original's output": {"rank": 0, "asymmetry": 1.0},
     "norms not centred": {"rank": 0, "center_norms": False},
+    "norms not balanced": {"rank": 0, "balance_norms": False},
     "scales that never clip": {"rank": 0, "scale_rounding": "floor"},
     "scales m1": {"rank": 0, "scales": "m1"},
     "free scales": {"rank": 0, "scales": "free"},

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 import zqfp_convert
+from zqfp_convert.calibration import folding
+from zqfp_convert.calibration.stream import Call
 from zqfp_convert.verify import verify
 
 DEMO = Path(__file__).parents[2] / "zqfp_convert" / "demo" / "model"
@@ -54,6 +57,31 @@ def test_a_blown_up_model_converts_as_well(tmp_path: Path) -> None:
     model = zqfp_convert.load(balanced.out, device="cpu")
     with torch.no_grad():
         assert model(torch.arange(20)[None]).logits.isfinite().all()
+
+
+def test_what_is_only_called_a_norm_is_left_alone() -> None:
+    class PairNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * self.weight, x
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = PairNorm(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(self.norm(x)[0])
+            return y
+
+    block = Block()
+    norms = folding.norms_of(block, "Norm", "weight")
+    assert norms == {"norm": block.norm}
+    found = folding.consumers(block, norms, {"linear"}, Call((), {}), torch.randn(1, 2, 4))
+    assert found == {"norm": []}
 
 
 def test_tuned_norms_are_still_those_of_the_source(tmp_path: Path) -> None:

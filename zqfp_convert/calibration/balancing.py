@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zqfp_convert.calibration.folding import Change, consumers, put, same_function
+from zqfp_convert.calibration.folding import Change, consumers, norms_of, put, same_function
 from zqfp_convert.calibration.stages import Calls
 from zqfp_convert.calibration.stream import Call, Stream, inputs_of
 from zqfp_convert.model.blocks import get_linear, is_transposed, weight_matrix
@@ -57,12 +57,7 @@ def balance_norms(
     Args:
         rounded: a weight `[N, K]` as the format would have it, rounded to nearest.
     """
-    norms = {
-        name: module
-        for name, module in block.named_modules()
-        if "Norm" in type(module).__name__
-        and isinstance(getattr(module, "weight", None), nn.Parameter)
-    }
+    norms = norms_of(block, "Norm", "weight")
     if not norms:
         return []
     call, hidden = calls(0), stream.hidden[0]

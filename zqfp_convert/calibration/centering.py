@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zqfp_convert.calibration.folding import Change, consumers, put, same_function
+from zqfp_convert.calibration.folding import Change, consumers, norms_of, put, same_function
 from zqfp_convert.calibration.stages import Calls
 from zqfp_convert.calibration.stream import Call, Stream
 from zqfp_convert.model.blocks import bias_of, get_linear, weight_matrix
@@ -28,12 +28,7 @@ def center_norms(
     Returns:
         What has to be written otherwise than the source has it.
     """
-    norms = {
-        name: module
-        for name, module in block.named_modules()
-        if "LayerNorm" in type(module).__name__
-        and isinstance(getattr(module, "bias", None), nn.Parameter)
-    }
+    norms = norms_of(block, "LayerNorm", "bias")
     if not norms:
         return []
     found = consumers(block, norms, quantized, calls(0), stream.hidden[0])

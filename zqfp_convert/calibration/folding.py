@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,16 @@ class Change:
     kind: str
 
 
+def norms_of(block: nn.Module, kind: str, parameter: str) -> dict[str, nn.Module]:
+    """The norms of a block whose class has `kind` in its name, and which have that parameter."""
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if kind in type(module).__name__
+        and isinstance(getattr(module, parameter, None), nn.Parameter)
+    }
+
+
 def consumers(
     block: nn.Module,
     norms: Mapping[str, nn.Module],
@@ -38,7 +49,7 @@ def consumers(
     hidden: Tensor,
 ) -> dict[str, list[str]]:
     """The quantized linears that take each norm's output as it is."""
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, Any] = {}  # of some modules that are called norms: no tensor
     seen: dict[str, Tensor] = {}
     handles = [
         module.register_forward_hook(lambda m, a, out, name=name: outputs.update({name: out}))
@@ -52,7 +63,9 @@ def consumers(
         name: sorted(
             linear
             for linear, x in seen.items()
-            if x.data_ptr() == out.data_ptr() and x.numel() == out.numel()
+            if isinstance(out, Tensor)
+            and x.data_ptr() == out.data_ptr()
+            and x.numel() == out.numel()
         )
         for name, out in outputs.items()
     } | {name: [] for name in norms.keys() - outputs.keys()}
