@@ -5,7 +5,9 @@
 Method: each recipe converts MODEL on the CPU with the same calibration windows; the packed model
 (reference path, float32) and the original (float32) read the first windows of the evaluation text,
 non-overlapping, without special tokens. KL is the mean over tokens of KL(original || packed), in
-nats. Prints a table, then one JSON line.
+nats. Folders of peer_weights.py, after --peers, are measured alike: float32, the inputs of the
+linears in the decoder's blocks quantized to E4M3 for each token. Prints a table, then one JSON
+line.
 """
 
 from __future__ import annotations
@@ -15,17 +17,21 @@ import json
 import platform
 import sys
 import tempfile
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 import zqfp_convert
+from zqfp_convert.calibration.simulated import SimulatedLinear
 from zqfp_convert.evaluate.divergence import compare
+from zqfp_convert.model.blocks import bias_of, find_blocks, linears, put, weight_matrix
 
 CASES: dict[str, dict[str, Any]] = {
     "fast, M1": {"recipe": "fast", "scales": "m1", "scale_rounding": "ceil"},
@@ -59,10 +65,17 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=32, help="evaluation windows")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", choices=list(CASES), help="some cases")
+    parser.add_argument("--only", nargs="*", choices=list(CASES), help="some cases, or none")
+    parser.add_argument("--peers", nargs="+", type=Path, default=[], help="of peer_weights.py")
     given = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+    cases = CASES if given.only is None else given.only
+    subjects = {case: partial(converted, case, given) for case in cases}
+    subjects |= {folder.name: partial(peer, folder) for folder in given.peers}
+    if not subjects:
+        parser.error("nothing to measure: neither cases nor --peers")
 
     original = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(given.model)
@@ -71,30 +84,53 @@ def main() -> None:
     windows = torch.tensor(ids[: given.windows * given.seq_len]).view(-1, given.seq_len)
 
     rows: dict[str, dict[str, float]] = {}
-    for case in given.only or CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            made = zqfp_convert.convert(
-                given.model,
-                Path(folder) / "out",
-                calibration=given.calibration,
-                samples=given.samples,
-                seq_len=given.seq_len,
-                seed=given.seed,
-                device="cpu",
-                **CASES[case],
-            )
-            packed = zqfp_convert.load(made.out, device="cpu", dtype=torch.float32)
-        measured = compare(original, packed, windows)
-        rows[case] = {
-            "bits": made.plan.bits,
+    for name, make in subjects.items():
+        subject = make()
+        measured = compare(original, subject.model, windows)
+        rows[name] = {
+            "bits": subject.bits,
             "perplexity": measured.perplexity,
             "kl": measured.kl,
             "same_top": measured.same_top,
-            "seconds": made.seconds,
+            "seconds": subject.seconds,
         }
         baseline = measured.original_perplexity
-        print(f"{case}: KL {measured.kl:.4f}, {made.seconds:.0f} s", file=sys.stderr)
+        print(f"{name}: KL {measured.kl:.4f}, {subject.seconds:.0f} s", file=sys.stderr)
     show(given.model.name, baseline, rows)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A quantized model, its bits a weight, and the seconds that quantizing it took."""
+
+    model: PreTrainedModel
+    bits: float
+    seconds: float
+
+
+def converted(case: str, given: argparse.Namespace) -> Subject:
+    with tempfile.TemporaryDirectory() as folder:
+        made = zqfp_convert.convert(
+            given.model,
+            Path(folder) / "out",
+            calibration=given.calibration,
+            samples=given.samples,
+            seq_len=given.seq_len,
+            seed=given.seed,
+            device="cpu",
+            **CASES[case],
+        )
+        packed = zqfp_convert.load(made.out, device="cpu", dtype=torch.float32)
+    return Subject(packed, made.plan.bits, made.seconds)
+
+
+def peer(folder: Path) -> Subject:
+    about = json.loads((folder / "peer.json").read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for block in find_blocks(model).modules:
+        for name, linear in list(linears(block)):
+            put(block, name, SimulatedLinear(weight_matrix(linear), bias_of(linear)))
+    return Subject(model, about["bits"], about["seconds"])
 
 
 def show(model: str, baseline: float, rows: dict[str, dict[str, float]]) -> None:

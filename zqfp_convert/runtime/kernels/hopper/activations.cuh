@@ -38,7 +38,7 @@ DEVICE u32 to_codes(float first, float second) {
 // range.
 DEVICE float divide(float v, float scale, float inverse) {
   float quotient = __fmul_rn(v, inverse);
-  return __fmaf_rn(__fmaf_rn(-quotient, scale, v), inverse, quotient);
+  return __fmaf_rn(-__fmaf_rn(quotient, scale, -v), inverse, quotient);  // keeps the sign of -0
 }
 
 // The same for every scale.
