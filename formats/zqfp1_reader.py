@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NoReturn
 
 VERSION = 1
 FEATURES = ("lorc", "input_offset", "codebooks")
-CHANGES = ("bias_added", "bias_changed", "norm_changed")
+CHANGES = ("bias_added", "bias_changed", "norm_changed", "rotated")
 MAX_SPAN = 11
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zqfp_convert import __version__
+from zqfp_convert.blockwork import fill, fold
 from zqfp_convert.calibration import text
-from zqfp_convert.calibration.balancing import balance_norms
-from zqfp_convert.calibration.centering import center_norms
 from zqfp_convert.calibration.folding import Change
 from zqfp_convert.calibration.simulated import SimulatedLinear
 from zqfp_convert.calibration.stages import statistics, trace
@@ -40,6 +39,7 @@ from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer, make_plan
 from zqfp_convert.quantize.hessian import Curvature, prepare
 from zqfp_convert.quantize.weight import QuantizedWeight, quantize_weight
 from zqfp_convert.recipe import Recipe
+from zqfp_convert.rehearsal import choose_rotation
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the weights done so far, and their total."""
@@ -173,6 +173,7 @@ def _run(plan: Plan, progress: Progress | None) -> Conversion:
     shards = len(plan.other_shards) + len(plan.layers)
     with Writer(plan.out, shards, overwrite=plan.overwrite) as writer:
         calibration = work.calibrate() if plan.recipe.needs_calibration else None
+        plan = work.plan  # of the rotated model, maybe
         blocks: Iterable[dict[str, Tensor]] = map(work.block, range(len(plan.layers)))
         if plan.recipe.tune > 0:
             blocks = work.tune([*blocks])
@@ -224,8 +225,12 @@ class _Work:
             windows = text.windows(
                 plan.text, tokenizer, recipe.samples, recipe.seq_len, recipe.seed
             )
+        self.plan = plan = choose_rotation(plan, windows, self.report)
+        if plan.rotation is not None:
+            packed = {layer.disk + layout.WEIGHT for block in plan.layers for layer in block}
+            self.changed |= dict.fromkeys(sorted(plan.rotation.changed - packed), "rotated")
         others = [name for names in plan.other_shards for name in names]
-        self._fill(plan.model, "", [name for name in others if name in plan.names.to_model])
+        fill(plan, plan.model, "", [name for name in others if name in plan.names.to_model])
         plan.model.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
         check_tokens(plan.model, plan.source.folder, windows)
         at_once = TOKENS_AT_ONCE[plan.device.type]
@@ -254,7 +259,7 @@ class _Work:
                 for layer in plan.layers[index]
             }
         else:
-            self._fill(block, prefix, disk, tensors)
+            fill(plan, block, prefix, disk, tensors)
             quantized, changes = self._calibrated(index, block)
             for change in changes:
                 name = self._disk(prefix + change.name)
@@ -278,7 +283,7 @@ class _Work:
         original, model = self._whole(), self._whole()
         for index, tensors in enumerate(blocks):
             disk = [name for name in tensors if self.changed.get(name) == "norm_changed"]
-            self._fill(model, "", disk, tensors)
+            fill(plan, model, "", disk, tensors)
             for layer in plan.layers[index]:
                 bias = tensors.get(layer.disk + layout.BIAS)
                 if bias is not None:
@@ -336,8 +341,9 @@ class _Work:
     def _whole(self) -> PreTrainedModel:
         """The original model."""
         plan = self.plan
-        whole = skeleton.build(plan.source.folder, plan.device)
-        self._fill(whole, "", list(plan.names.to_model))
+        untied = plan.rotation is not None and plan.rotation.tied_to is not None
+        whole = skeleton.build(plan.source.folder, plan.device, untied=untied)
+        fill(plan, whole, "", list(plan.names.to_model))
         whole.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
         return whole
 
@@ -352,26 +358,12 @@ class _Work:
             self.entrance.try_first(block)
         calls = self.entrance.calls(index)
         layers = {layer.place: layer for layer in plan.layers[index]}
-        changes: list[Change] = []
+        balanced, changes = fold(plan, index, block, self.student, calls)
         norms: dict[str, str] = {}  # of balanced layers, on disk
-        if recipe.balance_norms and layers:
-            plain = recipe.changed(solver="round", sweeps=0, rank=0, tune=0)
-            balanced = balance_norms(
-                block,
-                set(layers),
-                self.student,
-                calls,
-                plan.dtype,
-                lambda weight: quantize_weight(weight, None, plain).dequantize(),
-            )
-            prefix = plan.blocks.name(index) + "."
-            for one in balanced:
-                changes += one.changes
-                for place in one.linears:
-                    norms[place] = self._disk(f"{prefix}{one.norm}{layout.WEIGHT}")
-                    self.columns[layers[place].disk] = one.columns
-        if recipe.center_norms and layers:
-            changes += center_norms(block, set(layers), self.student, calls, plan.dtype)
+        for one in balanced:
+            for place in one.linears:
+                norms[place] = self._disk(f"{plan.blocks.name(index)}.{one.norm}{layout.WEIGHT}")
+                self.columns[layers[place].disk] = one.columns
         student = copy.deepcopy(block)
         teacher = block if self.teacher is not None else None
         stages = trace(student, layers, calls(0), self.student.hidden[0]) if layers else []
@@ -415,6 +407,10 @@ class _Work:
             "weight_error": solved.weight_error,
             "output_error": solved.output_error,
         }
+        if self.plan.rotation is not None:
+            name = layer.disk + layout.WEIGHT
+            if name in self.plan.rotation.readers or name in self.plan.rotation.writers:
+                self.entries[layer.disk]["rotated"] = self.plan.rotation.readers.get(name)
         if curvature is not None and curvature.retries:
             self.entries[layer.disk]["damping"] = curvature.damping
             self.entries[layer.disk]["damping_retries"] = curvature.retries
@@ -431,21 +427,6 @@ class _Work:
         packed = pack(layer.disk, solved.codes, solved.scales, triple)
         packed.check()
         return packed.tensors()
-
-    def _fill(
-        self,
-        module: nn.Module,
-        prefix: str,
-        disk: list[str],
-        tensors: dict[str, Tensor] | None = None,
-    ) -> None:
-        """Give a module, which has `prefix` in the model, the tensors of these names on disk."""
-        plan = self.plan
-        dtype = compute_dtype(plan.device, plan.dtype)
-        for name in disk:
-            value = tensors[name] if tensors else plan.source.shards.read([name])[name]
-            place = plan.names.to_model[name].removeprefix(prefix)
-            skeleton.assign(module, {place: value.to(plan.device)}, dtype)
 
 
 def _quantization_config(plan: Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from zqfp_convert.calibration.text import GENERATED_AT_ONCE, Text
 from zqfp_convert.checkpoint import hub, layout
+from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
 from zqfp_convert.checkpoint.source import Source
 from zqfp_convert.checkpoint.writer import check_free
 from zqfp_convert.errors import CheckpointError, OutputError, SourceError
@@ -54,6 +56,7 @@ class Plan:
         layers: for each block, the linears that will be quantized.
         left_alone: linears that stay as they are, with the reason.
         other_shards: names on disk of the tensors of no block, shard by shard.
+        rotation: of the residual stream, which the source then comes with; None without.
         bytes_before, bytes_after: of all weights on disk.
         host_memory, device_memory: estimated peaks in bytes, beside the program itself.
     """
@@ -75,6 +78,7 @@ class Plan:
     bytes_after: int
     host_memory: int
     device_memory: int
+    rotation: Rotation | None = None
 
     @property
     def weights(self) -> int:
@@ -195,6 +199,42 @@ def make_plan(
     plan = dataclasses.replace(plan, host_memory=host, device_memory=on_device)
     _check_room(plan)
     return plan
+
+
+def rotated(plan: Plan, rotation: Rotation) -> Plan:
+    """The same plan for the model with a rotated residual stream.
+
+    Raises:
+        ZqfpError: the output head, a tensor of its own now, does not fit the disk or the memory.
+    """
+    source = copy.copy(plan.source)
+    source.shards = RotatedShards(plan.source.shards, rotation)
+    source.config = dict(source.config)
+    for config in (source.config, source.config.get("text_config")):
+        if rotation.tied_to is not None and isinstance(config, dict):
+            config["tie_word_embeddings"] = False
+    model = skeleton.build(source.folder, plan.device, untied=rotation.tied_to is not None)
+    names = NameMap(model, source.shards.tensors)
+    check_fit(source, model, names)
+    blocks = find_blocks(model)
+    in_blocks = set(names.within(blocks.path))
+    others = [disk for disk in source.shards.tensors if disk not in in_blocks]
+    added = sum(info.bytes for info in source.shards.tensors.values()) - plan.bytes_before
+    turned = dataclasses.replace(
+        plan,
+        source=source,
+        recipe=plan.recipe.changed(rotation="residual"),
+        model=model,
+        blocks=blocks,
+        names=names,
+        other_shards=_split(source, others),
+        bytes_after=plan.bytes_after + added,
+        rotation=rotation,
+    )
+    host, on_device = _memory(turned)
+    turned = dataclasses.replace(turned, host_memory=host, device_memory=on_device)
+    _check_room(turned)
+    return turned
 
 
 def check_fit(source: Source, model: PreTrainedModel, names: NameMap) -> None:

@@ -19,6 +19,7 @@ Solver = Literal["round", "gptq"]
 LowRank = Literal["svd", "hessian"]
 FactorFormat = Literal["e4m3", "bf16"]
 Codebooks = Literal["e2m1", "pair"]
+Rotating = Literal["auto", "residual", "none"]
 GroupSize = int | Literal["row"]
 RecipeName = Literal["fast", "paper", "best", "max"]
 
@@ -51,6 +52,7 @@ class Recipe:
     low_rank_rounds: int = 4  # alternations of fitting the factors and re-solving the codes
     factors: FactorFormat = "e4m3"
     # The model around the weights.
+    rotation: Rotating = "auto"  # of the residual stream; auto: where it brings the outputs closer
     balance_norms: bool = True  # take back what gains and the next weights moved between them
     center_norms: bool = True  # fold the mean of each LayerNorm's output into the biases
     ignore: tuple[str, ...] = ("lm_head",)
@@ -139,7 +141,7 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether any part of the recipe looks at activations."""
         looks = self.solver == "gptq" or self.sweeps > 0 or self.asymmetry > 0
-        looks = looks or self.balance_norms or self.center_norms
+        looks = looks or self.balance_norms or self.center_norms or self.rotation != "none"
         return looks or self.tune > 0 or (self.rank > 0 and self.low_rank == "hessian")
 
     def ignores(self, layer: str) -> bool:
@@ -168,6 +170,7 @@ _NAMED: dict[str, dict[str, Any]] = {
         "rank": 0,
         "low_rank": "svd",
         "low_rank_rounds": 0,
+        "rotation": "none",
         "balance_norms": False,
         "center_norms": False,
     },
@@ -183,6 +186,7 @@ _NAMED: dict[str, dict[str, Any]] = {
         "sweeps": 0,
         "low_rank": "svd",
         "low_rank_rounds": 0,
+        "rotation": "none",
         "balance_norms": False,
         "center_norms": False,
     },
@@ -195,6 +199,7 @@ _ADMITTED: dict[str, tuple[Any, ...]] = {
     "scale_rounding": get_args(ScaleRounding),
     "group_size": GROUP_SIZES,
     "codebooks": get_args(Codebooks),
+    "rotation": get_args(Rotating),
     "solver": get_args(Solver),
     "low_rank": get_args(LowRank),
     "factors": get_args(FactorFormat),

@@ -13,6 +13,7 @@ from torch import Tensor
 from zqfp_convert.checkpoint import hub, layout
 from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
+from zqfp_convert.checkpoint.rotated import rotate_weight
 from zqfp_convert.checkpoint.source import Source
 from zqfp_convert.errors import CheckpointError
 from zqfp_convert.numerics import fp8
@@ -108,11 +109,29 @@ def _columns(packed: PackedCheckpoint, layer: PackedLayer, source: Source) -> Te
     if norm not in source.shards.tensors or norm not in packed.shards.tensors:
         raise _another_model(norm, "no such tensor")
     before = source.shards.read([norm])[norm].float()
+    if "rotated" in packed.manifest["layers"][layer.name]:  # the gain went into the weight before
+        before = torch.ones_like(before)
     after = packed.shards.read([norm])[norm].float()
     if before.shape != (layer.columns,) or after.shape != before.shape:
         raise _another_model(norm, f"shape {tuple(before.shape)}")
     ratio = (before / after).abs().log2().round()
     return torch.exp2(ratio.where(ratio.isfinite(), torch.zeros_like(ratio)))
+
+
+def _turned(
+    packed: PackedCheckpoint, layer: PackedLayer, source: Source
+) -> Callable[[Tensor], Tensor]:
+    """What a rotation of the residual stream made of the layer's weight."""
+    entry = packed.manifest["layers"][layer.name]
+    if "rotated" not in entry:
+        return lambda weight: weight
+    norm = entry["rotated"]
+    if norm is None:
+        return lambda weight: rotate_weight(weight, None)
+    if norm not in source.shards.tensors or source.shards.tensors[norm].shape != (layer.columns,):
+        raise _another_model(norm, "no such tensor")
+    gain = source.shards.read([norm])[norm]
+    return lambda weight: rotate_weight(weight, gain)
 
 
 def _compare(packed: PackedCheckpoint, layer: PackedLayer, source: Source) -> float:
@@ -126,9 +145,10 @@ def _compare(packed: PackedCheckpoint, layer: PackedLayer, source: Source) -> fl
     weight = layer.dequantize() if compensation is None else layer.dequantize() + compensation
     said = float(packed.manifest["layers"][layer.name]["weight_error"])
     columns = _columns(packed, layer, source)
+    turned = _turned(packed, layer, source)
 
     def error(original: Tensor) -> float:
-        balanced = original * columns
+        balanced = turned(original) * columns
         return relative_error(balanced - weight, balanced, None)
 
     # GPT-2 stores [K, N]; a square weight tells its orientation by the error that was written down

@@ -38,6 +38,19 @@ METHODS = {  # what quantizes, to what
 }
 GROUP = {"int4": 128, "mxfp4": 32}
 BITS = {"int4": 4 + 16 / 128, "mxfp4": 4 + 8 / 32}  # a weight, scales included
+LEVELS = 2**4
+AUTOROUND: dict[str, dict[str, Any]] = {  # parts of its schemes
+    "int4": {"bits": 4, "sym": True, "data_type": "int", "group_size": 128},
+    "mxfp4": {"bits": 4, "sym": True, "data_type": "mx_fp", "group_size": 32},
+    "fp8": {
+        "act_bits": 8,
+        "act_data_type": "fp",
+        "act_group_size": -1,
+        "act_sym": True,
+        "act_dynamic": True,
+    },
+    "none": {"act_bits": 16},
+}
 
 
 def main() -> None:
@@ -82,7 +95,7 @@ def main() -> None:
         "seq_len": given.seq_len,
         "seed": given.seed,
         "bits": BITS[numbers],
-        "not_rounded": moved,
+        "share_not_rounded": moved,
         "seconds": seconds,
     }
     (given.out / "peer.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -109,26 +122,12 @@ def autoround(
     """The dequantized weights by their names, as AutoRound makes them."""
     from auto_round import AutoRound
 
-    scheme: dict[str, Any] = {
-        "int4": {"bits": 4, "sym": True, "data_type": "int", "group_size": GROUP["int4"]},
-        "mxfp4": {"bits": 4, "sym": True, "data_type": "mx_fp", "group_size": GROUP["mxfp4"]},
-    }[numbers]
-    scheme |= {
-        "fp8": {
-            "act_bits": 8,
-            "act_data_type": "fp",
-            "act_group_size": -1,
-            "act_sym": True,
-            "act_dynamic": True,
-        },
-        "none": {"act_bits": 16},
-    }[given.activations]
     model = read(given.model)
     names = list(targets(model))
     run = AutoRound(
         model,
         tokenizer=tokenizer,
-        scheme=scheme,
+        scheme=AUTOROUND[numbers] | AUTOROUND[given.activations],
         dataset=list(ids.split(1)),
         nsamples=len(ids),
         seqlen=ids.shape[1],
@@ -193,7 +192,7 @@ def put(model: PreTrainedModel, weights: dict[str, Tensor], group: int) -> float
         new = weights[name].unflatten(1, (-1, group))
         old = linear.weight.data.unflatten(1, (-1, group))
         values = new.sort(-1).values.contiguous()
-        if int((values.diff(dim=-1) > 0).sum(-1).max()) >= 2**4:
+        if int((values.diff(dim=-1) > 0).sum(-1).max()) >= LEVELS:
             raise SystemExit(f"{name}: a group has more values than four bits tell apart")
         above = torch.searchsorted(values, old).clamp_max(group - 1)
         below = (above - 1).clamp_min(0)

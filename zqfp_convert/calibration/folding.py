@@ -8,7 +8,7 @@ assumed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,17 @@ class Change:
     kind: str
 
 
-def norms_of(block: nn.Module, kind: str, parameter: str) -> dict[str, nn.Module]:
-    """The norms of a block whose class has `kind` in its name, and which have that parameter."""
+def norms_of(
+    block: nn.Module | Mapping[str, nn.Module], kind: str, parameter: str
+) -> dict[str, nn.Module]:
+    """The norms of a block whose class has `kind` in its name, and which have that parameter.
+
+    Modules by their names can stand for the block.
+    """
+    modules = block.named_modules() if isinstance(block, nn.Module) else block.items()
     return {
         name: module
-        for name, module in block.named_modules()
+        for name, module in modules
         if kind in type(module).__name__
         and isinstance(getattr(module, parameter, None), nn.Parameter)
     }
@@ -79,17 +85,23 @@ def put(block: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def same_function(
-    block: nn.Module, values: Mapping[str, Tensor], proof: tuple[Call, Tensor]
+    block: nn.Module,
+    values: Mapping[str, Tensor],
+    proof: tuple[Call, Tensor],
+    turn: Callable[[Tensor], Tensor] = lambda hidden: hidden,
 ) -> bool:
-    """Whether a block with other values gives the same outputs in float64 on one batch."""
+    """Whether a block with other values gives the same outputs in float64 on one batch.
+
+    `turn` is what happens to the hidden states around the block with the other values.
+    """
     call, hidden = proof
     before = copy.deepcopy(block).double()
     after = copy.deepcopy(before)
     put(after, {name: value.double() for name, value in values.items()})
     call64 = _double(call)
     try:
-        want = call64.run(before, hidden.double())
-        have = call64.run(after, hidden.double())
+        want = turn(call64.run(before, hidden.double()))
+        have = call64.run(after, turn(hidden.double()))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # a block that insists on another dtype: nothing is proved, nothing folded

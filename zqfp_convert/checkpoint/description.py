@@ -16,7 +16,7 @@ from zqfp_convert.errors import CheckpointError
 from zqfp_convert.numerics import codebook
 
 AGAIN = "Convert the model again with zqfp-convert, or download the checkpoint again."
-CHANGES = ("bias_added", "bias_changed", "norm_changed")
+CHANGES = ("bias_added", "bias_changed", "norm_changed", "rotated")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

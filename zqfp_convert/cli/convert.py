@@ -95,6 +95,14 @@ def command(
             show_default=False,
         ),
     ] = None,
+    rotation: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the residual stream, by a Hadamard matrix: auto (if a rehearsal is closer to "
+            "the original with it), residual or none.",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
     balance: Annotated[
         bool | None,
         typer.Option(
@@ -176,6 +184,7 @@ def command(
             sweeps=sweeps,
             asymmetry=asymmetry,
             activation_order=act_order,
+            rotation=rotation,
             balance_norms=balance,
             center_norms=None if offset is None else offset is Offset.mean,
             tune=tune,

@@ -16,10 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from zqfp_convert.errors import SourceError
 
 
-def build(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+def build(
+    folder: Path, device: torch.device | str = "cpu", *, untied: bool = False
+) -> PreTrainedModel:
     """The causal language model of a folder's `config.json`, its parameters on the meta device.
 
-    Buffers that are not part of checkpoints are made on `device`.
+    Buffers that are not part of checkpoints are made on `device`. `untied`: with an output head of
+    its own, whatever the configuration says.
 
     Raises:
         SourceError: no causal language model that the installed transformers knows.
@@ -28,6 +31,8 @@ def build(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # what comes out is an ordinary model with our modules
+        if untied:
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=config.dtype or torch.float32, trust_remote_code=False

@@ -1,0 +1,59 @@
+"""What a plan does to a block before its linears are solved: weights in, norms folded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from zqfp_convert.calibration.balancing import Balanced, balance_norms
+from zqfp_convert.calibration.centering import center_norms
+from zqfp_convert.calibration.folding import Change
+from zqfp_convert.calibration.stages import Calls
+from zqfp_convert.calibration.stream import Stream
+from zqfp_convert.model import skeleton
+from zqfp_convert.model.device import compute_dtype
+from zqfp_convert.plan import Plan
+from zqfp_convert.quantize.weight import quantize_weight
+
+
+def fill(
+    plan: Plan,
+    module: nn.Module,
+    prefix: str,
+    disk: Iterable[str],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Give a module, which has `prefix` in the model, the tensors of these names on disk."""
+    dtype = compute_dtype(plan.device, plan.dtype)
+    for name in disk:
+        value = tensors[name] if tensors else plan.source.shards.read([name])[name]
+        place = plan.names.to_model[name].removeprefix(prefix)
+        skeleton.assign(module, {place: value.to(plan.device)}, dtype)
+
+
+def fold(
+    plan: Plan, index: int, block: nn.Module, stream: Stream, calls: Calls
+) -> tuple[list[Balanced], list[Change]]:
+    """Balance and centre the norms of a block, in place, as the recipe says."""
+    places = {layer.place for layer in plan.layers[index]}
+    balanced: list[Balanced] = []
+    changes: list[Change] = []
+    if plan.recipe.balance_norms and places:
+        balanced = balance_norms(
+            block, places, stream, calls, plan.dtype, lambda weight: rounded(plan, weight)
+        )
+        changes += [change for one in balanced for change in one.changes]
+    if plan.recipe.center_norms and places:
+        changes += center_norms(block, places, stream, calls, plan.dtype)
+    return balanced, changes
+
+
+def rounded(plan: Plan, weight: Tensor, **choices: Any) -> Tensor:
+    """A weight `[N, K]` as the format has it, rounded to nearest, float32.
+
+    `choices` of the recipe may be others.
+    """
+    plain = plan.recipe.changed(solver="round", sweeps=0, rank=0, tune=0, **choices)
+    return quantize_weight(weight, None, plain).dequantize()

@@ -1,0 +1,104 @@
+"""A source whose residual stream is rotated: the same function from other weights.
+
+With Q the rotation of `numerics/hadamard.py` and `n` a norm without gain and bias: a linear with
+the weight W that reads `gain * n(h) + bias` gives the same for `n(Q h) + Q (bias / gain)` with
+`W diag(gain) Q`, and one that adds to h adds to `Q h` with `Q W` (QuaRot, arXiv:2404.00456, section
+3; SliceGPT, arXiv:2401.15024, section 3.1). Q leaves the mean alone, so `n` may be a LayerNorm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zqfp_convert.checkpoint.shards import Shards
+from zqfp_convert.numerics import hadamard
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Which tensors of a model, by their names on disk, a rotated residual stream changes.
+
+    Attributes:
+        readers: weights of linears that read it, and the weight of the norm in between.
+        writers: weights of linears that write to it.
+        biases: of writers.
+        norms: weights of norms that readers read through, and their biases, or None.
+        embeddings: whose rows enter it.
+        head: the reader that is the output head.
+        tied_to: the embedding that the source has in the head's place, or None; they are two
+            tensors from here on.
+        transposed: those of `readers` and `writers` that are stored `[K, N]`.
+    """
+
+    readers: dict[str, str]
+    writers: set[str]
+    biases: set[str]
+    norms: dict[str, str | None]
+    embeddings: set[str]
+    head: str
+    tied_to: str | None = None
+    transposed: set[str] = field(default_factory=set)
+
+    @property
+    def changed(self) -> set[str]:
+        """All tensors that it changes."""
+        biases = {bias for bias in self.norms.values() if bias is not None}
+        linears = self.readers.keys() | self.writers | self.biases
+        return linears | self.norms.keys() | biases | self.embeddings
+
+
+def rotate_weight(weight: Tensor, gain: Tensor | None) -> Tensor:
+    """The weight `[N, K]` of a reader behind a norm of that gain `[K]`, of a writer without."""
+    if gain is None:
+        return hadamard.rotate(weight, 0)
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    return hadamard.rotate(wide * gain.to(wide.dtype), 1)
+
+
+class RotatedShards(Shards):
+    """The tensors of a folder as they are with a rotated residual stream.
+
+    Linears of the blocks come in float32, so that nothing is rounded before it is quantized; the
+    others in the dtype that they are stored in.
+    """
+
+    def __init__(self, base: Shards, rotation: Rotation) -> None:
+        tensors = dict(base.tensors)
+        if rotation.tied_to is not None:
+            tensors[rotation.head] = base.tensors[rotation.tied_to]
+        super().__init__(base.folder, tensors)
+        self._base, self._rotation = base, rotation
+        self._norm_of = {bias: norm for norm, bias in rotation.norms.items() if bias is not None}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """As in `Shards`."""
+        return {name: self._read(name) for name in names}
+
+    def _read(self, name: str) -> Tensor:
+        found = self._rotation
+        stored = self._stored(name)
+        if name in found.norms:
+            return torch.ones_like(stored)
+        if name in self._norm_of:
+            moved = hadamard.rotate(stored.float() / self._stored(self._norm_of[name]).float())
+            return moved.to(stored.dtype)
+        if name in found.biases:
+            return hadamard.rotate(stored)
+        if name in found.readers or name in found.writers:
+            gain = self._stored(found.readers[name]) if name in found.readers else None
+            weight = stored.t() if name in found.transposed else stored
+            weight = rotate_weight(weight, gain)
+            weight = weight.t() if name in found.transposed else weight
+            return weight.to(stored.dtype) if name == found.head else weight
+        if name in found.embeddings:
+            return hadamard.rotate(stored).to(stored.dtype)
+        return stored
+
+    def _stored(self, name: str) -> Tensor:
+        tied_to = self._rotation.tied_to
+        name = tied_to if tied_to is not None and name == self._rotation.head else name
+        return self._base.read([name])[name]
