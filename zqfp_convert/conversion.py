@@ -9,7 +9,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,16 @@ from zqfp_convert.distill.train import Outcome, distill
 from zqfp_convert.distill.tunable import TunableLinear
 from zqfp_convert.errors import SourceError
 from zqfp_convert.model import skeleton
-from zqfp_convert.model.blocks import bias_of, get_linear, is_transposed, put, weight_matrix
+from zqfp_convert.model.blocks import (
+    bias_of,
+    find_blocks,
+    get_linear,
+    is_transposed,
+    put,
+    weight_matrix,
+)
 from zqfp_convert.model.device import compute_dtype
+from zqfp_convert.model.head import Head
 from zqfp_convert.model.tokenizer import check_tokens, tokenizer_of
 from zqfp_convert.numerics import codebook
 from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer, make_plan
@@ -101,6 +109,8 @@ class Conversion:
                 "kl_before": self.tuning.kl_before,
                 "kl_after": self.tuning.kl_after,
                 "kept": self.tuning.kept,
+                "roundings": self.tuning.roundings,
+                "minutes": round(self.tuning.seconds / 60, 3),
             },
             "seconds": round(self.seconds, 3),
         }
@@ -206,7 +216,7 @@ class _Work:
     teacher: Stream | None = None  # hidden states of the original model
     student: Stream | None = None  # hidden states behind the quantized blocks
     windows: Tensor | None = None  # of calibration, for tuning
-    solved: dict[str, QuantizedWeight] = field(default_factory=dict)  # the same
+    tunable: dict[str, TunableLinear] = field(default_factory=dict)  # by names on disk
     tuned: dict[str, Tensor] = field(default_factory=dict)  # norms by their names on disk
     columns: dict[str, Tensor] = field(default_factory=dict)  # of balanced layers, by names on disk
     outcome: Outcome | None = None
@@ -238,7 +248,7 @@ class _Work:
         self.windows = windows if recipe.tune > 0 else None
         self.entrance = Entrance(plan.blocks, batches)
         self.student = Stream(self.entrance.first())
-        if recipe.asymmetry > 0:
+        if recipe.asymmetry > 0 or recipe.tune > 0:
             self.teacher = Stream(list(self.student.hidden))
         return {
             "source": plan.calibration,
@@ -274,27 +284,32 @@ class _Work:
     def tune(self, blocks: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Tune all blocks, given as their shards' tensors, together; returns them as they are then.
 
-        The whole model exists twice while this lasts, once as it was and once quantized.
+        Of the original only what its last block gave is there, and its weights one by one.
         """
         plan = self.plan
         assert self.windows is not None
+        assert self.teacher is not None
+        original = torch.cat([hidden.cpu() for hidden in self.teacher.hidden])
         self.entrance = self.teacher = self.student = None
         skeleton.empty(plan.model)
-        original, model = self._whole(), self._whole()
+        model = plan.skeleton()
+        parts = find_blocks(model)
+        for names in plan.other_shards:
+            fill(plan, model, "", [name for name in names if name in plan.names.to_model])
         for index, tensors in enumerate(blocks):
-            disk = [name for name in tensors if self.changed.get(name) == "norm_changed"]
+            disk = [name for name in tensors if name in plan.names.to_model]
             fill(plan, model, "", disk, tensors)
             for layer in plan.layers[index]:
+                linear = self.tunable[layer.disk]
                 bias = tensors.get(layer.disk + layout.BIAS)
                 if bias is not None:
                     bias = bias.to(plan.device, compute_dtype(plan.device, plan.dtype))
-                put(
-                    model,
-                    self._path(index, layer),
-                    TunableLinear(self.solved.pop(layer.disk), bias),
-                )
+                    linear.bias = nn.Parameter(bias, requires_grad=False)
+                put(model, f"{plan.blocks.name(index)}.{layer.place}", linear)
+        model.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
         self.outcome = distill(
-            model.requires_grad_(False),
+            model,
+            parts,
             original,
             self.windows,
             plan.recipe.tune,
@@ -308,22 +323,25 @@ class _Work:
             return blocks
         for place, value in self.outcome.norms.items():
             name = plan.names.to_disk[place]
-            self.tuned[name] = value.to(plan.dtype).cpu()
+            self.tuned[name] = value.cpu()
             self.changed[name] = "norm_changed"
         for index, tensors in enumerate(blocks):
             tensors |= self.tuned_of(list(tensors))
             for layer in plan.layers[index]:
-                path = self._path(index, layer)
-                linear = model.get_submodule(path)
-                assert isinstance(linear, TunableLinear)
-                weight = weight_matrix(get_linear(original, path))
-                if layer.disk in self.columns:
-                    weight = weight * self.columns[layer.disk].to(weight.dtype)
-                result = linear.result(weight)
+                result = self.tunable.pop(layer.disk).result(self._target(index, layer))
                 tensors |= self._packed(layer, result)
                 entry = self.entries[layer.disk]
                 entry["weight_error"], entry["output_error"] = result.weight_error, None
         return blocks
+
+    def _target(self, index: int, layer: PlannedLayer) -> Tensor:
+        """The weight that a layer stands for: the source's, balanced if it was."""
+        name = layer.disk + layout.WEIGHT
+        block = self.plan.blocks.modules[index]
+        weight = self._matrix(layer, block, self.plan.source.shards.read([name]))
+        weight = weight.to(self.plan.device)
+        columns = self.columns.get(layer.disk)
+        return weight if columns is None else weight * columns.to(weight.dtype)
 
     def tuned_of(self, names: list[str]) -> dict[str, Tensor]:
         """Those of the tensors, by their names on disk, that tuning has changed."""
@@ -335,14 +353,10 @@ class _Work:
         owner, _, leaf = place.rpartition(".")
         return names.get(place, names[owner + layout.WEIGHT].removesuffix("weight") + leaf)
 
-    def _path(self, index: int, layer: PlannedLayer) -> str:
-        return f"{self.plan.blocks.name(index)}.{layer.place}"
-
     def _whole(self) -> PreTrainedModel:
         """The original model."""
         plan = self.plan
-        untied = plan.rotation is not None and plan.rotation.tied_to is not None
-        whole = skeleton.build(plan.source.folder, plan.device, untied=untied)
+        whole = plan.skeleton()
         fill(plan, whole, "", list(plan.names.to_model))
         whole.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
         return whole
@@ -356,6 +370,10 @@ class _Work:
         assert self.student is not None
         if index == 0:
             self.entrance.try_first(block)
+            if recipe.tune > 0:  # before hours of work
+                head = Head(plan.model, plan.blocks, returns_tuple=self.entrance.returns_tuple)
+                assert self.windows is not None
+                head.check(self.student.hidden[0][:1], self.windows[:1].to(plan.device))
         calls = self.entrance.calls(index)
         layers = {layer.place: layer for layer in plan.layers[index]}
         balanced, changes = fold(plan, index, block, self.student, calls)
@@ -365,7 +383,7 @@ class _Work:
                 norms[place] = self._disk(f"{plan.blocks.name(index)}.{one.norm}{layout.WEIGHT}")
                 self.columns[layers[place].disk] = one.columns
         student = copy.deepcopy(block)
-        teacher = block if self.teacher is not None else None
+        teacher = block if recipe.asymmetry > 0 else None
         stages = trace(student, layers, calls(0), self.student.hidden[0]) if layers else []
         quantized: dict[str, QuantizedWeight] = {}
         for stage in stages:
@@ -397,7 +415,9 @@ class _Work:
         self.report(f"block {index + 1}/{total}  {layer.place}", self.done, self.plan.weights)
         solved = quantize_weight(weight.to(self.plan.device), curvature, self.plan.recipe)
         if self.plan.recipe.tune > 0:
-            self.solved[layer.disk] = solved
+            roundings = self.plan.tunes_roundings
+            self.tunable[layer.disk] = TunableLinear(solved, roundings=roundings)
+            solved = replace(solved, doubt=None)
         self.done += layer.weights
         self.entries[layer.disk] = {
             "shape": [layer.rows, layer.columns],
@@ -426,7 +446,7 @@ class _Work:
         triple = None if factors is None else (factors.A, factors.B, factors.scale)
         packed = pack(layer.disk, solved.codes, solved.scales, triple)
         packed.check()
-        return packed.tensors()
+        return {name: tensor.cpu() for name, tensor in packed.tensors().items()}
 
 
 def _quantization_config(plan: Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:

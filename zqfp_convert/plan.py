@@ -17,6 +17,7 @@ from zqfp_convert.checkpoint import hub, layout
 from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
 from zqfp_convert.checkpoint.source import Source
 from zqfp_convert.checkpoint.writer import check_free
+from zqfp_convert.distill import memory
 from zqfp_convert.errors import CheckpointError, OutputError, SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
@@ -58,6 +59,8 @@ class Plan:
         other_shards: names on disk of the tensors of no block, shard by shard.
         rotation: of the residual stream, which the source then comes with; None without.
         bytes_before, bytes_after: of all weights on disk.
+        tunes_roundings: whether tuning moves roundings too; where memory does not suffice for that,
+            row scales, low-rank factors and norms alone.
         host_memory, device_memory: estimated peaks in bytes, beside the program itself.
     """
 
@@ -76,6 +79,7 @@ class Plan:
     other_shards: list[list[str]]
     bytes_before: int
     bytes_after: int
+    tunes_roundings: bool
     host_memory: int
     device_memory: int
     rotation: Rotation | None = None
@@ -99,6 +103,21 @@ class Plan:
             return "none" if self.text is None else "none (the recipe does not use the text)"
         return "self-generated" if self.text is None else self.text.name
 
+    @property
+    def tuning(self) -> str:
+        """What end-to-end tuning is going to do."""
+        if self.recipe.tune == 0:
+            return "none"
+        moved = "row scales, low-rank factors and norms"
+        if self.tunes_roundings:
+            return f"{self.recipe.tune} steps of roundings, {moved}"
+        return f"{self.recipe.tune} steps of {moved}; there is too little memory for roundings"
+
+    def skeleton(self) -> PreTrainedModel:
+        """Another skeleton of the model."""
+        untied = self.rotation is not None and self.rotation.tied_to is not None
+        return skeleton.build(self.source.folder, self.device, untied=untied)
+
     def block_tensors(self, index: int) -> list[str]:
         """The names on disk of a block's tensors."""
         return self.names.within(self.blocks.name(index))
@@ -119,6 +138,7 @@ class Plan:
             "device_memory": self.device_memory,
             "device": str(self.device),
             "calibration": self.calibration,
+            "tuning": self.tuning,
             "left_alone": self.left_alone,
             "code_files_not_run": [str(path) for path in self.source.code_files()],
             "recipe": self.recipe.to_json(),
@@ -192,11 +212,13 @@ def make_plan(
         other_shards=_split(source, others),
         bytes_before=before,
         bytes_after=before - replaced,
+        tunes_roundings=recipe.tune > 0,
         host_memory=0,
         device_memory=0,
     )
-    host, on_device = _memory(plan)
-    plan = dataclasses.replace(plan, host_memory=host, device_memory=on_device)
+    plan = _estimated(plan)
+    if recipe.tune > 0 and _short_of(plan) is not None:
+        plan = _estimated(dataclasses.replace(plan, tunes_roundings=False))
     _check_room(plan)
     return plan
 
@@ -213,7 +235,8 @@ def rotated(plan: Plan, rotation: Rotation) -> Plan:
     for config in (source.config, source.config.get("text_config")):
         if rotation.tied_to is not None and isinstance(config, dict):
             config["tie_word_embeddings"] = False
-    model = skeleton.build(source.folder, plan.device, untied=rotation.tied_to is not None)
+    turned = dataclasses.replace(plan, source=source, rotation=rotation)
+    model = turned.skeleton()
     names = NameMap(model, source.shards.tensors)
     check_fit(source, model, names)
     blocks = find_blocks(model)
@@ -221,18 +244,15 @@ def rotated(plan: Plan, rotation: Rotation) -> Plan:
     others = [disk for disk in source.shards.tensors if disk not in in_blocks]
     added = sum(info.bytes for info in source.shards.tensors.values()) - plan.bytes_before
     turned = dataclasses.replace(
-        plan,
-        source=source,
+        turned,
         recipe=plan.recipe.changed(rotation="residual"),
         model=model,
         blocks=blocks,
         names=names,
         other_shards=_split(source, others),
         bytes_after=plan.bytes_after + added,
-        rotation=rotation,
     )
-    host, on_device = _memory(turned)
-    turned = dataclasses.replace(turned, host_memory=host, device_memory=on_device)
+    turned = _estimated(turned)
     _check_room(turned)
     return turned
 
@@ -336,9 +356,19 @@ def positions(model: PreTrainedModel) -> int:
     return limit if isinstance(limit, int) and limit > 1 else 1 << 30
 
 
+def _estimated(plan: Plan) -> Plan:
+    host, on_device = _memory(plan)
+    return dataclasses.replace(plan, host_memory=host, device_memory=on_device)
+
+
+def _short_of(plan: Plan) -> tuple[str, str, str] | None:
+    """The memory that will not do: where, what is free, what is needed."""
+    return too_little_memory(plan.host_memory, plan.device, plan.device_memory)
+
+
 def _memory(plan: Plan) -> tuple[int, int]:
     """Estimated peaks in host and device memory; on the CPU both are one and in the first."""
-    shards, model = plan.source.shards.tensors, plan.model
+    shards, model, recipe = plan.source.shards.tensors, plan.model, plan.recipe
     width = compute_dtype(plan.device, plan.dtype).itemsize
     block_numbers = [
         sum(_count(shards[name].shape) for name in plan.block_tensors(index))
@@ -355,33 +385,37 @@ def _memory(plan: Plan) -> tuple[int, int]:
     solving = 4 * 8 * max(layer.weights for layer in every)  # float32 copies in the solver
     host = max(block_bytes, largest_shard) + max(block_bytes // 3, largest_shard)
     work = solving
-    if plan.recipe.needs_calibration:
-        recipe = plan.recipe
+    if recipe.needs_calibration:
         hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0))
-        streams = 2 if recipe.asymmetry > 0 else 1
+        stream = recipe.samples * recipe.seq_len * hidden * width
+        streams = 2 if recipe.asymmetry > 0 or recipe.tune > 0 else 1
         widest = max(layer.columns for layer in every)
-        work += streams * max(block_numbers) * width
-        work += streams * recipe.samples * recipe.seq_len * hidden * width
+        work += streams * (max(block_numbers) * width + stream)
         work += 7 * 4 * widest**2
         work += 6 * TOKENS_AT_ONCE[plan.device.type] * widest * 4
         outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
         work += outside
+        whole = 0
         if plan.text is None:
-            whole = sum(block_numbers) * width + outside
-            work = max(work, int(1.2 * whole) + _cache_bytes(plan, width))
-    if plan.recipe.tune > 0:
-        work = max(work, _tuning_bytes(plan, sum(block_numbers) * width, width))
+            everything = sum(block_numbers) * width + outside
+            whole = int(1.2 * everything) + _cache_bytes(plan, width)
+        if recipe.tune > 0:
+            shapes = [[(layer.rows, layer.columns) for layer in block] for block in plan.layers]
+            solved = [shape for block in shapes for shape in block]
+            work += memory.waiting(solved, recipe, roundings=plan.tunes_roundings)
+            tuning = memory.tuning(
+                shapes,
+                recipe,
+                roundings=plan.tunes_roundings,
+                hidden=hidden,
+                vocabulary=int(getattr(model.config.get_text_config(), "vocab_size", 0)),
+                width=width,
+                rest=outside + (sum(block_numbers) - plan.weights) * width,
+            )
+            work = max(work, tuning)
+            host += stream + sum(layer.packed_bytes for layer in every)
+        work = max(work, whole)
     return (host + work, 0) if plan.device.type == "cpu" else (host, work)
-
-
-def _tuning_bytes(plan: Plan, blocks: int, width: int) -> int:
-    """Two models, and for each weight its place, shift, gradient and Adam's two moments."""
-    shards = plan.source.shards.tensors
-    outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
-    vocabulary = int(getattr(plan.model.config.get_text_config(), "vocab_size", 0))
-    largest = max(layer.weights for block in plan.layers for layer in block)
-    logits = 4 * plan.recipe.seq_len * vocabulary * width
-    return 2 * (blocks + outside) + (5 * 4 + 1) * plan.weights + 8 * 4 * largest + logits
 
 
 def _cache_bytes(plan: Plan, width: int) -> int:
@@ -413,7 +447,7 @@ def _check_room(plan: Plan) -> None:
             do="Make room, or give an output folder on another disk.",
         )
     generated = plan.recipe.needs_calibration and plan.text is None
-    short = too_little_memory(plan.host_memory, plan.device, plan.device_memory)
+    short = _short_of(plan)
     if short is not None:
         where, found, wanted = short
         raise SourceError(

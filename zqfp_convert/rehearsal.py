@@ -29,7 +29,6 @@ from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, rotated
 WINDOWS, WINDOW = 8, 256  # tokens of each
 WORTH = 0.95  # a rotation has to bring the KL below this share
 SAME = 0.1  # of the KL by quantization: what the rotation itself may cost, rounding included
-SLICE = 512  # tokens whose logits exist at a time
 
 Report = Callable[[str, int, int], None]
 
@@ -120,10 +119,7 @@ def _divergence(original: tuple[Head, list[Tensor]], other: tuple[Head, list[Ten
     """Mean token KL, nats."""
     total, tokens = 0.0, 0
     for want, have in zip(original[1], other[1], strict=True):
-        want, have = want.flatten(0, 1), have.flatten(0, 1)
-        for start in range(0, len(want), SLICE):
-            part = slice(start, start + SLICE)
-            here = kl(original[0].logits(want[part]), other[0].logits(have[part]))
-            total += float(here) * len(want[part])
-        tokens += len(want)
+        wanted, hidden = want.flatten(0, 1), have.flatten(0, 1)
+        total += float(kl(original[0].logits, other[0].logits, wanted, hidden)) * len(wanted)
+        tokens += len(wanted)
     return total / tokens

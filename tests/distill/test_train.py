@@ -15,9 +15,13 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
 import zqfp_convert
+from zqfp_convert import Recipe, conversion
 from zqfp_convert.calibration import text
 from zqfp_convert.distill import train
 from zqfp_convert.distill.train import HELD_BACK
+from zqfp_convert.errors import SourceError
+from zqfp_convert.model import device
+from zqfp_convert.plan import Plan, make_plan
 from zqfp_convert.verify import verify
 
 MODEL = files("zqfp_convert.demo") / "model"
@@ -49,7 +53,10 @@ def test_what_was_measured_is_what_was_written(tuned: zqfp_convert.Conversion) -
     assert tuned.tuning.kl_after < 0.97 * tuned.tuning.kl_before
     # The order of additions differs, and with it some roundings of activations.
     assert divergence(tuned.out) == pytest.approx(tuned.tuning.kl_after, rel=1e-2)
-    assert tuned.to_json()["tuning"]["kl_after"] == tuned.tuning.kl_after
+    told = tuned.to_json()["tuning"]
+    assert told["kl_after"] == tuned.tuning.kl_after
+    assert told["roundings"] is True
+    assert 0 < 60 * told["minutes"] < tuned.seconds
     changed = manifest(tuned.out)["changed"]
     assert set(changed.values()) == {"norm_changed"}
     assert any(name.startswith("model.norm") for name in changed)  # outside of the blocks
@@ -100,11 +107,50 @@ def test_the_same_bytes_twice_for_any_model(
 
 def test_divergence_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "TOKENS_AT_ONCE", 3)
-    want, have = torch.randn(2, 5, 11), torch.randn(2, 5, 11, requires_grad=True)
-    p, q = want.double().log_softmax(-1), have.double().log_softmax(-1)
+    heads = torch.randn(2, 7, 11)
+    wanted, hidden = torch.randn(10, 7), torch.randn(10, 7, requires_grad=True)
+    p = (wanted.double() @ heads[0].double()).log_softmax(-1)
+    q = (hidden.double() @ heads[1].double()).log_softmax(-1)
     truth = kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
-    (gradient,) = torch.autograd.grad(truth, have)
-    loss = train.kl(want, have)
+    (gradient,) = torch.autograd.grad(truth, hidden)
+    loss = train.kl(lambda x: x @ heads[0], lambda x: x @ heads[1], wanted, hidden)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(truth.detach()), rel=1e-5)
-    torch.testing.assert_close(have.grad, gradient.float())
+    torch.testing.assert_close(hidden.grad, gradient.float())
+
+
+def test_with_too_little_memory_roundings_stay(
+    tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    better = count(0, -1)
+    monkeypatch.setattr(train, "_divergence", lambda *about: float(next(better)))
+    monkeypatch.setattr(
+        train, "RATES", dict.fromkeys(train.RATES, 0.01)
+    )  # more than bfloat16 hides
+    choices = {**QUICK, "samples": 4, "rank": 2}
+    plain = zqfp_convert.convert(tiny_model(), tmp_path / "plain", **choices)
+    recipe = Recipe.named("max", tune=3, **{k: v for k, v in choices.items() if k != "device"})
+
+    def planned() -> Plan:
+        return make_plan(tiny_model(), tmp_path / "tuned", recipe=recipe, device="cpu")
+
+    full = planned()
+    assert full.tunes_roundings
+    assert "roundings, row scales" in full.tuning
+    monkeypatch.setattr(device, "free_memory", lambda place: full.host_memory - 1)
+    plan = planned()
+    assert not plan.tunes_roundings
+    assert "too little memory for roundings" in plan.to_json()["tuning"]
+    assert plan.host_memory < full.host_memory
+    monkeypatch.setattr(device, "free_memory", lambda place: plan.host_memory - 1)
+    with pytest.raises(SourceError, match="memory"):
+        planned()
+    made = conversion.run(plan)
+    assert made.tuning is not None
+    assert made.tuning.kept
+    assert made.to_json()["tuning"]["roundings"] is False
+    verify(made.out, tiny_model())
+    want, have = read_tensors(plain.out), read_tensors(made.out)
+    same = {name for name in want if torch.equal(want[name].float(), have[name].float())}
+    assert {name for name in want if name.endswith("weight_packed")} <= same
+    assert not {name for name in want if name.endswith("weight_row_scale")} & same

@@ -236,6 +236,7 @@ def _show_plan(plan: Plan, *, every_layer: bool) -> None:
         "size": f"{console.size(plan.bytes_before)} to {console.size(plan.bytes_after)}",
         "calibration": plan.calibration
         + (f", {recipe.samples} x {recipe.seq_len} tokens" if recipe.needs_calibration else ""),
+        "tuning": plan.tuning,
         "device": str(plan.device),
         "memory": f"about {console.size(plan.host_memory)} of host memory"
         + (f", {console.size(plan.device_memory)} on the GPU" if plan.device_memory else ""),
@@ -290,7 +291,9 @@ def _show_result(result: Conversion) -> None:
         tuning = result.tuning
         console.out.print(
             f"tuned as a whole: KL to the original on text held back {tuning.kl_before:.4f} to "
-            f"{tuning.kl_after:.4f}" + ("" if tuning.kept else ", so left as it was before")
+            f"{tuning.kl_after:.4f} in {tuning.seconds / 60:.1f} minutes"
+            + ("" if tuning.roundings else ", roundings left as they were")
+            + ("" if tuning.kept else "; it is left as it was before")
         )
     retried = result.to_json()["damping_retries"]
     if retried:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,126 +10,173 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from zqfp_convert.numerics import codebook, fp8, scales
+from zqfp_convert.distill.grid import TOP, Grid
+from zqfp_convert.numerics import fp8, scales
 from zqfp_convert.quantize.hessian import relative_error
 from zqfp_convert.quantize.lorc import Factors
 from zqfp_convert.quantize.weight import QuantizedWeight
 
 REACH = 0.3  # steps of the grid that a weight may be moved from where it starts
 EDGE = 0.45  # a start lies at most this far from its code: nearer than the next one
-LEVELS = codebook.SIZE
 
 
 class TunableLinear(nn.Module):
     """`y = (W^ + B diag(s) A) x^ + bias`, with gradients for what a quantized linear consists of.
 
-    A weight has a place on the grid of its codebook, counted in steps (of E2M1 0, 0.5, 1, 1.5, 2,
-    3, 4, 6 are 0 to 7), and its code is the nearest whole number. The place starts where the weight
-    would be best with all others rounded, but never nearer to another code than to its own, and may
-    move by `REACH`. So only roundings that were doubtful can change. Rounding counts as the
-    identity in the backward pass (straight-through; Bengio et al., arXiv:1308.3432).
+    A weight has a place on the grid of its codebook (see `Grid`), and its code is the nearest whole
+    number. The place starts where the weight would be best with all others rounded, but never
+    nearer to another code than to its own, and may move by `REACH`. So only roundings that were
+    doubtful can change. Rounding counts as the identity in the backward pass (straight-through;
+    Bengio et al., arXiv:1308.3432).
+
+    A weight takes 4 bytes, or 1 if roundings are left as they are; the matrix that it stands for is
+    made anew for each use.
+
+    Attributes:
+        start: float16 `[N, K]`, the places; int8 if no code can change.
+        shift: how far they have moved, in units of `REACH`, so within [-1, 1]; None if they cannot.
+            In bfloat16 like their gradients, which float16 has not got the range for.
+        row_gain: float32 `[N, 1]`: row scales are `1 + row_gain` times what they were; M2 only.
+        A, B: float32, the low-rank factors, or None.
+        bias: `[N]` or None; it is not tuned.
     """
 
-    start: Tensor
-    tables: Tensor
-    first_code: Tensor | None
-    group_scale: Tensor
-    row_scale: Tensor | None
-
-    def __init__(self, solved: QuantizedWeight, bias: Tensor | None) -> None:
-        """`solved` is where to start, with its doubt; `bias` `[N]` or None."""
+    def __init__(
+        self, solved: QuantizedWeight, bias: Tensor | None = None, *, roundings: bool = True
+    ) -> None:
+        """`solved` is where to start, with its doubt where `roundings` are to be tuned."""
         super().__init__()
-        assert solved.doubt is not None
-        self.solved = replace(solved, doubt=None)
-        chosen = solved.scales
-        self.group_size, self.columns = chosen.group_size, solved.codes.shape[1]
-        by_row = chosen.kind == "m2"
-        scale = scales.power_of_two(chosen.exponent) if by_row else chosen.per_group()
-        self.register_buffer("group_scale", scale)  # [N, G]
-        self.register_buffer("row_scale", chosen.factor if by_row else None)  # [N, 1]
-        factors = solved.factors
-        columns = torch.arange(self.columns, device=solved.codes.device)
-        tables = torch.tensor(chosen.books, device=solved.codes.device)
-        self.register_buffer("tables", tables.flatten())  # one codebook after another
-        second = None if chosen.choice is None else LEVELS * chosen.choice.to(torch.uint8)
-        self.register_buffer("first_code", second)  # [N, G], of each group's codebook in there
-        codes = _signed(solved.codes)
-        exact = _place(solved.doubt / chosen.per_column(columns), self._magnitudes)
-        self.register_buffer("start", codes + (exact - codes).clamp(-EDGE, EDGE))  # [N, K]
-        self.shift = nn.Parameter(torch.zeros_like(self.start))
-        self.row_gain = nn.Parameter(torch.zeros_like(chosen.factor)) if by_row else None
+        chosen, factors = solved.scales, solved.factors
+        self._scales, self._factors = chosen, factors
+        self.grid = Grid.of(chosen, solved.codes.shape[1])
+        self.start = signed(solved.codes).contiguous()
+        self.shift: nn.Parameter | None = None
+        if roundings:
+            assert solved.doubt is not None
+            self.start = _starts(self.start, solved.doubt, chosen.per_group(), self.grid)
+            self.shift = nn.Parameter(torch.zeros_like(self.start, dtype=torch.bfloat16))
+        gain = torch.zeros_like(chosen.factor) if chosen.kind == "m2" else None
+        self.row_gain = None if gain is None else nn.Parameter(gain)
         self.A = self.B = None
         if factors is not None:
-            self.A, self.B = nn.Parameter(factors.A.float()), nn.Parameter(factors.B.float())
+            self.A = nn.Parameter(factors.A.float().contiguous())
+            self.B = nn.Parameter(factors.B.float().contiguous())
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
         seen = straight(x, fp8.simulate(x.detach()))
-        return linear(seen, self.weight.to(x.dtype), self.bias)
+        return linear(seen, self.weight(x.dtype), self.bias)
 
-    @property
-    def weight(self) -> Tensor:
-        """What it stands for now, `[N, K]` float32, compensation included."""
-        place = (self.start + self.shift).clamp(1 - LEVELS, LEVELS - 1)
-        value = straight(_value(place, self._magnitudes), self._at(place.detach().round()))
-        group = torch.arange(self.columns, device=value.device) // self.group_size
-        weight = value * self.group_scale[:, group]
-        row_scale = self._row_scale()
-        weight = weight if row_scale is None else weight * row_scale
-        if self.A is None or self.B is None:
-            return weight
-        return weight + self._factor(self.B) @ (self._factor(self.A) * self._rank_scale())
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What it stands for now, `[N, K]`, compensation included; worked out in float32."""
+        A, B = self._encoded()
+        if A is not None and self._factors is not None and self._factors.scale is not None:
+            A = A * self._factors.scale[:, None]
+        made: Tensor = _Weight.apply(  # type: ignore[no-untyped-call]
+            self, dtype, self.shift, self._row_scale(), A, B
+        )
+        return made
+
+    def place(self, rows: slice) -> Tensor:
+        """Where the weights of some rows are now, float32 `[rows, K]`."""
+        place = self.start[rows].float()
+        return place if self.shift is None else place.add_(self.shift.detach()[rows], alpha=REACH)
 
     @torch.no_grad()
-    def confine(self) -> None:
-        """Put back what has moved too far."""
-        self.shift.clamp_(-REACH, REACH)
+    def reset(self) -> None:
+        """Put everything back to where it started."""
+        for moved in (self.shift, self.row_gain):
+            if moved is not None:
+                moved.zero_()
+        if self.A is not None and self.B is not None and self._factors is not None:
+            self.A.copy_(self._factors.A)
+            self.B.copy_(self._factors.B)
 
     @torch.no_grad()
     def result(self, weight: Tensor) -> QuantizedWeight:
         """The quantized weight that it is now; `weight` `[N, K]` is the original, for the error."""
-        place = (self.start + self.shift).clamp(1 - LEVELS, LEVELS - 1).round().int()
-        codes = place.abs().to(torch.uint8) | ((place < 0).to(torch.uint8) << 3)
-        chosen, factors, row_scale = self.solved.scales, self.solved.factors, self._row_scale()
+        codes = torch.empty_like(self.start, dtype=torch.uint8)
+        for rows in self.grid.slices():
+            place = self.place(rows).round_().clamp_(-TOP, TOP)
+            codes[rows] = place.abs().to(torch.uint8) | ((place < 0).to(torch.uint8) << 3)
+        chosen, factors, row_scale = self._scales, self._factors, self._row_scale()
         if row_scale is not None:
             chosen = replace(chosen, factor=row_scale)
-        if self.A is not None and self.B is not None and factors is not None:
-            A, B = self._factor(self.A), self._factor(self.B)
+        A, B = self._encoded()
+        if A is not None and B is not None and factors is not None:
             factors = Factors(A.to(factors.A.dtype), B.to(factors.B.dtype), factors.scale)
         chosen = scales.canonical(codes, chosen)
         tuned = QuantizedWeight(codes, chosen, factors, 0.0, None)
         error = relative_error(weight.float() - tuned.dequantize(), weight.float(), None)
         return replace(tuned, weight_error=error)
 
-    def _magnitudes(self, codes: Tensor) -> Tensor:
-        """Of codes int64 `[N, K]`, 0 to 7."""
-        if self.first_code is not None:
-            group = torch.arange(self.columns, device=codes.device) // self.group_size
-            codes = codes + self.first_code[:, group]
-        return self.tables[codes]
-
-    def _at(self, steps: Tensor) -> Tensor:
-        """The values at whole numbers of steps."""
-        return self._magnitudes(steps.abs().long()).copysign(steps)
-
     def _row_scale(self) -> Tensor | None:
         """`[N, 1]`, bfloat16 values, as the format has them."""
-        if self.row_scale is None or self.row_gain is None:
+        if self.row_gain is None:
             return None
-        moved = self.row_scale * (1 + self.row_gain)
+        moved = self._scales.factor * (1 + self.row_gain)
         return straight(moved, moved.detach().bfloat16().float())
 
-    def _factor(self, values: Tensor) -> Tensor:
-        factors = self.solved.factors
-        assert factors is not None
-        kept = values.clamp(-fp8.MAX, fp8.MAX) if factors.A.dtype == fp8.DTYPE else values
-        return straight(kept, kept.detach().to(factors.A.dtype).float())
+    def _encoded(self) -> tuple[Tensor | None, Tensor | None]:
+        """A and B, float32 numbers that the format has."""
+        if self.A is None or self.B is None or self._factors is None:
+            return None, None
+        dtype = self._factors.A.dtype
 
-    def _rank_scale(self) -> Tensor | float:
-        factors = self.solved.factors
-        assert factors is not None
-        return 1.0 if factors.scale is None else factors.scale[:, None]
+        def encoded(values: Tensor) -> Tensor:
+            kept = values.clamp(-fp8.MAX, fp8.MAX) if dtype == fp8.DTYPE else values
+            return straight(kept, kept.detach().to(dtype).float())
+
+        return encoded(self.A), encoded(self.B)
+
+
+class _Weight(torch.autograd.Function):
+    """`value(place) * row_scale + B A`; keeps nothing of the size of the weight for its backward.
+
+    `gradient(shift) = G * slope(place) * row_scale * REACH`, `gradient(row_scale) =
+    rowsum(G * value)`, `gradient(A) = B^T G`, `gradient(B) = G A^T`, for the gradient G of the
+    weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: TunableLinear,
+        dtype: torch.dtype,
+        shift: Tensor | None,
+        row_scale: Tensor | None,
+        A: Tensor | None,
+        B: Tensor | None,
+    ) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(shift, row_scale, A, B)
+        weight = torch.empty_like(module.start, dtype=dtype)
+        for rows in module.grid.slices():
+            part = module.grid.value(module.place(rows), rows)
+            part = part if row_scale is None else part * row_scale[rows]
+            part = part if A is None or B is None else part.addmm(B[rows], A)
+            weight[rows] = part
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        module = ctx.module
+        saved = ctx.saved_tensors  # once: behind a checkpoint it cannot be asked for again
+        _, row_scale, A, B = saved
+        found = [None if value is None else torch.zeros_like(value) for value in saved]
+        of_shift, of_row_scale, of_A, of_B = found
+        for rows in module.grid.slices():
+            G, place = gradient[rows].float(), module.place(rows)
+            if of_A is not None and of_B is not None:
+                of_A.addmm_(B[rows].t(), G)
+                of_B[rows] = G @ A.t()
+            if of_row_scale is not None:
+                of_row_scale[rows] = (module.grid.value(place, rows) * G).sum(1, keepdim=True)
+                G = G * row_scale[rows]
+            if of_shift is not None:
+                of_shift[rows] = G.mul_(module.grid.slope(place, rows)).mul_(REACH)
+        return None, None, *found
 
 
 class _Straight(torch.autograd.Function):
@@ -149,28 +195,20 @@ def straight(value: Tensor, rounded: Tensor) -> Tensor:
     return result
 
 
-def _signed(codes: Tensor) -> Tensor:
-    """Steps from 0 of codes uint8 `[N, K]`: -7 to 7, float32."""
-    steps = (codes & 7).float()
+def signed(codes: Tensor) -> Tensor:
+    """Steps from 0 of codes uint8 `[N, K]`: -7 to 7, int8."""
+    steps = (codes & 7).to(torch.int8)
     return torch.where(codes >= 8, -steps, steps)
 
 
-def _value(place: Tensor, magnitudes: Callable[[Tensor], Tensor]) -> Tensor:
-    """The values at any places, linear between the codes; differentiable."""
-    size = place.abs()
-    below = size.detach().floor().clamp_max(LEVELS - 2).long()
-    low, high = magnitudes(below), magnitudes(below + 1)
-    return (low + (high - low) * (size - below)) * place.detach().sign()
-
-
-def _place(values: Tensor, magnitudes: Callable[[Tensor], Tensor]) -> Tensor:
-    """The inverse of `_value`; beyond the largest it goes on as from the one before."""
-    size = values.abs()
-    below = torch.zeros_like(size, dtype=torch.long)
-    for code in range(1, LEVELS - 1):
-        below += size >= magnitudes(torch.full_like(below, code))
-    low, high = magnitudes(below), magnitudes(below + 1)
-    return (below + (size - low) / (high - low)).clamp_max(2.0 * LEVELS).copysign(values)
+def _starts(codes: Tensor, doubt: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Places, float16 `[N, K]`, as near to the doubted values as `EDGE` lets them be."""
+    starts = torch.empty_like(codes, dtype=torch.float16)
+    for rows in grid.slices():
+        columns = torch.arange(grid.columns, device=codes.device) // grid.group_size
+        exact = grid.place_of(doubt[rows] / scale[rows][:, columns], rows)
+        starts[rows] = codes[rows] + (exact - codes[rows]).clamp_(-EDGE, EDGE)
+    return starts
 
 
 def learnable(module: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -178,9 +216,8 @@ def learnable(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     kinds: dict[str, list[nn.Parameter]] = {"roundings": [], "row_scales": [], "factors": []}
     for part in module.modules():
         if isinstance(part, TunableLinear):
-            kinds["roundings"].append(part.shift)
-            if part.row_gain is not None:
-                kinds["row_scales"].append(part.row_gain)
+            kinds["roundings"] += [p for p in (part.shift,) if p is not None]
+            kinds["row_scales"] += [p for p in (part.row_gain,) if p is not None]
             kinds["factors"] += [p for p in (part.A, part.B) if p is not None]
     return kinds
 

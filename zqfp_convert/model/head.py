@@ -1,12 +1,18 @@
-"""What follows a decoder's last block, run alone on slices of tokens."""
+"""From hidden states behind the last block to logits, some tokens at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from zqfp_convert.errors import SourceError
 from zqfp_convert.model.blocks import Blocks
+
+TOKENS_TRIED = 64  # of a window, to see whether tokens can go by themselves
+DIFFERENCE = 0.05  # relative; in bfloat16 other orders of additions give as much as 0.01
 
 
 class Head:
@@ -16,7 +22,8 @@ class Head:
     blocks each token is by itself, so any tokens can go together, each as a window of its own.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: Blocks, *, returns_tuple: bool) -> None:
+    def __init__(self, model: Callable[..., Any], blocks: Blocks, *, returns_tuple: bool) -> None:
+        """`model` is the model that has the blocks, or what calls it with the same arguments."""
         self._model, self._blocks, self._returns_tuple = model, blocks, returns_tuple
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -24,9 +31,32 @@ class Head:
 
         In the dtype of the model, on its device, as is `hidden`.
         """
-        state = hidden[:, None]  # [tokens, 1, width]
-        returned = (state,) if self._returns_tuple else state
         ids = torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
+        return self._behind(hidden[:, None], ids)[:, 0]
+
+    def check(self, hidden: Tensor, ids: Tensor) -> None:
+        """See whether each token is by itself: compare with a whole window.
+
+        Args:
+            hidden: any states `[1, tokens, width]`.
+            ids: int64 `[1, tokens]`.
+
+        Raises:
+            SourceError: what follows the last block looks at more than its hidden states.
+        """
+        hidden, ids = hidden[:, :TOKENS_TRIED], ids[:, :TOKENS_TRIED]
+        whole, alone = self._behind(hidden, ids)[0].float(), self.logits(hidden[0]).float()
+        if not bool((alone - whole).norm() <= DIFFERENCE * whole.norm()):
+            raise SourceError(
+                type(self._blocks.decoder).__name__,
+                "an output head that looks at more than the hidden states of its token",
+                needed="logits that follow from what the last block returns, token by token",
+                do="Convert with --tune 0: such a model cannot be tuned as a whole.",
+            )
+
+    def _behind(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The logits `[batch, tokens, vocabulary]` of hidden states `[batch, tokens, width]`."""
+        returned = (hidden,) if self._returns_tuple else hidden
         for module in self._blocks.modules:
             module.forward = lambda *args, **kwargs: returned
         try:
@@ -34,4 +64,4 @@ class Head:
         finally:
             for module in self._blocks.modules:
                 del module.forward
-        return logits[:, 0]
+        return logits
