@@ -224,17 +224,7 @@ class _Work:
     def calibrate(self) -> dict[str, Any]:
         """Get the calibration tokens and start the streams; returns what the config says of it."""
         plan, recipe = self.plan, self.plan.recipe
-        if plan.text is None:
-            self.report("writing calibration text", 0, plan.weights)
-            whole = self._whole()
-            windows = text.generate(whole, recipe.samples, recipe.seq_len, recipe.seed)
-            del whole
-        else:
-            self.report("reading calibration text", 0, plan.weights)
-            tokenizer = tokenizer_of(plan.source.folder)
-            windows = text.windows(
-                plan.text, tokenizer, recipe.samples, recipe.seq_len, recipe.seed
-            )
+        windows, more, written = self._text()
         self.plan = plan = choose_rotation(plan, windows, self.report)
         if plan.rotation is not None:
             packed = {layer.disk + layout.WEIGHT for block in plan.layers for layer in block}
@@ -245,17 +235,42 @@ class _Work:
         check_tokens(plan.model, plan.source.folder, windows)
         at_once = TOKENS_AT_ONCE[plan.device.type]
         batches = batches_of(windows, at_once, plan.device)
-        self.windows = windows if recipe.tune > 0 else None
-        self.entrance = Entrance(plan.blocks, batches)
-        self.student = Stream(self.entrance.first())
+        only_tuned_on = [
+            batch for part in (written, more) for batch in batches_of(part, at_once, plan.device)
+        ]
+        self.entrance = Entrance(plan.blocks, batches + only_tuned_on)
+        entering = self.entrance.first()
+        self.student = Stream(entering[: len(batches)])
         if recipe.asymmetry > 0 or recipe.tune > 0:
-            self.teacher = Stream(list(self.student.hidden))
-        return {
+            self.teacher = Stream(entering)
+        about: dict[str, Any] = {
             "source": plan.calibration,
             "samples": windows.shape[0],
             "seq_len": windows.shape[1],
             "sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         }
+        if recipe.tune > 0:  # what is held back to judge by comes last: text not calibrated on
+            self.windows = torch.cat([windows, written, more])
+            about["tuning"] = {"more_text": len(more), "self_written": len(written)}
+        return about
+
+    def _text(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Windows to calibrate on, more of the same text to tune on, and self-written ones."""
+        plan, recipe = self.plan, self.plan.recipe
+        length, count = recipe.seq_len, recipe.samples
+        extra = max(0, recipe.tune_samples - count) if recipe.tune > 0 else 0
+        if plan.text is None:
+            self.report("writing calibration text", 0, plan.weights)
+            written = text.generate(self._whole(), count + extra, length, recipe.seed)
+            return written[:count], written[:0], written[count:]
+        self.report("reading calibration text", 0, plan.weights)
+        tokenizer = tokenizer_of(plan.source.folder)
+        found, more = text.windows_and_more(plan.text, tokenizer, count, length, recipe.seed, extra)
+        missing = recipe.tune_samples - len(found) - len(more) if recipe.tune > 0 else 0
+        if missing <= 0:
+            return found, more, found[:0]
+        self.report("writing text to tune on", 0, plan.weights)
+        return found, more, text.generate(self._whole(), missing, length, recipe.seed)
 
     def block(self, index: int) -> dict[str, Tensor]:
         """Quantize a block; returns all tensors of its shard by their names on disk."""

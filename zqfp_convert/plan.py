@@ -387,10 +387,13 @@ def _memory(plan: Plan) -> tuple[int, int]:
     work = solving
     if recipe.needs_calibration:
         hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0))
-        stream = recipe.samples * recipe.seq_len * hidden * width
         streams = 2 if recipe.asymmetry > 0 or recipe.tune > 0 else 1
+        window = recipe.seq_len * hidden * width
+        tuned_on = max(recipe.samples, recipe.tune_samples) if recipe.tune > 0 else recipe.samples
+        stream = tuned_on * window
         widest = max(layer.columns for layer in every)
-        work += streams * (max(block_numbers) * width + stream)
+        work += streams * max(block_numbers) * width + recipe.samples * window
+        work += stream if streams == 2 else 0
         work += 7 * 4 * widest**2
         work += 6 * TOKENS_AT_ONCE[plan.device.type] * widest * 4
         outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
@@ -424,7 +427,9 @@ def _cache_bytes(plan: Plan, width: int) -> int:
     heads = getattr(config, "num_attention_heads", None) or 1
     groups = getattr(config, "num_key_value_heads", None) or heads
     extent = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
-    together = min(GENERATED_AT_ONCE, plan.recipe.samples)
+    recipe = plan.recipe
+    written = max(recipe.samples, recipe.tune_samples if recipe.tune > 0 else 0)
+    together = min(GENERATED_AT_ONCE, written)
     keys_and_values = 2 * len(plan.layers) * groups * extent * plan.recipe.seq_len * width
     return int(together * (keys_and_values + 8 * int(getattr(config, "vocab_size", 0))))
 

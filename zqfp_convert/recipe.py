@@ -58,6 +58,7 @@ class Recipe:
     ignore: tuple[str, ...] = ("lm_head",)
     # End-to-end tuning against the original's token distributions.
     tune: int = 0  # steps
+    tune_samples: int = 512  # windows: those of calibration, more of their text, self-written ones
     # Calibration.
     samples: int = 128
     seq_len: int = 2048
@@ -70,7 +71,16 @@ class Recipe:
             value = getattr(self, field)
             same = [choice for choice in admitted if choice == value]
             _require(field, value, bool(same) and type(same[0]) is type(value), admitted)
-        for field in ("sweeps", "rank", "low_rank_rounds", "tune", "samples", "seq_len", "seed"):
+        for field in (
+            "sweeps",
+            "rank",
+            "low_rank_rounds",
+            "tune",
+            "tune_samples",
+            "samples",
+            "seq_len",
+            "seed",
+        ):
             _require(
                 field, getattr(self, field), type(getattr(self, field)) is int, "a whole number"
             )
@@ -84,6 +94,7 @@ class Recipe:
             "rank": (0 <= self.rank <= 1024, "a whole number from 0 to 1024"),
             "low_rank_rounds": (self.low_rank_rounds >= 0, "a whole number, 0 or more"),
             "tune": (self.tune >= 0, "a whole number, 0 or more"),
+            "tune_samples": (self.tune_samples >= 0, "a whole number, 0 or more"),
             "samples": (self.samples >= 1, "a whole number, 1 or more"),
             "seq_len": (self.seq_len >= 2, "a whole number, 2 or more"),
             "seed": (0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
@@ -194,6 +205,16 @@ _NAMED: dict[str, dict[str, Any]] = {
     "max": {"tune": 200},
 }
 
+_WHOLE_NUMBERS = (
+    "sweeps",
+    "rank",
+    "low_rank_rounds",
+    "tune",
+    "tune_samples",
+    "samples",
+    "seq_len",
+    "seed",
+)
 _ADMITTED: dict[str, tuple[Any, ...]] = {
     "scales": get_args(ScaleKind),
     "scale_rounding": get_args(ScaleRounding),

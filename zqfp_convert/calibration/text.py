@@ -90,8 +90,15 @@ def windows(
     Raises:
         OptionError: not even one window.
     """
+    return windows_and_more(text, tokenizer, samples, seq_len, seed, 0)[0]
+
+
+def windows_and_more(
+    text: Text, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int, more: int
+) -> tuple[Tensor, Tensor]:
+    """What `windows` gives, and up to so many more of the same text."""
     ids: list[int] = []
-    enough = 64 * samples * seq_len  # more text than this adds nothing but time
+    enough = 64 * (samples + more) * seq_len  # more text than this adds nothing but time
     for document in text.documents():
         ids.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) > enough:
@@ -105,10 +112,17 @@ def windows(
             do="Give more text, or a smaller --seq-len.",
         )
     generator = random.Random(seed)
-    chosen = sorted(generator.sample(range(whole), min(samples, whole)))
+    chosen = generator.sample(range(whole), min(samples, whole))
     offset = generator.randrange(len(ids) - whole * seq_len + 1)
-    starts = [offset + index * seq_len for index in chosen]
-    return torch.tensor([ids[start : start + seq_len] for start in starts])
+    rest = sorted(set(range(whole)) - set(chosen))
+    others = generator.sample(rest, min(more, len(rest)))
+
+    def at(places: list[int]) -> Tensor:
+        starts = [offset + place * seq_len for place in sorted(places)]
+        found = [ids[start : start + seq_len] for start in starts]
+        return torch.tensor(found, dtype=torch.int64).view(-1, seq_len)
+
+    return at(chosen), at(others)
 
 
 def generate(model: PreTrainedModel, samples: int, seq_len: int, seed: int) -> Tensor:

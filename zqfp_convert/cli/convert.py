@@ -145,6 +145,15 @@ def command(
             rich_help_panel=CALIBRATION,
         ),
     ] = None,
+    tune_samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Windows to tune on: more of the calibration text, and where it ends, text that "
+            "the model writes.",
+            rich_help_panel=CALIBRATION,
+            min=0,
+        ),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(help="How many windows of text.", rich_help_panel=CALIBRATION)
     ] = None,
@@ -189,6 +198,7 @@ def command(
             center_norms=None if offset is None else offset is Offset.mean,
             tune=tune,
             ignore=ignore,
+            tune_samples=tune_samples,
             samples=samples,
             seq_len=seq_len,
             seed=seed,
