@@ -412,7 +412,8 @@ def _check_manifest(manifest: dict[str, Any], where: str, settings: Settings) ->
         sized = isinstance(shape, list) and len(shape) == 2 and all(_is_int(n, 1) for n in shape)
         need(sized, f"{part}, shape", shape, "[N, K], both positive")
         full = min(settings.rank, *shape)
-        need(_is_int(rank, 0) and rank in (0, full), f"{part}, rank", rank, f"0 or {full}")
+        ranked = _is_int(rank, 0) and (rank == full or (rank < full and rank % 8 == 0))
+        need(ranked, f"{part}, rank", rank, f"{full}, or a multiple of 8 below")
         span, raised = entry.get("span"), entry.get("raised_groups")
         if settings.scales == "free":
             need("span" in entry and span is None, f"{part}, span", span, "null (free scales)")

@@ -399,6 +399,7 @@ def test_a_tokenizer_of_another_vocabulary(source: Path, out: Path, tmp_path: Pa
         ("rank", -1),
         ("rank", 1025),
         ("rank", 2.5),
+        ("rank", "automatic"),
         ("samples", 0),
         ("samples", "4"),
         ("seq_len", 1),
@@ -542,7 +543,7 @@ def test_out_of_memory_on_the_way(source: Path, out: Path, monkeypatch: pytest.M
     def fail(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. And so on")
 
-    monkeypatch.setattr("zqfp_convert.conversion.quantize_weight", fail)
+    monkeypatch.setattr("zqfp_convert.conversion.quantize_together", fail)
     refused(source, out, "memory of cpu", "out of memory", "--samples")
 
 

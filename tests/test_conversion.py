@@ -282,7 +282,7 @@ def test_two_codebooks(choices: dict[str, Any], tiny_model: Maker, tmp_path: Pat
     assert config["weights"]["codebooks"] == [list(book) for book in codebook.PAIR]
     assert_readers_agree(out)
     one = convert(source, plain, codebooks="e2m1", **choices)
-    assert result.plan.bits > one.plan.bits
+    assert result.bits > one.bits
     error = {name: entry["weight_error"] for name, entry in one.layers.items()}
     closer = [entry["weight_error"] < error[name] for name, entry in result.layers.items()]
     assert sum(closer) > 0.8 * len(closer)
@@ -317,6 +317,90 @@ def test_ranks(choices: dict[str, Any], lorc: object, tiny_model: Maker, tmp_pat
     for entry in result.layers.values():
         assert entry["rank"] == min(rank, *entry["shape"])
     assert_readers_agree(out)
+
+
+def with_low_rank_errors(source: Path, folder: Path, *layers: str) -> Path:
+    """The model, but layers in which each group has a weight so large that all others become 0.
+
+    What its codes miss is the others, and these have rank 4.
+    """
+    shutil.copytree(source, folder)
+    tensors = read_tensors(folder)
+    for name in layers:
+        rows, columns = tensors[name + ".weight"].shape
+        weight = torch.randn(rows, 4) @ torch.randn(4, columns) / 1000
+        weight[:, ::32] = 1.0
+        tensors[name + ".weight"] = weight
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+ALL = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "kqv")
+ONE_OF_THREE = "model.layers.1.self_attn.k_proj"
+ALONE = "model.layers.1.self_attn.o_proj"
+
+
+FAST = {"recipe": "fast"}
+
+
+@pytest.mark.parametrize("choices", [FAST, {**FAST, "factors": "bf16"}, {}, {"tune": 2}], ids=str)
+def test_ranks_where_they_are_worth_it(
+    choices: dict[str, Any], tiny_model: Maker, tmp_path: Path
+) -> None:
+    strange = *ALL, ALONE, ONE_OF_THREE
+    source = with_low_rank_errors(tiny_model(), tmp_path / "source", *strange)
+    out = tmp_path / "out"
+    result = convert(source, out, rank="auto", **choices)
+    found = {name: entry["rank"] for name, entry in result.layers.items() if entry["rank"]}
+    wanted = {*strange}
+    if "recipe" not in choices:
+        # Calibration shows which layers have one input: the error of q and v outweighs that of k.
+        # And values that are all alike leave the next layer with inputs in one direction.
+        wanted = wanted - {ONE_OF_THREE} | {"model.layers.0.self_attn.o_proj"}
+    assert found == dict.fromkeys(wanted, 8)
+    assert result.ranks == {0: 14 - len(found), 8: len(found)}
+    config = quantization_config(out)
+    assert config["lorc"] == {"rank": 8, "factors": choices.get("factors", "e4m3")}
+    assert config["recipe"]["rank"] == "auto"
+    assert_readers_agree(out)
+    packed = PackedCheckpoint(out)
+    assert 4 < result.bits < result.plan.bits
+    assert result.bits == pytest.approx(packed_bits(packed))
+    assert verify(out, source).layers == 14
+    tensors = read_tensors(out)
+    for name, module in zqfp_convert.load(out, device="cpu").named_modules():
+        if isinstance(module, QuantizedLinear):
+            assert module.rank == found.get(name, 0)
+            x = torch.randn(3, module.in_features)
+            want = dense(out, tensors, name)(x)
+            torch.testing.assert_close(module(x).double(), want, rtol=1e-4, atol=1e-4)
+
+
+def packed_bits(packed: PackedCheckpoint) -> float:
+    """Bits a weight over all layers, from the bytes in the file."""
+    counts = {name: packed.layer(name).rows * packed.layer(name).columns for name in packed.layers}
+    return sum(packed.bits(name) * count for name, count in counts.items()) / sum(counts.values())
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_a_rank_that_is_found_is_the_rank_that_is_given(tiny_model: Maker, tmp_path: Path) -> None:
+    """Nothing but the choice is different: the bytes of rank 0, and of rank 8, where it is that."""
+    source = tiny_model()
+    result = convert(source, tmp_path / "auto", rank="auto")
+    assert result.ranks == {0: 14}
+    convert(source, tmp_path / "none", rank=0)
+    assert shards(tmp_path / "auto") == shards(tmp_path / "none")
+    config = quantization_config(tmp_path / "auto")
+    assert config["lorc"] is None
+    assert "lorc" not in config["required_features"]
+
+    source = with_low_rank_errors(source, tmp_path / "source", *result.layers)
+    assert convert(source, tmp_path / "some", recipe="fast", rank="auto").ranks == {8: 14}
+    convert(source, tmp_path / "eight", recipe="fast", rank=8)
+    assert shards(tmp_path / "some") == shards(tmp_path / "eight")
 
 
 def test_what_comes_back(tiny_model: Maker, tmp_path: Path) -> None:

@@ -110,6 +110,8 @@ def test_free_scales_with_a_rounding_that_was_asked_for(rounding: str) -> None:
         ("rank", 1025),
         ("rank", 2.5),
         ("rank", "8"),
+        ("rank", "all"),
+        ("rank", True),
         ("low_rank", "pca"),
         ("low_rank_rounds", -1),
         ("low_rank_rounds", 0.5),
@@ -171,6 +173,7 @@ def test_a_pair_that_nobody_named_gives_way(choices: dict[str, Any]) -> None:
         {"sweeps": 0},
         {"rank": 0},
         {"rank": 1024},
+        {"rank": "auto"},
         {"low_rank_rounds": 0},
         {"samples": 1},
         {"seq_len": 2},
@@ -207,6 +210,8 @@ def test_values_are_checked_without_a_name_too() -> None:
         ({"solver": "gptq"}, True),
         ({"rank": 8, "low_rank": "hessian"}, True),
         ({"rank": 8, "low_rank": "svd"}, False),
+        ({"rank": "auto", "low_rank": "hessian"}, True),
+        ({"rank": "auto"}, False),
         ({"low_rank": "hessian"}, False),
         ({"scale_rounding": "search"}, False),
         ({"sweeps": 3}, True),
@@ -249,7 +254,9 @@ def test_ignored_layers(patterns: list[str], layer: str, ignored: bool) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("choices", [{}, {"group_size": "row", "ignore": ["a.*", "b"], "seed": 7}])
+@pytest.mark.parametrize(
+    "choices", [{}, {"rank": "auto"}, {"group_size": "row", "ignore": ["a.*", "b"], "seed": 7}]
+)
 def test_json_and_back(name: str, choices: dict[str, Any]) -> None:
     recipe = Recipe.named(name, **choices)
     data = recipe.to_json()

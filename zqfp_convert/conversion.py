@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ from zqfp_convert.model.tokenizer import check_tokens, tokenizer_of
 from zqfp_convert.numerics import codebook
 from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer, make_plan
 from zqfp_convert.quantize.hessian import Curvature, prepare
-from zqfp_convert.quantize.weight import QuantizedWeight, quantize_weight
+from zqfp_convert.quantize.weight import QuantizedWeight, quantize_together
 from zqfp_convert.recipe import Recipe
 from zqfp_convert.rehearsal import choose_rotation
 
@@ -62,6 +63,7 @@ class Conversion:
         plan: what was planned.
         layers: the manifest's entry for each quantized linear.
         changed: tensors that differ from the source's, with the kind of change.
+        bits: for each quantized weight, scales and low-rank factors included.
         bytes_after: of all weights on disk.
         seconds: wall time.
         calibration: text, number and length of the windows used; None where none were needed.
@@ -72,10 +74,16 @@ class Conversion:
     plan: Plan
     layers: dict[str, dict[str, Any]]
     changed: dict[str, str]
+    bits: float
     bytes_after: int
     seconds: float
     calibration: dict[str, Any] | None
     tuning: Outcome | None = None
+
+    @property
+    def ranks(self) -> dict[int, int]:
+        """How many layers have which rank of low-rank compensation, by rank."""
+        return dict(sorted(Counter(entry["rank"] for entry in self.layers.values()).items()))
 
     def worst(self, count: int = 5) -> list[tuple[str, dict[str, Any]]]:
         """The layers with the largest error of their outputs (of their weights, where unknown)."""
@@ -92,8 +100,9 @@ class Conversion:
             "out": str(self.out),
             "bytes_before": self.plan.bytes_before,
             "bytes_after": self.bytes_after,
-            "bits": self.plan.bits,
+            "bits": self.bits,
             "layers": len(self.layers),
+            "ranks": {str(rank): count for rank, count in self.ranks.items()},
             "worst": dict(self.worst()),
             "damping_retries": {
                 name: entry["damping_retries"]
@@ -193,13 +202,16 @@ def _run(plan: Plan, progress: Progress | None) -> Conversion:
             writer.add_shard(tensors)
         report("writing", plan.weights, plan.weights)
         writer.copy(plan.source.folder, plan.source.other_files())
-        quantization = _quantization_config(plan, calibration)
+        largest = max(entry["rank"] for entry in work.entries.values())
+        bound = largest if plan.recipe.rank == "auto" else plan.recipe.rank
+        quantization = _quantization_config(plan, bound, calibration)
         config = {**plan.source.config, layout.CONFIG_KEY: quantization}
         writer.finish(config, work.entries, work.changed)
     after = sum(path.stat().st_size for path in plan.out.glob("*.safetensors"))
     seconds = time.monotonic() - began
+    bits = 8 * sum(work.sizes.values()) / plan.weights
     return Conversion(
-        plan.out, plan, work.entries, work.changed, after, seconds, calibration, work.outcome
+        plan.out, plan, work.entries, work.changed, bits, after, seconds, calibration, work.outcome
     )
 
 
@@ -211,6 +223,7 @@ class _Work:
     report: Progress
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)  # in bytes, of layers by names on disk
     done: int = 0
     entrance: Entrance | None = None
     teacher: Stream | None = None  # hidden states of the original model
@@ -280,8 +293,11 @@ class _Work:
         block = plan.blocks.modules[index]
         if self.student is None:
             quantized = {
-                layer.place: self._solve(index, layer, self._matrix(layer, block, tensors), None)
+                layer.place: solved
                 for layer in plan.layers[index]
+                for solved in self._solve(
+                    index, [layer], [self._matrix(layer, block, tensors)], None
+                )
             }
         else:
             fill(plan, block, prefix, disk, tensors)
@@ -406,16 +422,19 @@ class _Work:
             curvature = prepare(
                 hessian, cross, damping=recipe.damping, activation_order=recipe.activation_order
             )
-            for place in stage:
-                linear = get_linear(student, place)
-                weight = weight_matrix(linear)
-                solved = self._solve(index, layers[place], weight, curvature)
-                simulated = solved.dequantize().to(weight.dtype)
-                put(student, place, SimulatedLinear(simulated, bias_of(linear)))
-                quantized[place] = solved
+            # One at a time takes less memory, but finds no rank for all.
+            for together in [stage] if recipe.rank == "auto" else [[place] for place in stage]:
+                members = [layers[place] for place in together]
+                linears = [get_linear(student, place) for place in together]
+                weights = [weight_matrix(linear) for linear in linears]
+                found = self._solve(index, members, weights, curvature)
+                for place, linear, solved in zip(together, linears, found, strict=True):
+                    simulated = solved.dequantize().to(linear.weight.dtype)
+                    put(student, place, SimulatedLinear(simulated, bias_of(linear)))
+                    quantized[place] = solved
         for place in [place for place in layers if place not in quantized]:  # no token went there
             weight = weight_matrix(get_linear(block, place))
-            quantized[place] = self._solve(index, layers[place], weight, None)
+            (quantized[place],) = self._solve(index, [layers[place]], [weight], None)
         self.student.advance(student, calls)
         if self.teacher is not None:
             self.teacher.advance(block, calls)
@@ -424,11 +443,25 @@ class _Work:
         return quantized, changes
 
     def _solve(
-        self, index: int, layer: PlannedLayer, weight: Tensor, curvature: Curvature | None
-    ) -> QuantizedWeight:
-        total = len(self.plan.layers)
-        self.report(f"block {index + 1}/{total}  {layer.place}", self.done, self.plan.weights)
-        solved = quantize_weight(weight.to(self.plan.device), curvature, self.plan.recipe)
+        self,
+        index: int,
+        layers: list[PlannedLayer],
+        weights: list[Tensor],
+        curvature: Curvature | None,
+    ) -> list[QuantizedWeight]:
+        """Quantize layers that get the same input."""
+        total, places = len(self.plan.layers), ", ".join(layer.place for layer in layers)
+        self.report(f"block {index + 1}/{total}  {places}", self.done, self.plan.weights)
+        here = [weight.to(self.plan.device) for weight in weights]
+        quantized = quantize_together(here, curvature, self.plan.recipe)
+        for layer, solved in zip(layers, quantized, strict=True):
+            self._note(layer, solved, curvature)
+        return quantized
+
+    def _note(
+        self, layer: PlannedLayer, solved: QuantizedWeight, curvature: Curvature | None
+    ) -> None:
+        """What the manifest will say of a layer."""
         if self.plan.recipe.tune > 0:
             roundings = self.plan.tunes_roundings
             self.tunable[layer.disk] = TunableLinear(solved, roundings=roundings)
@@ -449,7 +482,6 @@ class _Work:
         if curvature is not None and curvature.retries:
             self.entries[layer.disk]["damping"] = curvature.damping
             self.entries[layer.disk]["damping_retries"] = curvature.retries
-        return solved
 
     def _matrix(self, layer: PlannedLayer, block: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
         """The weight `[N, K]` of a layer, straight from the file."""
@@ -461,12 +493,16 @@ class _Work:
         triple = None if factors is None else (factors.A, factors.B, factors.scale)
         packed = pack(layer.disk, solved.codes, solved.scales, triple)
         packed.check()
-        return {name: tensor.cpu() for name, tensor in packed.tensors().items()}
+        tensors = {name: tensor.cpu() for name, tensor in packed.tensors().items()}
+        self.sizes[layer.disk] = sum(tensor.nbytes for tensor in tensors.values())
+        return tensors
 
 
-def _quantization_config(plan: Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:
+def _quantization_config(
+    plan: Plan, rank: int, calibration: dict[str, Any] | None
+) -> dict[str, Any]:
     recipe = plan.recipe
-    lorc = {"rank": recipe.rank, "factors": recipe.factors} if recipe.rank > 0 else None
+    lorc = {"rank": rank, "factors": recipe.factors} if rank > 0 else None
     features = ["lorc"] if lorc else []
     weights: dict[str, Any] = {
         "format": "e2m1",

@@ -24,6 +24,7 @@ from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
 from zqfp_convert.model.device import compute_dtype, resolve_device, too_little_memory
 from zqfp_convert.model.names import NameMap
 from zqfp_convert.model.tokenizer import tokenizer_of
+from zqfp_convert.quantize import lorc, ranks
 from zqfp_convert.recipe import Recipe
 
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # of a calibration batch
@@ -58,7 +59,7 @@ class Plan:
         left_alone: linears that stay as they are, with the reason.
         other_shards: names on disk of the tensors of no block, shard by shard.
         rotation: of the residual stream, which the source then comes with; None without.
-        bytes_before, bytes_after: of all weights on disk.
+        bytes_before, bytes_after: of all weights on disk; after at most, where ranks are found.
         tunes_roundings: whether tuning moves roundings too; where memory does not suffice for that,
             row scales, low-rank factors and norms alone.
         host_memory, device_memory: estimated peaks in bytes, beside the program itself.
@@ -91,7 +92,10 @@ class Plan:
 
     @property
     def bits(self) -> float:
-        """Bits for each quantized weight, scales and low-rank factors included."""
+        """Bits for each quantized weight, scales and low-rank factors included.
+
+        The most that may come out where ranks are found layer by layer.
+        """
         return (
             8 * sum(layer.packed_bytes for block in self.layers for layer in block) / self.weights
         )
@@ -324,15 +328,13 @@ def _layers(
 def _packed_bytes(rows: int, columns: int, recipe: Recipe) -> int:
     size = columns if recipe.group_size == "row" else recipe.group_size
     groups = -(-columns // size)
-    rank = min(recipe.rank, rows, columns)
-    factor = 1 if recipe.factors == "e4m3" else 2
+    rank = ranks.MOST if recipe.rank == "auto" else recipe.rank
     return (
         rows * -(-columns // 2)
         + rows * groups * (2 if recipe.scales == "free" else 1)
         + (2 * rows if recipe.scales == "m2" else 0)
         + (-(-rows // 8) * groups if recipe.codebooks == "pair" else 0)
-        + rank * (rows + columns) * factor
-        + (4 * rank if recipe.factors == "e4m3" else 0)
+        + lorc.size(rank, rows, columns, recipe.factors)
     )
 
 
@@ -383,6 +385,8 @@ def _memory(plan: Plan) -> tuple[int, int]:
     )
     every = [layer for block in plan.layers for layer in block]
     solving = 4 * 8 * max(layer.weights for layer in every)  # float32 copies in the solver
+    if plan.recipe.rank == "auto":  # layers of one input wait for one another
+        solving += 4 * 3 * max(sum(layer.weights for layer in block) for block in plan.layers)
     host = max(block_bytes, largest_shard) + max(block_bytes // 3, largest_shard)
     work = solving
     if recipe.needs_calibration:

@@ -21,6 +21,7 @@ FactorFormat = Literal["e4m3", "bf16"]
 Codebooks = Literal["e2m1", "pair"]
 Rotating = Literal["auto", "residual", "none"]
 GroupSize = int | Literal["row"]
+Rank = int | Literal["auto"]
 RecipeName = Literal["fast", "paper", "best", "max"]
 
 GROUP_SIZES: tuple[GroupSize, ...] = (32, 64, 128, 256, "row")
@@ -47,7 +48,7 @@ class Recipe:
     asymmetry: float = 0.5  # how far to aim at the original's outputs instead of the prefix's
     sweeps: int = 3  # of coordinate descent after the solver
     # Low-rank compensation (LoRC).
-    rank: int = 8
+    rank: Rank = 8  # auto: where it lowers the error more than its bits in the codes would
     low_rank: LowRank = "hessian"
     low_rank_rounds: int = 4  # alternations of fitting the factors and re-solving the codes
     factors: FactorFormat = "e4m3"
@@ -71,16 +72,7 @@ class Recipe:
             value = getattr(self, field)
             same = [choice for choice in admitted if choice == value]
             _require(field, value, bool(same) and type(same[0]) is type(value), admitted)
-        for field in (
-            "sweeps",
-            "rank",
-            "low_rank_rounds",
-            "tune",
-            "tune_samples",
-            "samples",
-            "seq_len",
-            "seed",
-        ):
+        for field in _WHOLE_NUMBERS:
             _require(
                 field, getattr(self, field), type(getattr(self, field)) is int, "a whole number"
             )
@@ -91,7 +83,7 @@ class Recipe:
             "damping": (0 < self.damping < 1, "a number between 0 and 1"),
             "asymmetry": (0 <= self.asymmetry <= 1, "a number from 0 to 1"),
             "sweeps": (self.sweeps >= 0, "a whole number, 0 or more"),
-            "rank": (0 <= self.rank <= 1024, "a whole number from 0 to 1024"),
+            "rank": (_is_rank(self.rank), "a whole number from 0 to 1024, or auto"),
             "low_rank_rounds": (self.low_rank_rounds >= 0, "a whole number, 0 or more"),
             "tune": (self.tune >= 0, "a whole number, 0 or more"),
             "tune_samples": (self.tune_samples >= 0, "a whole number, 0 or more"),
@@ -153,7 +145,7 @@ class Recipe:
         """Whether any part of the recipe looks at activations."""
         looks = self.solver == "gptq" or self.sweeps > 0 or self.asymmetry > 0
         looks = looks or self.balance_norms or self.center_norms or self.rotation != "none"
-        return looks or self.tune > 0 or (self.rank > 0 and self.low_rank == "hessian")
+        return looks or self.tune > 0 or (self.rank != 0 and self.low_rank == "hessian")
 
     def ignores(self, layer: str) -> bool:
         """Whether a pattern of `ignore` matches the layer's dotted name or a dotted end of it.
@@ -207,7 +199,6 @@ _NAMED: dict[str, dict[str, Any]] = {
 
 _WHOLE_NUMBERS = (
     "sweeps",
-    "rank",
     "low_rank_rounds",
     "tune",
     "tune_samples",
@@ -225,6 +216,10 @@ _ADMITTED: dict[str, tuple[Any, ...]] = {
     "low_rank": get_args(LowRank),
     "factors": get_args(FactorFormat),
 }
+
+
+def _is_rank(value: object) -> bool:
+    return value == "auto" or (type(value) is int and 0 <= value <= 1024)
 
 
 def _require(field: str, value: object, holds: bool, needed: str | tuple[Any, ...]) -> None:

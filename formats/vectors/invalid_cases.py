@@ -36,6 +36,7 @@ from valid_cases import (
     codebooks_two,
     input_offset,
     lorc,
+    lorc_ranks,
     sharded,
     simple,
     zeros,
@@ -346,6 +347,11 @@ INVALID: dict[str, Broken] = {
         "bad-manifest", _m2, damage=_edit_json(MANIFEST, lambda m: m.update(format_version=2))
     ),
     "bad-manifest-rank": Broken("bad-manifest", _lorc_e4m3, _set_layer("rank", 2)),
+    "bad-manifest-rank-bound": Broken("bad-manifest", lorc_ranks, _set_setting("lorc.rank", 16)),
+    "bad-manifest-rank-odd": Broken("bad-manifest", lorc_ranks, _set_layer("rank", 20)),
+    "bad-manifest-rank-rows": Broken(
+        "bad-manifest", lorc_ranks, _both(_set_setting("lorc.rank", 64), _set_layer("rank", 32))
+    ),
     "bad-manifest-span": Broken("bad-manifest", _m2, _set_layer("span", 3)),
     "bad-manifest-ignored": Broken("bad-manifest", _m2, _set_setting("ignore", [Q])),
     "bad-manifest-change": Broken("bad-manifest", _m2, _note_change(NORM, "rotated")),

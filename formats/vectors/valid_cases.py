@@ -88,6 +88,16 @@ def lorc(factors: str) -> Checkpoint:
     return checkpoint
 
 
+def lorc_ranks() -> Checkpoint:
+    """The bound is 24: ranks 24, all 9 of k_proj's rows, 8 (below down_proj's K = 10), and none."""
+    checkpoint = simple("m2", 16, 25, 27)
+    add_random_layer(checkpoint, K, 9, 27)
+    add_random_layer(checkpoint, DOWN, 17, 10)
+    add_random_layer(checkpoint, "model.layers.0.mlp.up_proj", 10, 17)
+    add_lorc(checkpoint, 24, "e4m3", {Q: 24, K: 9, DOWN: 8})
+    return checkpoint
+
+
 def input_offset() -> Checkpoint:
     """An input offset with the bias added for it; K odd."""
     checkpoint = simple("m2", 8, 3, 13)
@@ -164,6 +174,7 @@ VALID: dict[str, Callable[[], Checkpoint]] = {
     "negative-zeros": negative_zeros,
     "lorc-e4m3": lambda: lorc("e4m3"),
     "lorc-bf16": lambda: lorc("bf16"),
+    "lorc-ranks": lorc_ranks,
     "input-offset": input_offset,
     "codebooks-two": codebooks_two,
     "codebooks-one": codebooks_one,

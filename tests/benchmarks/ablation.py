@@ -4,8 +4,8 @@
 
 Method: as accuracy.py. Each row changes one thing of `best` at rank 0 (of `best`, where it is about
 low-rank compensation); each seed picks other calibration windows of the same text. Prints for each
-model the mean KL of the seeds, how far they are apart, and the ratio to `best`: above 1 the part is
-worth having. Then one JSON line.
+model the mean KL of the seeds, how far they are apart, the ratio to `best` (above 1 the part is
+worth having), and the bits a weight. Then one JSON line.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from transformers.utils import logging
 import zqfp_convert
 from zqfp_convert.evaluate.divergence import compare
 
+Figures = dict[str, dict[str, list[tuple[float, float]]]]  # model, case: KL and bits of each seed
+
 BARE, WHOLE = "best, rank 0", "best"
 CASES: dict[str, dict[str, Any]] = {
     BARE: {"rank": 0},
@@ -47,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "groups of 32": {"rank": 0, "group_size": 32},
     "one codebook, E2M1": {"rank": 0, "codebooks": "e2m1"},
     "a pair of codebooks": {"rank": 0, "codebooks": "pair"},
+    "rank auto": {"rank": "auto"},
     WHOLE: {},
     "factors by plain SVD": {"low_rank": "svd", "low_rank_rounds": 0},
     "factors fitted once": {"low_rank_rounds": 0},
@@ -67,24 +70,26 @@ def main() -> None:
     given = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    found: dict[str, dict[str, list[float]]] = {}
+    found: Figures = {}
     for folder in given.models:
-        kl = measure_of(folder, given)
-        rows: dict[str, list[float]] = {}
+        measure = measure_of(folder, given)
+        rows: dict[str, list[tuple[float, float]]] = {}
         for case in given.only or CASES:
-            rows[case] = [kl(case, seed) for seed in given.seeds]
+            rows[case] = [measure(case, seed) for seed in given.seeds]
             print(f"{folder.name}, {case}: {rows[case]}", file=sys.stderr, flush=True)
         found[folder.name] = rows
     show(found)
 
 
-def measure_of(folder: Path, given: argparse.Namespace) -> Callable[[str, int], float]:
-    """KL of a case and a seed, for the model in the folder."""
+def measure_of(
+    folder: Path, given: argparse.Namespace
+) -> Callable[[str, int], tuple[float, float]]:
+    """KL and bits a weight of a case and a seed, for the model in the folder."""
     original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     length = min(given.seq_len, original.config.max_position_embeddings)
     windows = read(folder, given.evaluation, given.windows, length)
 
-    def kl(case: str, seed: int) -> float:
+    def measure(case: str, seed: int) -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as temporary:
             made = zqfp_convert.convert(
                 folder,
@@ -97,9 +102,10 @@ def measure_of(folder: Path, given: argparse.Namespace) -> Callable[[str, int], 
                 **{"codebooks": given.codebooks} | CASES[case],
             )
             packed = zqfp_convert.load(made.out, device="cpu", dtype=torch.float32)
-        return compare(original, packed, windows).kl
+        print(f"{folder.name}, {case}: {made.ranks}", file=sys.stderr)
+        return compare(original, packed, windows).kl, made.bits
 
-    return kl
+    return measure
 
 
 def read(folder: Path, text: Path, count: int, length: int) -> Tensor:
@@ -110,22 +116,24 @@ def read(folder: Path, text: Path, count: int, length: int) -> Tensor:
     return torch.tensor(ids[: count * length]).view(-1, length)
 
 
-def show(found: dict[str, dict[str, list[float]]]) -> None:
-    table = Table(title="mean KL of the seeds, ± half their distance; times best's", box=None)
+def show(found: Figures) -> None:
+    title = "mean KL of the seeds, ± half their distance; times best's; bits a weight"
+    table = Table(title=title, box=None)
     table.add_column("")
     for model in found:
         table.add_column(model, justify="right")
     for case in next(iter(found.values())):
         cells = []
         for rows in found.values():
-            values, base = rows[case], rows.get(BARE if "rank" in CASES[case] else WHOLE)
-            apart = (max(values) - min(values)) / 2
-            ratio = f"  {mean(values) / mean(base):.3f}" if base else ""
-            cells.append(f"{mean(values):.4f} ± {apart:.4f}{ratio}")
+            kl, bits = zip(*rows[case], strict=True)
+            base = rows.get(BARE if "rank" in CASES[case] else WHOLE)
+            apart = (max(kl) - min(kl)) / 2
+            ratio = f"  {mean(kl) / mean(one for one, _ in base):.3f}" if base else ""
+            cells.append(f"{mean(kl):.4f} ± {apart:.4f}{ratio}  {mean(bits):.3f}")
         table.add_row(case, *cells)
     Console(width=60 + 30 * len(found)).print(table)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(json.dumps({"machine": machine, "kl": found}))
+    print(json.dumps({"machine": machine, "kl_and_bits": found}))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def converted(case: str, given: argparse.Namespace) -> Subject:
             **CASES[case],
         )
         packed = zqfp_convert.load(made.out, device="cpu", dtype=torch.float32)
-    return Subject(packed, made.plan.bits, made.seconds)
+    return Subject(packed, made.bits, made.seconds)
 
 
 def peer(folder: Path) -> Subject:

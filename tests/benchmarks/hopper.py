@@ -187,7 +187,7 @@ def main() -> None:
         "gpu_peak_gb": round(gpu_peak / 1e9, 2),
         "gpu_planned_gb": round(made.plan.device_memory / 1e9, 2),
         "host_peak_gb": round(host_peak / 1e9, 2),
-        "bits": round(made.plan.bits, 3),
+        "bits": round(made.bits, 3),
         "load_seconds": round(load_seconds, 1),
         "logits": whole,
         "logits_control": control,

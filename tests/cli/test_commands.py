@@ -77,6 +77,25 @@ def test_every_part_has_an_option(tmp_path: Path) -> None:
     assert "a number from 0 to 1" in wrong.stderr
 
 
+def test_ranks_by_what_they_gain(tmp_path: Path) -> None:
+    done = run(DEMO, tmp_path / "out", "--dry-run", "--rank", "auto")
+    assert "rank auto" in done.stdout
+    assert "at most" in done.stdout
+    plan = json.loads(run(DEMO, tmp_path / "out", "--dry-run", "--json", "--rank", "auto").stdout)
+    assert plan["recipe"]["rank"] == "auto"
+    done = run(DEMO, tmp_path / "a", "--recipe", "fast", "--rank", "auto")
+    assert "rank of the low-rank compensation: 0 in 28 of 28 layers" in done.stdout
+    again = ["--recipe", "fast", "--rank", "auto", "--json", "--overwrite"]
+    result = json.loads(run(DEMO, tmp_path / "a", *again).stdout)
+    assert result["ranks"] == {"0": 28}
+    assert result["bits"] < plan["bits"]
+    assert f"{result['bits']:.2f} bits a weight" in done.stdout
+    for wrong in ("automatic", "8.5", "-1", "1025"):
+        refused = run(DEMO, tmp_path / "b", "--rank", wrong)
+        assert refused.exit_code == 2
+        assert "a whole number from 0 to 1024, or auto" in refused.stderr.replace("\n", " ")
+
+
 def test_json_and_quiet(tmp_path: Path) -> None:
     done = run(DEMO, tmp_path / "a", "--recipe", "fast", "--json")
     result = json.loads(done.stdout)

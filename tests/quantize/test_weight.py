@@ -14,7 +14,7 @@ from zqfp_convert.numerics import codebook, scales
 from zqfp_convert.quantize import lorc
 from zqfp_convert.quantize.gptq import gptq
 from zqfp_convert.quantize.hessian import Curvature, HessianSum, aim_at_original, prepare
-from zqfp_convert.quantize.weight import QuantizedWeight, quantize_weight
+from zqfp_convert.quantize.weight import QuantizedWeight, quantize_together, quantize_weight
 from zqfp_convert.recipe import GROUP_SIZES, GroupSize, Recipe, ScaleKind
 
 KINDS: tuple[ScaleKind, ...] = ("free", "m1", "m2")
@@ -389,3 +389,22 @@ def test_two_codebooks_are_closer_than_one() -> None:
     assert 0.05 < chosen.choice.float().mean() < 0.95
     again = scales.quantize(quantized.dequantize(), chosen)
     assert torch.equal(again, quantized.codes)
+
+
+def test_layers_of_one_input_find_one_rank() -> None:
+    """Outputs that feel four directions of the error: each layer is as with the rank given."""
+    inputs = normal(1024, 192)
+    inputs[:, ::48] *= 100
+    total = HessianSum(192, cross=False, device="cpu")
+    total.add(inputs)
+    curvature = prepare(*total.mean(), damping=0.01, activation_order=False)
+    weights = [normal(160, 192, seed=1) * 0.02, normal(64, 192, seed=2)]
+    plain = Recipe.named("best", solver="round", sweeps=0)
+    together = quantize_together(weights, curvature, plain.changed(rank="auto"))
+    for weight, found in zip(weights, together, strict=True):
+        given = quantize_weight(weight, curvature, plain.changed(rank=8))
+        assert torch.equal(found.codes, given.codes)
+        assert torch.equal(found.dequantize(), given.dequantize())
+        assert found.output_error == given.output_error
+    alone = quantize_weight(normal(160, 192), None, plain.changed(rank="auto"))
+    assert alone.factors is None

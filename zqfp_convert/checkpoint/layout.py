@@ -39,6 +39,7 @@ PACKED_SUFFIXES = (
 
 E8M0_BIAS = 127
 E8M0_FORBIDDEN = 255
+RANKS = 8  # ranks below the largest that a layer may have are multiples of it
 
 
 def shard_file(number: int, of: int) -> str:

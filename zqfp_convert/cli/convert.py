@@ -59,9 +59,11 @@ def command(
         ),
     ] = None,
     rank: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            help="Of the low-rank compensation; 0 for none.", rich_help_panel=QUALITY, min=0
+            help="Of the low-rank compensation; 0 for none, auto for what each layer gains more by "
+            "than by the same bits in its codes.",
+            rich_help_panel=QUALITY,
         ),
     ] = None,
     alternations: Annotated[
@@ -186,9 +188,9 @@ def command(
         chosen = Recipe.named(
             recipe,
             scales=scales,
-            group_size=_group_size(group_size),
+            group_size=_number(group_size),
             codebooks=codebooks,
-            rank=rank,
+            rank=_number(rank),
             low_rank_rounds=alternations,
             sweeps=sweeps,
             asymmetry=asymmetry,
@@ -229,21 +231,23 @@ def command(
             _show_result(result)
 
 
-def _group_size(text: str | None) -> int | str | None:
+def _number(text: str | None) -> int | str | None:
+    """The whole number that a text is; other texts are for the recipe to judge."""
     return int(text) if text is not None and text.isdigit() else text
 
 
 def _show_plan(plan: Plan, *, every_layer: bool) -> None:
     recipe = plan.recipe
     layers = [layer for block in plan.layers for layer in block]
+    most = "at most " if recipe.rank == "auto" else ""
     rows = {
         "model": f"{plan.source.folder} ({type(plan.model).__name__})",
         "output": str(plan.out),
         "recipe": f"{recipe.name}: scales {recipe.scales}, group {recipe.group_size}, "
         f"rank {recipe.rank}",
-        "layers": f"{len(layers)} linears in {len(plan.layers)} blocks, {plan.bits:.2f} bits a "
-        "weight",
-        "size": f"{console.size(plan.bytes_before)} to {console.size(plan.bytes_after)}",
+        "layers": f"{len(layers)} linears in {len(plan.layers)} blocks, {most}{plan.bits:.2f} bits "
+        "a weight",
+        "size": f"{console.size(plan.bytes_before)} to {most}{console.size(plan.bytes_after)}",
         "calibration": plan.calibration
         + (f", {recipe.samples} x {recipe.seq_len} tokens" if recipe.needs_calibration else ""),
         "tuning": plan.tuning,
@@ -266,7 +270,7 @@ def _show_plan(plan: Plan, *, every_layer: bool) -> None:
     for layer in layers:
         kind = (layer.place, layer.rows, layer.columns)
         kinds[kind] = kinds.get(kind, 0) + 1
-    shapes = Table("layer of a block", "N", "K", "how many", "bits a weight", box=None)
+    shapes = Table("layer of a block", "N", "K", "how many", f"{most}bits a weight", box=None)
     packed = {(layer.place, layer.rows, layer.columns): layer for layer in layers}
     for (place, n, k), count in kinds.items():
         bits = 8 * packed[place, n, k].packed_bytes / (n * k)
@@ -275,12 +279,15 @@ def _show_plan(plan: Plan, *, every_layer: bool) -> None:
 
 
 def _show_result(result: Conversion) -> None:
-    plan = result.plan
+    plan, layers = result.plan, result.layers
     console.out.print(
         f"\n[bold]{escape(str(result.out))}[/]: {console.size(plan.bytes_before)} to "
-        f"{console.size(result.bytes_after)}, {plan.bits:.2f} bits a weight, "
+        f"{console.size(result.bytes_after)}, {result.bits:.2f} bits a weight, "
         f"{result.seconds:.1f} s"
     )
+    if plan.recipe.rank == "auto":
+        found = ", ".join(f"{rank} in {count}" for rank, count in result.ranks.items())
+        console.out.print(f"rank of the low-rank compensation: {found} of {len(layers)} layers")
     worst = Table("least exact layers", "error of weights", "error of outputs", box=None)
     for name, entry in result.worst(3):
         output = entry["output_error"]

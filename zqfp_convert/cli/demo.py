@@ -36,7 +36,7 @@ def command(
                 console.print_json(
                     {
                         r.recipe: {
-                            "bits": r.conversion.plan.bits,
+                            "bits": r.conversion.bits,
                             "kl": r.divergence.kl,
                             "perplexity": r.divergence.perplexity,
                             "original_perplexity": r.divergence.original_perplexity,
@@ -58,7 +58,7 @@ def command(
                 table.add_row(
                     r.recipe,
                     console.size(r.conversion.bytes_after),
-                    f"{r.conversion.plan.bits:.2f}",
+                    f"{r.conversion.bits:.2f}",
                     f"{r.divergence.perplexity:.3f}",
                     f"{r.divergence.kl:.4f}",
                     f"{r.divergence.same_top:.1%}",

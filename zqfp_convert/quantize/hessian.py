@@ -101,13 +101,14 @@ def aim_at_original(weight: Tensor, drift: Tensor, asymmetry: float) -> Tensor:
 
 def relative_error(error: Tensor, weight: Tensor, hessian: Tensor | None) -> float:
     """`sqrt(tr(E H E^T) / tr(W H W^T))` for E, W `[N, K]`; H = I when absent; 0 for W = 0."""
+    whole = energy(weight, hessian)
+    return (energy(error, hessian) / whole) ** 0.5 if whole > 0 else 0.0
 
-    def energy(matrix: Tensor) -> float:
-        weighted = matrix if hessian is None else matrix @ hessian
-        return float((weighted * matrix).sum(dtype=torch.float64).clamp_min(0.0))
 
-    whole = energy(weight)
-    return (energy(error) / whole) ** 0.5 if whole > 0 else 0.0
+def energy(matrix: Tensor, hessian: Tensor | None) -> float:
+    """`tr(M H M^T)` for M `[N, K]`; H = I when absent."""
+    weighted = matrix if hessian is None else matrix @ hessian
+    return float((weighted * matrix).sum(dtype=torch.float64).clamp_min(0.0))
 
 
 def _damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, float, int]:

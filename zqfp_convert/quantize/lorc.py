@@ -7,12 +7,12 @@ in the Hessian's metric the same rank gives back more of the error that the outp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from zqfp_convert.numerics import fp8
+from zqfp_convert.recipe import FactorFormat
 
 OVERSAMPLING = 8
 ITERATIONS = 8
@@ -34,8 +34,11 @@ class Factors:
 
     def product(self) -> Tensor:
         """`B diag(scale) A` as float32 `[N, K]`."""
-        A = self.A.float() if self.scale is None else self.A.float() * self.scale[:, None]
-        return self.B.float() @ A
+        return self.B.float() @ self.inner()
+
+    def inner(self) -> Tensor:
+        """`diag(scale) A` as float32 `[r, K]`."""
+        return self.A.float() if self.scale is None else self.A.float() * self.scale[:, None]
 
 
 def fit(error: Tensor, hessian: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
@@ -61,10 +64,16 @@ def fit(error: Tensor, hessian: Tensor | None, rank: int) -> tuple[Tensor, Tenso
     return B, B.t() @ error
 
 
-def encode(B: Tensor, A: Tensor, form: Literal["e4m3", "bf16"]) -> Factors:
+def encode(B: Tensor, A: Tensor, form: FactorFormat) -> Factors:
     """Encode float32 factors; E4M3 has one scale for each rank, so the pair loses no range."""
     if form == "bf16":
         return Factors(A.bfloat16(), B.bfloat16(), None)
     codes_A, scale_A = fp8.quantize(A, dim=1)  # scale [r, 1]
     codes_B, scale_B = fp8.quantize(B, dim=0)  # scale [1, r]
     return Factors(codes_A, codes_B, scale_A[:, 0] * scale_B[0])
+
+
+def size(rank: int, rows: int, columns: int, form: FactorFormat) -> int:
+    """Bytes of the factors of a layer `[N, K]` on disk, at most of that rank."""
+    rank = min(rank, rows, columns)
+    return rank * (rows + columns + 4) if form == "e4m3" else 2 * rank * (rows + columns)

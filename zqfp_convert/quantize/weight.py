@@ -1,17 +1,18 @@
-"""The whole method for one weight: target, scales, solver, refinement, low-rank compensation.
+"""The whole method for a weight: target, scales, solver, refinement, low-rank compensation.
 
 This is the file to read first. It knows nothing of models and files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from zqfp_convert.numerics import codebook, scales
 from zqfp_convert.numerics.scales import Scales
-from zqfp_convert.quantize import lorc
+from zqfp_convert.quantize import lorc, ranks
 from zqfp_convert.quantize.descent import descend, optimum
 from zqfp_convert.quantize.gptq import gptq
 from zqfp_convert.quantize.hessian import Curvature, aim_at_original, relative_error
@@ -49,14 +50,40 @@ class QuantizedWeight:
 
 
 def quantize_weight(weight: Tensor, curvature: Curvature | None, recipe: Recipe) -> QuantizedWeight:
-    """Quantize `weight` `[N, K]` by the recipe.
+    """Quantize a weight `[N, K]` whose input no other gets; see `quantize_together`."""
+    return quantize_together([weight], curvature, recipe)[0]
+
+
+def quantize_together(
+    weights: Sequence[Tensor], curvature: Curvature | None, recipe: Recipe
+) -> list[QuantizedWeight]:
+    """Quantize weights `[N, K]` of one input by the recipe, all with one rank if that is `auto`.
 
     Args:
-        weight: any floating dtype, finite.
-        curvature: statistics of the layer's inputs; None for a layer without (it is then rounded
-            to nearest, and LoRC falls back to the plain decomposition).
+        weights: any floating dtype, finite.
+        curvature: statistics of the input; None for layers without (they are then rounded to
+            nearest, and LoRC falls back to the plain decomposition).
     """
-    W = weight.float()
+    coded = [_encode(weight.float(), curvature, recipe) for weight in weights]
+    metric = None if curvature is None or recipe.low_rank == "svd" else curvature.hessian
+    rank = recipe.rank
+    if rank == "auto":
+        errors = ((one.target - one.quantized, one.weight) for one in coded)
+        rank = ranks.worthwhile(errors, metric, recipe.factors)
+    return [_compensate(one, curvature, metric, rank, recipe) for one in coded]
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """A weight on its way: what to aim at, and its codes' values, both `[N, K]`, under scales."""
+
+    weight: Tensor
+    target: Tensor
+    quantized: Tensor
+    scales: Scales
+
+
+def _encode(W: Tensor, curvature: Curvature | None, recipe: Recipe) -> _Coded:
     H = None if curvature is None else curvature.hessian
     target = W
     if curvature is not None and curvature.drift is not None and recipe.asymmetry > 0:
@@ -75,11 +102,17 @@ def quantize_weight(weight: Tensor, curvature: Curvature | None, recipe: Recipe)
         Q = scales.dequantize(scales.quantize(target, chosen), chosen)
     if H is not None:
         Q = descend(target, Q, H, chosen.marks, chosen.round, recipe.sweeps)
+    return _Coded(W, target, Q, chosen)
 
+
+def _compensate(
+    coded: _Coded, curvature: Curvature | None, metric: Tensor | None, rank: int, recipe: Recipe
+) -> QuantizedWeight:
+    W, target, Q, chosen = coded.weight, coded.target, coded.quantized, coded.scales
+    H = None if curvature is None else curvature.hessian
     factors = None
-    rank = min(recipe.rank, *W.shape)
+    rank = min(rank, *W.shape)
     if rank > 0:
-        metric = H if recipe.low_rank == "hessian" else None
         factors = lorc.encode(*lorc.fit(target - Q, metric, rank), recipe.factors)
         if metric is not None:
             for _ in range(recipe.low_rank_rounds):
