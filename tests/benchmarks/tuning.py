@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from zqfp_convert.distill import memory
 from zqfp_convert.distill.train import WINDOWS_AT_ONCE, Outcome, distill
-from zqfp_convert.distill.tunable import TunableLinear
+from zqfp_convert.distill.tunable import TunableLinear, tunables
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, put
 from zqfp_convert.model.device import compute_dtype, resolve_device
@@ -124,12 +124,8 @@ def measure(given: argparse.Namespace) -> dict[str, object]:
     roundings = not given.codes_stay
     original = prepare(model, blocks, windows.to(device), recipe, roundings=roundings)
     weights = sum(rows * columns for block in shapes for rows, columns in block)
-    rest = sum(p.nbytes for p in model.parameters()) - sum(
-        p.nbytes
-        for module in model.modules()
-        if isinstance(module, TunableLinear)
-        for p in module.parameters()
-    )
+    own = {id(p) for linear in tunables(model) for p in linear.parameters()}
+    rest = sum(p.nbytes for p in model.parameters() if id(p) not in own)
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

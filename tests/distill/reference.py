@@ -27,9 +27,12 @@ def magnitudes(codes: Tensor, chosen: Scales) -> Tensor:
 
 
 def weight_of(module: TunableLinear, solved: QuantizedWeight, learnt: dict[str, Tensor]) -> Tensor:
-    """The weight `[N, K]` for float64 `shift`, `row_gain`, `A` and `B`, as far as it has them."""
+    """The weight `[N, K]` for float64 `row_gain`, `A` and `B`, as far as it has them.
+
+    `handle` is the shift in units of `REACH`.
+    """
     chosen = solved.scales
-    place = (module.start.double() + REACH * learnt["shift"]).clamp(-7, 7)
+    place = (module.start.double() + REACH * learnt["handle"]).clamp(-7, 7)
     size = place.abs()
     below = size.detach().floor().clamp_max(6).long()
     low, high = magnitudes(below, chosen), magnitudes(below + 1, chosen)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from zqfp_convert.distill import adam
-from zqfp_convert.distill.adam import BETAS, EPSILON, Adam, Learnt
+from zqfp_convert.distill.adam import BETAS, EPSILON, ONE, Adam, Learnt
 
 
 def losses(parameters: list[nn.Parameter], step: int) -> Tensor:
@@ -40,55 +42,62 @@ def test_in_float32_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours[0].grad is not None
 
 
-def test_bfloat16_loses_nothing_in_the_mean() -> None:
-    """Steps of an eighth of what bfloat16 can tell apart: rounding to nearest would lose them."""
-    ours, theirs = (
-        nn.Parameter(torch.full((4096,), 0.75, dtype=d)) for d in (torch.bfloat16, torch.float32)
-    )
-    step = 2.0**-8 / 8
-    mine, judge = Adam([Learnt(ours, step)], seed=3), torch.optim.Adam([theirs], step, betas=BETAS)
-    for number in range(40):
-        mine.begin(1.0)
-        pull = 1 + 0.1 * (number % 3)
-        (ours.float() * pull).sum().backward()
-        judge.zero_grad()
-        (theirs * pull).sum().backward()
+def handle(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros((), dtype=torch.bfloat16).expand(size))
+
+
+class _Linear(torch.autograd.Function):
+    """A loss with given gradients for a parameter that holds nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient.bfloat16(), None
+
+
+def test_int16_stays_with_torch() -> None:
+    """Rates and steps as in tuning, noisy gradients far below torch's usual epsilon."""
+    parameter, value, steps, rate = handle(4096), torch.zeros(4096, dtype=torch.int16), 160, 0.0133
+    theirs = nn.Parameter(torch.zeros(4096))
+    mine = Adam([Learnt(parameter, rate, value)])
+    judge = torch.optim.Adam([theirs], rate, betas=BETAS, eps=EPSILON)
+    slope = torch.randn(4096) * 0.1
+    for step in range(steps):
+        share = 1 - step / steps
+        gradient = (slope + torch.randn(4096)) * 1e-10
+        mine.begin(share)
+        _Linear.apply(parameter, gradient).backward()
+        assert parameter.grad is None
+        judge.param_groups[0]["lr"] = rate * share
+        theirs.grad = gradient
         judge.step()
-    moved = 0.75 - theirs.detach()
-    assert float(moved.mean()) == pytest.approx(40 * step, rel=0.05)
-    assert float((0.75 - ours.detach().float()).mean()) == pytest.approx(
-        float(moved.mean()), rel=0.03
-    )
-    distance = float((ours.detach().float() - theirs.detach()).abs().max())
-    assert distance < 12 * 2.0**-8
+        with torch.no_grad():
+            theirs.clamp_(-1, 1)
+    want = theirs.detach()
+    assert float(want.abs().max()) > 0.5
+    off = value.float() / ONE - want
+    assert float(off.norm() / want.norm()) < 0.01  # of bfloat16 moments
+    assert abs(float(off.mean())) < 1e-4
 
 
 def test_bounds_hold_exactly() -> None:
-    parameter = nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
-    mine = Adam([Learnt(parameter, 0.3, bound=1.0)])
+    parameter, value = handle(1000), torch.zeros(1000, dtype=torch.int16)
+    mine = Adam([Learnt(parameter, 0.3, value)])
     for _ in range(5):
         mine.begin(1.0)
-        parameter.float().sum().backward()
-    assert torch.equal(parameter.detach(), torch.full_like(parameter, -1.0))
+        _Linear.apply(parameter, torch.ones(1000)).backward()
+    assert torch.equal(value, torch.full_like(value, -ONE))
 
 
 def test_what_has_no_gradient_stays() -> None:
-    parameter = nn.Parameter(torch.randn(100).bfloat16())
-    start = parameter.detach().clone()
-    mine = Adam([Learnt(parameter, 0.3)])
+    parameter, value = handle(100), torch.randint(-100, 100, (100,), dtype=torch.int16)
+    start = value.clone()
+    mine = Adam([Learnt(parameter, 0.3, value)])
     mine.begin(1.0)
-    (parameter.float() * (torch.arange(100) < 50)).sum().backward()
-    assert torch.equal(parameter.detach()[50:], start[50:])
-    assert (parameter.detach()[:50] != start[:50]).all()
-
-
-def test_the_same_seed_gives_the_same() -> None:
-    made = []
-    for seed in (1, 1, 2):
-        parameter = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
-        mine = Adam([Learnt(parameter, 1e-3)], seed)
-        mine.begin(1.0)
-        parameter.float().sum().backward()
-        made.append(parameter.detach().clone())
-    assert torch.equal(made[0], made[1])
-    assert not torch.equal(made[0], made[2])
+    _Linear.apply(parameter, (torch.arange(100) < 50).float()).backward()
+    assert torch.equal(value[50:], start[50:])
+    assert (value[:50] != start[:50]).all()

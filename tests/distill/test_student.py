@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from zqfp_convert.distill.student import Student
 from zqfp_convert.distill.train import kl
-from zqfp_convert.distill.tunable import TunableLinear, learnable
+from zqfp_convert.distill.tunable import TunableLinear, tunables
 from zqfp_convert.model.blocks import bias_of, find_blocks, linears, put, weight_matrix
 from zqfp_convert.quantize.weight import quantize_weight
 from zqfp_convert.recipe import Recipe
@@ -31,7 +31,12 @@ def quantized(model: PreTrainedModel, stored: torch.dtype = torch.float32) -> St
 
 
 def learning(student: Student) -> list[nn.Parameter]:
-    found = [p for kind in learnable(student.model).values() for p in kind]
+    found = [
+        parameter
+        for linear in tunables(student.model)
+        for parameter in (linear.handle, linear.row_gain, linear.A, linear.B)
+        if parameter is not None
+    ]
     found += student.norms.values()
     for parameter in found:
         parameter.requires_grad_(True).grad = None

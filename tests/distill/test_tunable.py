@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zqfp_convert.checkpoint.packed import pack
 from zqfp_convert.distill import grid
+from zqfp_convert.distill.adam import ONE
 from zqfp_convert.distill.grid import Grid
 from zqfp_convert.distill.memory import PLACE
 from zqfp_convert.distill.tunable import EDGE, REACH, TunableLinear, signed
@@ -39,6 +40,11 @@ def weight_of() -> Tensor:
     weight[1] = 0
     weight[2, 32:64] = 0
     return weight
+
+
+def own(module: TunableLinear) -> list[torch.nn.Parameter]:
+    """What has a value of its own."""
+    return [p for p in (module.row_gain, module.A, module.B) if p is not None]
 
 
 def curvature() -> Curvature:
@@ -95,10 +101,10 @@ def test_wherever_it_goes_it_can_be_stored(choices: dict[str, Any]) -> None:
     solved = solved_by(weight, **choices)
     module = TunableLinear(solved)
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += torch.randn_like(parameter) * 0.2 * parameter.abs().mean().clamp_min(0.5)
         assert module.shift is not None
-        module.shift.mul_(5).clamp_(-1, 1)
+        module.shift.random_(-ONE, ONE + 1)
+        for parameter in own(module):
+            parameter += torch.randn_like(parameter) * 0.2 * parameter.abs().mean().clamp_min(0.5)
     result = module.result(weight)
     torch.testing.assert_close(module.weight(), result.dequantize(), rtol=1e-6, atol=1e-8)
     factors = result.factors
@@ -119,7 +125,7 @@ def test_only_doubtful_roundings_can_change() -> None:
     assert float(off.max()) <= EDGE + 2e-3  # float16
     for sign in (-1, 1):
         with torch.no_grad():
-            module.shift.fill_(sign)
+            module.shift.fill_(sign * ONE)
         changed = module.result(weight_of()).codes != solved.codes
         assert changed.any()
         assert not changed[off < 0.5 - REACH].any()
@@ -133,15 +139,18 @@ def test_gradients_are_those_of_autograd(
     monkeypatch.setattr(grid, "ELEMENTS_AT_ONCE", rows_at_once * COLUMNS)
     solved = solved_by(weight_of(), **choices)
     module = TunableLinear(solved)
-    names = [name for name in ("shift", "row_gain", "A", "B") if getattr(module, name) is not None]
+    names = [name for name in ("handle", "row_gain", "A", "B") if getattr(module, name) is not None]
     with torch.no_grad():
         assert module.shift is not None
-        module.shift.uniform_(-1, 1)
+        module.shift.random_(-ONE, ONE + 1)
         for name in names[1:]:
             getattr(module, name).add_(torch.randn_like(getattr(module, name)) * 0.01)
         if module.A is not None:
             module.A[0, 0] = 500.0  # beyond E4M3: no gradient
-    learnt = {name: getattr(module, name).detach().double().requires_grad_() for name in names}
+    learnt = {name: getattr(module, name).detach().double() for name in names}
+    learnt["handle"] = module.shift.double() / ONE
+    for value in learnt.values():
+        value.requires_grad_()
     direction = torch.randn(ROWS, COLUMNS)
     want = reference.weight_of(module, solved, learnt)
     (want * direction).sum().backward()
@@ -153,16 +162,16 @@ def test_gradients_are_those_of_autograd(
         assert parameter.grad.dtype == parameter.dtype
         assert parameter.grad.abs().max() > 0
         wanted = gradient.to(parameter.dtype)
-        torch.testing.assert_close(parameter.grad, wanted, rtol=2e-2 if name == "shift" else 1e-4,
+        torch.testing.assert_close(parameter.grad, wanted, rtol=2e-2 if name == "handle" else 1e-4,
                                    atol=1e-5 * float(wanted.abs().max()))  # fmt: skip
 
 
 def test_a_row_of_zeros_stays_one() -> None:
     module = TunableLinear(solved_by(weight_of(), rank=0))
     module.weight().square().add(module.weight()).sum().backward()
-    assert module.shift is not None
-    assert module.shift.grad is not None
-    assert not module.shift.grad[1].any()
+    assert module.handle is not None
+    assert module.handle.grad is not None
+    assert not module.handle.grad[1].any()
 
 
 def test_nothing_of_the_weights_size_is_kept_for_the_backward_pass() -> None:
@@ -171,8 +180,10 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         module.weight()
     assert module.shift is not None
-    own = {module.shift.data_ptr(), module.start.data_ptr()}
-    assert all(t.numel() < ROWS * COLUMNS / 2 or t.data_ptr() in own for t in kept)
+    assert module.handle is not None
+    assert module.handle.untyped_storage().nbytes() == 2
+    assert kept
+    assert all(t.numel() < ROWS * COLUMNS / 2 for t in kept)
     assert module.shift.element_size() + module.start.element_size() == PLACE[True]
 
 
@@ -199,7 +210,9 @@ def test_back_to_where_it_started() -> None:
     solved = solved_by(weight_of(), rank=3)
     module = TunableLinear(solved)
     with torch.no_grad():
-        for parameter in module.parameters():
+        assert module.shift is not None
+        module.shift.fill_(ONE)
+        for parameter in own(module):
             parameter.add_(0.5)
     module.reset()
     torch.testing.assert_close(module.weight(), solved.dequantize(), rtol=1e-6, atol=1e-8)

@@ -12,7 +12,7 @@ Shape = tuple[int, int]  # of a quantized weight: N, K
 PLACE = {True: 2 + 2, False: 1}  # bytes a weight: start and shift in 16 bits, or the code alone
 MOMENTS = {True: 2 + 2, False: 0}  # of Adam, for shifts
 SLICES = 10  # float32 copies of a slice of a weight, in its backward pass or in Adam's step
-COPIES = 3  # of a linear's inputs and outputs that a block's backward pass holds
+COPIES = 4  # of a linear's inputs and outputs that a block's backward pass holds
 LOGITS = 8  # float32 copies of a slice's logits
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from zqfp_convert.distill.tunable import TunableLinear, straight
+from zqfp_convert.distill.tunable import straight, tunables
 from zqfp_convert.model.blocks import Blocks, first_tensor
 from zqfp_convert.model.head import Head
 
@@ -105,9 +105,8 @@ class Student:
         """Put everything back to where it started."""
         for vector, start in zip(self.norms.values(), self._start.values(), strict=True):
             vector.copy_(start)
-        for module in self.model.modules():
-            if isinstance(module, TunableLinear):
-                module.reset()
+        for linear in tunables(self.model):
+            linear.reset()
 
 
 class _Stored(nn.Module):

@@ -7,6 +7,7 @@ did not help on them is not kept. The original is there as what its last block g
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from zqfp_convert.distill.adam import Adam, Learnt
 from zqfp_convert.distill.student import Student
-from zqfp_convert.distill.tunable import REACH, learnable, size_of
+from zqfp_convert.distill.tunable import REACH, size_of, tunables
 from zqfp_convert.model.blocks import Blocks
 
 HELD_BACK = 8  # of so many windows one
@@ -72,7 +73,7 @@ def distill(
         windows: token ids, int64 `[samples, seq_len]`.
         steps: of the optimizer.
         stored: dtype of norms in the file.
-        seed: of the order of windows, and of rounding what is learnt.
+        seed: of the order of windows.
         report: called with the steps done, and their total.
     """
     began = time.monotonic()
@@ -81,7 +82,7 @@ def distill(
     held = max(1, len(windows) // HELD_BACK) if len(windows) > 1 else 0
     training, proof = slice(len(windows) - held), slice(len(windows) - max(1, held), None)
     before = _divergence(student, original[proof], windows[proof])
-    adam = Adam(_learnt(student), seed)
+    adam = Adam(_learnt(student))
     order = torch.Generator().manual_seed(seed)
     count = len(windows[training])
     queue: list[int] = []
@@ -94,9 +95,10 @@ def distill(
         adam.begin(_share(step, steps))
         with torch.enable_grad():
             loss = _kl(student, original[chosen], windows[chosen])
-            # The sum over tokens: of their mean, gradients would vanish in float16, and Adam does
-            # not see the difference.
-            (loss * windows[chosen].numel()).backward()  # type: ignore[no-untyped-call]
+            # Between the mean over tokens and their sum, so that float16 gradients of hidden states
+            # do not vanish and those of weights do not overflow. Adam does not see the difference.
+            scaled = loss * math.sqrt(windows[chosen].numel())
+            scaled.backward()  # type: ignore[no-untyped-call]
     say(steps, steps)
     adam.end()
     after = _divergence(student, original[proof], windows[proof])
@@ -104,7 +106,7 @@ def distill(
     if not kept:
         student.reset()
     norms = student.stored_norms() if kept else {}
-    roundings = bool(learnable(model)["roundings"])
+    roundings = any(linear.shift is not None for linear in tunables(model))
     model.requires_grad_(False)
     return Outcome(before, after, kept, roundings, norms, time.monotonic() - began)
 
@@ -141,11 +143,15 @@ def _kl(student: Student, original: Tensor, windows: Tensor) -> Tensor:
 
 def _learnt(student: Student) -> list[Learnt]:
     """All that learns, with its rate."""
-    kinds = learnable(student.model)
-    learnt = [Learnt(shift, RATES["roundings"] / REACH, 1.0) for shift in kinds["roundings"]]
-    learnt += [Learnt(gain, RATES["row_scales"]) for gain in kinds["row_scales"]]
-    for factor in kinds["factors"]:
-        learnt.append(Learnt(factor, RATES["factors"] * size_of(factor)))
+    learnt: list[Learnt] = []
+    for linear in tunables(student.model):
+        if linear.handle is not None:
+            learnt.append(Learnt(linear.handle, RATES["roundings"] / REACH, linear.shift))
+        if linear.row_gain is not None:
+            learnt.append(Learnt(linear.row_gain, RATES["row_scales"]))
+        for factor in (linear.A, linear.B):
+            if factor is not None:
+                learnt.append(Learnt(factor, RATES["factors"] * size_of(factor)))
     for vector in student.norms.values():
         learnt.append(Learnt(vector, RATES["norms"] * max(size_of(vector), 1e-6)))
     return learnt

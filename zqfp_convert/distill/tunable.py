@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from zqfp_convert.distill.adam import ONE
 from zqfp_convert.distill.grid import TOP, Grid
 from zqfp_convert.numerics import fp8, scales
 from zqfp_convert.quantize.hessian import relative_error
@@ -34,8 +35,8 @@ class TunableLinear(nn.Module):
 
     Attributes:
         start: float16 `[N, K]`, the places; int8 if no code can change.
-        shift: how far they have moved, in units of `REACH`, so within [-1, 1]; None if they cannot.
-            In bfloat16 like their gradients, which float16 has not got the range for.
+        shift: int16 `[N, K]`, how far they have moved, `ONE` for `REACH`; None if they cannot.
+        handle: takes the gradient of `shift`, in bfloat16, and holds nothing.
         row_gain: float32 `[N, 1]`: row scales are `1 + row_gain` times what they were; M2 only.
         A, B: float32, the low-rank factors, or None.
         bias: `[N]` or None; it is not tuned.
@@ -50,11 +51,14 @@ class TunableLinear(nn.Module):
         self._scales, self._factors = chosen, factors
         self.grid = Grid.of(chosen, solved.codes.shape[1])
         self.start = signed(solved.codes).contiguous()
-        self.shift: nn.Parameter | None = None
+        self.shift: Tensor | None = None
+        self.handle: nn.Parameter | None = None
         if roundings:
             assert solved.doubt is not None
             self.start = _starts(self.start, solved.doubt, chosen.per_group(), self.grid)
-            self.shift = nn.Parameter(torch.zeros_like(self.start, dtype=torch.bfloat16))
+            self.shift = torch.zeros_like(self.start, dtype=torch.int16)
+            nothing = torch.zeros((), dtype=torch.bfloat16, device=self.start.device)
+            self.handle = nn.Parameter(nothing.expand(self.start.shape))
         gain = torch.zeros_like(chosen.factor) if chosen.kind == "m2" else None
         self.row_gain = None if gain is None else nn.Parameter(gain)
         self.A = self.B = None
@@ -74,14 +78,14 @@ class TunableLinear(nn.Module):
         if A is not None and self._factors is not None and self._factors.scale is not None:
             A = A * self._factors.scale[:, None]
         made: Tensor = _Weight.apply(  # type: ignore[no-untyped-call]
-            self, dtype, self.shift, self._row_scale(), A, B
+            self, dtype, self.handle, self._row_scale(), A, B
         )
         return made
 
     def place(self, rows: slice) -> Tensor:
         """Where the weights of some rows are now, float32 `[rows, K]`."""
         place = self.start[rows].float()
-        return place if self.shift is None else place.add_(self.shift.detach()[rows], alpha=REACH)
+        return place if self.shift is None else place.add_(self.shift[rows], alpha=REACH / ONE)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -136,7 +140,7 @@ class _Weight(torch.autograd.Function):
 
     `gradient(shift) = G * slope(place) * row_scale * REACH`, `gradient(row_scale) =
     rowsum(G * value)`, `gradient(A) = B^T G`, `gradient(B) = G A^T`, for the gradient G of the
-    weight.
+    weight; the shift is in units of `REACH` here.
     """
 
     @staticmethod
@@ -144,13 +148,13 @@ class _Weight(torch.autograd.Function):
         ctx: Any,
         module: TunableLinear,
         dtype: torch.dtype,
-        shift: Tensor | None,
+        handle: Tensor | None,
         row_scale: Tensor | None,
         A: Tensor | None,
         B: Tensor | None,
     ) -> Tensor:
         ctx.module = module
-        ctx.save_for_backward(shift, row_scale, A, B)
+        ctx.save_for_backward(row_scale, A, B)
         weight = torch.empty_like(module.start, dtype=dtype)
         for rows in module.grid.slices():
             part = module.grid.value(module.place(rows), rows)
@@ -163,9 +167,12 @@ class _Weight(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         module = ctx.module
         saved = ctx.saved_tensors  # once: behind a checkpoint it cannot be asked for again
-        _, row_scale, A, B = saved
+        row_scale, A, B = saved
         found = [None if value is None else torch.zeros_like(value) for value in saved]
-        of_shift, of_row_scale, of_A, of_B = found
+        of_row_scale, of_A, of_B = found
+        of_shift = None
+        if ctx.needs_input_grad[2]:
+            of_shift = torch.empty_like(module.start, dtype=torch.bfloat16)
         for rows in module.grid.slices():
             G, place = gradient[rows].float(), module.place(rows)
             if of_A is not None and of_B is not None:
@@ -176,7 +183,7 @@ class _Weight(torch.autograd.Function):
                 G = G * row_scale[rows]
             if of_shift is not None:
                 of_shift[rows] = G.mul_(module.grid.slope(place, rows)).mul_(REACH)
-        return None, None, *found
+        return None, None, of_shift, *found
 
 
 class _Straight(torch.autograd.Function):
@@ -211,15 +218,9 @@ def _starts(codes: Tensor, doubt: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     return starts
 
 
-def learnable(module: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters of all tunable linears by kind: roundings, row_scales, factors."""
-    kinds: dict[str, list[nn.Parameter]] = {"roundings": [], "row_scales": [], "factors": []}
-    for part in module.modules():
-        if isinstance(part, TunableLinear):
-            kinds["roundings"] += [p for p in (part.shift,) if p is not None]
-            kinds["row_scales"] += [p for p in (part.row_gain,) if p is not None]
-            kinds["factors"] += [p for p in (part.A, part.B) if p is not None]
-    return kinds
+def tunables(module: nn.Module) -> list[TunableLinear]:
+    """All tunable linears in a module."""
+    return [part for part in module.modules() if isinstance(part, TunableLinear)]
 
 
 def size_of(values: Tensor) -> float:
