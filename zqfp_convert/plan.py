@@ -328,7 +328,7 @@ def _layers(
 def _packed_bytes(rows: int, columns: int, recipe: Recipe) -> int:
     size = columns if recipe.group_size == "row" else recipe.group_size
     groups = -(-columns // size)
-    rank = ranks.MOST if recipe.rank == "auto" else recipe.rank
+    rank = ranks.at_most(recipe.rank, rows, columns)
     return (
         rows * -(-columns // 2)
         + rows * groups * (2 if recipe.scales == "free" else 1)

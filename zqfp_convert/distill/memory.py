@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from zqfp_convert.distill.grid import ELEMENTS_AT_ONCE
 from zqfp_convert.distill.train import TOKENS_AT_ONCE, WINDOWS_AT_ONCE
+from zqfp_convert.quantize.ranks import at_most
 from zqfp_convert.recipe import Recipe
 
 Shape = tuple[int, int]  # of a quantized weight: N, K
@@ -22,7 +23,7 @@ def waiting(shapes: Iterable[Shape], recipe: Recipe, *, roundings: bool) -> int:
     for rows, columns in shapes:
         size = columns if recipe.group_size == "row" else recipe.group_size
         groups = -(-columns // size)
-        rank = min(recipe.rank, rows, columns)
+        rank = at_most(recipe.rank, rows, columns)
         total += rows * columns * PLACE[roundings]
         total += rows * groups * 8  # scale, exponent and choice
         total += rows * 8 + rank * (rows + columns) * 5
@@ -53,7 +54,7 @@ def tuning(
     tokens = WINDOWS_AT_ONCE * recipe.seq_len
     state = waiting(every, recipe, roundings=roundings)
     for rows, columns in every:
-        rank = min(recipe.rank, rows, columns)
+        rank = at_most(recipe.rank, rows, columns)
         state += rows * columns * MOMENTS[roundings] + 8 * (rows + rank * (rows + columns))
     entries = len(blocks) * tokens * hidden * width
     weights = max(sum(rows * columns for rows, columns in block) for block in blocks) * width

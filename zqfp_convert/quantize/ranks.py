@@ -8,6 +8,7 @@ for all layers, so it shares the bits out among them although each is seen but o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from torch import Tensor
 
@@ -17,6 +18,11 @@ from zqfp_convert.recipe import FactorFormat
 
 STEP = 8  # what the kernels multiply at once
 MOST = 32  # what all fused kernels take; a layer with more would lose them
+
+
+def at_most(rank: int | Literal["auto"], rows: int, columns: int) -> int:
+    """The largest rank that a layer can get by a recipe's `rank`."""
+    return min(MOST if rank == "auto" else rank, rows, columns)
 
 
 def worthwhile(
