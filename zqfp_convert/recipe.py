@@ -59,7 +59,7 @@ class Recipe:
     ignore: tuple[str, ...] = ("lm_head",)
     # End-to-end tuning against the original's token distributions.
     tune: int = 0  # steps
-    tune_samples: int = 512  # windows: those of calibration, more of their text, self-written ones
+    tune_samples: int = 256  # windows: those of calibration, more of their text, self-written ones
     # Calibration.
     samples: int = 128
     seq_len: int = 2048
@@ -194,7 +194,7 @@ _NAMED: dict[str, dict[str, Any]] = {
         "center_norms": False,
     },
     "best": {},
-    "max": {"tune": 200},
+    "max": {"tune": 400},
 }
 
 _WHOLE_NUMBERS = (

@@ -40,8 +40,8 @@ GROUP = {"int4": 128, "mxfp4": 32}
 BITS = {"int4": 4 + 16 / 128, "mxfp4": 4 + 8 / 32}  # a weight, scales included
 LEVELS = 2**4
 AUTOROUND: dict[str, dict[str, Any]] = {  # parts of its schemes
-    "int4": {"bits": 4, "sym": True, "data_type": "int", "group_size": 128},
-    "mxfp4": {"bits": 4, "sym": True, "data_type": "mx_fp", "group_size": 32},
+    "int4": {"bits": 4, "sym": True, "data_type": "int", "group_size": GROUP["int4"]},
+    "mxfp4": {"bits": 4, "sym": True, "data_type": "mx_fp", "group_size": GROUP["mxfp4"]},
     "fp8": {
         "act_bits": 8,
         "act_data_type": "fp",
@@ -65,9 +65,9 @@ def main() -> None:
     parser.add_argument("--iters", type=int, default=200, help="AutoRound's steps for each block")
     parser.add_argument(
         "--activations",
-        choices=["fp8", "none"],
-        default="fp8",
-        help="in calibration: E4M3 for each token, which is what is measured, or not quantized",
+        choices=["none", "fp8"],
+        default="none",
+        help="in calibration: not quantized, or E4M3 for each token, which is what is measured",
     )
     given = parser.parse_args()
     package, numbers = METHODS[given.method]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-16  # a model of billions of weights has gradients far below the usual 1e-8
-SHARE = 0.0
 ELEMENTS_AT_ONCE = 1 << 24
 ONE = 32767  # what stands for 1 in int16
 
@@ -46,7 +45,7 @@ class Adam:
             mean, square = (
                 torch.zeros(shape, dtype=dtype, device=one.parameter.device) for _ in range(2)
             )
-            state = _State(one, mean, square, torch.zeros((), device=one.parameter.device))
+            state = _State(one, mean, square)
             one.parameter.requires_grad_(True)
             hook = one.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 lambda parameter, state=state: self._move(state)
@@ -68,9 +67,6 @@ class Adam:
         assert gradient is not None
         low, high = (1 - beta**self._step for beta in BETAS)
         step = learnt.rate * self._share / low
-        level = gradient.float().square().mean()
-        state.level.mul_(BETAS[1]).add_(level, alpha=1 - BETAS[1])
-        floor = SHARE * (state.level / high).sqrt() if SHARE else 0.0
         value = learnt.parameter if learnt.value is None else learnt.value
         changed = (value.view(-1), state.mean.view(-1), state.square.view(-1))
         flat = (gradient.reshape(-1), *changed)
@@ -81,7 +77,7 @@ class Adam:
             v = square.float().mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
             mean.copy_(m)
             square.copy_(v)
-            size = (v / high).sqrt_().add_(EPSILON + floor)
+            size = (v / high).sqrt_().add_(EPSILON)
             if learnt.value is None:
                 now.addcdiv_(m, size, value=-step)
             else:
@@ -95,4 +91,3 @@ class _State:
     learnt: Learnt
     mean: Tensor
     square: Tensor
-    level: Tensor

@@ -22,7 +22,7 @@ from zqfp_convert.distill.student import Student
 from zqfp_convert.distill.tunable import REACH, size_of, tunables
 from zqfp_convert.model.blocks import Blocks
 
-HELD_BACK = 8  # of so many windows one
+HELD_BACK = 16  # of so many windows one
 WINDOWS_AT_ONCE = 2  # in a step
 TOKENS_AT_ONCE = 512  # whose distributions are compared at a time
 WARM_UP = 0.05  # of the steps, in which the learning rate rises
