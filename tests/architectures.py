@@ -24,6 +24,7 @@ QUICK: dict[str, Any] = {
     "seq_len": 32,
     "group_size": 32,
     "low_rank_rounds": 1,
+    "tune_samples": 0,
     "rotation": "none",  # has tests of its own; on random models it is chosen at random
 }
 VOCABULARY = 384

@@ -45,7 +45,7 @@ from zqfp_convert.model.head import Head
 from zqfp_convert.model.tokenizer import check_tokens, tokenizer_of
 from zqfp_convert.numerics import codebook
 from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer, make_plan
-from zqfp_convert.quantize.hessian import Curvature, prepare
+from zqfp_convert.quantize.hessian import Curvature, activation_error, prepare
 from zqfp_convert.quantize.weight import QuantizedWeight, quantize_together
 from zqfp_convert.recipe import Recipe
 from zqfp_convert.rehearsal import choose_rotation
@@ -418,7 +418,9 @@ class _Work:
         stages = trace(student, layers, calls(0), self.student.hidden[0]) if layers else []
         quantized: dict[str, QuantizedWeight] = {}
         for stage in stages:
-            hessian, cross = statistics(stage, student, self.student, teacher, self.teacher, calls)
+            hessian, cross, rounding = statistics(
+                stage, student, self.student, teacher, self.teacher, calls
+            )
             curvature = prepare(
                 hessian, cross, damping=recipe.damping, activation_order=recipe.activation_order
             )
@@ -429,6 +431,8 @@ class _Work:
                 weights = [weight_matrix(linear) for linear in linears]
                 found = self._solve(index, members, weights, curvature)
                 for place, linear, solved in zip(together, linears, found, strict=True):
+                    lost = activation_error(weight_matrix(linear).float(), rounding, hessian)
+                    self.entries[layers[place].disk]["activation_error"] = lost
                     simulated = solved.dequantize().to(linear.weight.dtype)
                     put(student, place, SimulatedLinear(simulated, bias_of(linear)))
                     quantized[place] = solved

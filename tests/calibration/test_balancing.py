@@ -17,7 +17,7 @@ from zqfp_convert.calibration.stream import Call
 from zqfp_convert.verify import verify
 
 DEMO = Path(__file__).parents[2] / "zqfp_convert" / "demo" / "model"
-SMALL = {"samples": 4, "seq_len": 64, "rank": 0, "device": "cpu"}
+SMALL = {"samples": 4, "seq_len": 64, "rank": 0, "device": "cpu", "tune_samples": 0}
 
 
 def blown_up(folder: Path) -> Path:

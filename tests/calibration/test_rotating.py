@@ -102,5 +102,6 @@ def test_chosen_where_it_pays(tmp_path: Path) -> None:
 
 def test_with_tuning(tmp_path: Path) -> None:
     small = {"samples": 4, "seq_len": 64, "rank": 0, "sweeps": 0, "device": "cpu"}
-    made = zqfp_convert.convert(DEMO, tmp_path / "out", rotation="residual", tune=2, **small)
+    small |= {"rotation": "residual", "tune": 2, "tune_samples": 0}
+    made = zqfp_convert.convert(DEMO, tmp_path / "out", **small)
     assert len(verify(made.out, DEMO).errors) == len(made.layers)

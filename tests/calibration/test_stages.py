@@ -87,9 +87,16 @@ def test_statistics(arch: str) -> None:
         return torch.cat(found)
 
     for stage in stages:
-        hessian, cross = statistics(stage, student, student_stream, teacher, teacher_stream, calls)
+        hessian, cross, rounding = statistics(
+            stage, student, student_stream, teacher, teacher_stream, calls
+        )
         for name in stage:
-            x = seen(inputs(student, student_stream, name)).double()
+            exact = inputs(student, student_stream, name).double()
+            x = seen(exact.float()).double()
+            want = (exact - x).square().mean(0)
+            assert float(want.min()) >= 0
+            assert float(want.max()) > 0
+            torch.testing.assert_close(rounding.double(), want, rtol=1e-4, atol=1e-9)
             original = inputs(teacher, teacher_stream, name).double()
             assert len(x) == 3 * 24
             torch.testing.assert_close(hessian.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
@@ -97,7 +104,7 @@ def test_statistics(arch: str) -> None:
             want = original.T @ x / len(x)
             torch.testing.assert_close(cross.double(), want, rtol=1e-4, atol=1e-6)
             assert not torch.allclose(cross, hessian, rtol=1e-3, atol=1e-6)
-        alone, nothing = statistics(stage, student, student_stream, None, None, calls)
+        alone, nothing, _ = statistics(stage, student, student_stream, None, None, calls)
         assert torch.equal(alone, hessian)
         assert nothing is None
 

@@ -132,6 +132,19 @@ def test_windows(tmp_path: Path) -> None:
     assert not torch.equal(windows, text.windows(source, Letters(), 20, 30, seed=1))
 
 
+def test_more_windows_of_the_same_text(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.txt", LETTERS)
+    windows, more = text.windows_and_more(source, Letters(), 10, 30, 0, 12)
+    assert torch.equal(windows, text.windows(source, Letters(), 10, 30, seed=0))
+    assert more.shape == (12, 30)
+    every = torch.cat([windows, more]).flatten()
+    assert len(every.unique()) == len(every)  # none overlaps another
+    _, more = text.windows_and_more(source, Letters(), 10, 30, 0, 500)
+    assert more.shape == (23, 30)
+    _, more = text.windows_and_more(source, Letters(), 500, 30, 0, 500)
+    assert more.shape == (0, 30)
+
+
 def test_as_many_windows_as_there_are(tmp_path: Path) -> None:
     source = write(tmp_path / "a.txt", LETTERS)
     assert text.windows(source, Letters(), 500, 30, seed=0).shape == (33, 30)

@@ -62,11 +62,12 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
 def test_every_part_has_an_option(tmp_path: Path) -> None:
     words = "--no-act-order --sweeps 1 --asymmetry 0 --alternations 2 --offset none --rank 4"
     words += " --codebooks e2m1 --scales m1 --group-size 64 --tune 3"
+    words += " --tune-samples 9 --rotation none"
     done = run(DEMO, tmp_path / "out", "--dry-run", "--json", *words.split())
     recipe = json.loads(done.stdout)["recipe"]
     want = {"activation_order": False, "sweeps": 1, "asymmetry": 0, "low_rank_rounds": 2}
     want |= {"center_norms": False, "rank": 4, "codebooks": "e2m1", "scales": "m1"}
-    want |= {"group_size": 64, "tune": 3}
+    want |= {"group_size": 64, "tune": 3, "tune_samples": 9, "rotation": "none"}
     assert recipe == recipe | want
     usual = json.loads(run(DEMO, tmp_path / "out", "--dry-run", "--json").stdout)["recipe"]
     assert usual["activation_order"] is True

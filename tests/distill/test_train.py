@@ -26,7 +26,7 @@ from zqfp_convert.verify import verify
 
 MODEL = files("zqfp_convert.demo") / "model"
 SAMPLES, SEQ_LEN = 128, 256  # with much less there is nothing to learn but the text itself
-CHOICES: dict[str, Any] = {"seq_len": SEQ_LEN, "device": "cpu", "rank": 4}
+CHOICES: dict[str, Any] = {"seq_len": SEQ_LEN, "device": "cpu", "rank": 4, "tune_samples": 0}
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,37 @@ def test_what_does_not_help_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
     )
     assert want.keys() == have.keys()
     assert all(torch.equal(want[name], have[name]) for name in want)
+
+
+def test_text_to_tune_on(tmp_path: Path) -> None:
+    """First the rest of the file, held back from calibration; then what the model writes."""
+    source = tmp_path / "text.txt"
+    source.write_text("Once upon a time there was a text. " * 120)
+    tuned_on: list[torch.Tensor] = []
+
+    class Spy(conversion._Work):
+        def tune(self, blocks: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+            assert self.windows is not None
+            tuned_on.append(self.windows)
+            return super().tune(blocks)
+
+    with pytest.MonkeyPatch.context() as patch, as_file(MODEL) as model:
+        patch.setattr(conversion, "_Work", Spy)
+        choices = CHOICES | {"seq_len": 64, "samples": 3, "tune": 1, "sweeps": 0, "rank": 0}
+        for samples in (5, 40):
+            choices["tune_samples"] = samples
+            out = tmp_path / str(samples)
+            made = zqfp_convert.convert(model, out, calibration=source, **choices)
+            told = made.calibration
+            assert told is not None
+            assert told["samples"] == 3
+            assert told["tuning"]["more_text"] + told["tuning"]["self_written"] == samples - 3
+            assert (told["tuning"]["self_written"] > 0) is (samples == 40)
+            assert tuned_on[-1].shape == (samples, 64)
+    few, many = tuned_on
+    assert torch.equal(few[:3], many[:3])
+    rest = made.calibration["tuning"]["more_text"] if made.calibration else 0
+    assert len(torch.cat([many[:3], many[-rest:]]).unique(dim=0)) == 3 + rest
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "opt", "gemma3", "bloom", "phi3"])

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from zqfp_convert.numerics import fp8
 from zqfp_convert.quantize.hessian import (
     Curvature,
     HessianSum,
+    activation_error,
     aim_at_original,
     prepare,
     relative_error,
@@ -250,3 +252,18 @@ def test_curvature_is_immutable() -> None:
     assert isinstance(curvature, Curvature)
     with pytest.raises(AttributeError):
         curvature.damping = 1.0  # type: ignore[misc]
+
+
+def test_the_error_of_activations() -> None:
+    """Against outputs measured directly, with features of all sizes."""
+    generator = torch.Generator().manual_seed(5)
+    size = torch.exp2(torch.linspace(-4, 4, 64))
+    x = torch.randn(4096, 64, generator=generator) * size
+    weight = torch.randn(48, 64, generator=generator)
+    seen = fp8.simulate(x)
+    rounding = (x - seen).square().mean(0)
+    found = activation_error(weight, rounding, seen.t() @ seen / len(seen))
+    want = ((x - seen) @ weight.t()).norm() / (seen @ weight.t()).norm()
+    assert 0.01 < want < 0.04
+    assert found == pytest.approx(float(want), rel=0.03)
+    assert activation_error(torch.zeros(4, 64), rounding, torch.eye(64)) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 
 from zqfp_convert.calibration.stream import Call, Stream, inputs_of, stop_at
@@ -36,12 +37,13 @@ def statistics(
     teacher: nn.Module | None,
     teacher_stream: Stream | None,
     calls: Calls,
-) -> tuple[Tensor, Tensor | None]:
-    """H and C of the input that the linears of a stage share.
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """H and C of the input that the linears of a stage share, and what FP8 costs each feature.
 
-    The student is the block with all earlier stages quantized, on hidden states that came through
-    the quantized blocks before; the teacher the original block on the original's hidden states.
-    Without a teacher there is no C.
+    That is `E[(x - x^)^2]`, float32 `[K]`, for the input x that is quantized to x^. The student is
+    the block with all earlier stages quantized, on hidden states that came through the quantized
+    blocks before; the teacher the original block on the original's hidden states. Without a teacher
+    there is no C.
 
     Raises:
         SourceError: the activations hold NaN or infinity.
@@ -49,9 +51,12 @@ def statistics(
     name = stage[0]
     features = student.get_submodule(name).get_parameter("weight")
     total: HessianSum | None = None
+    rounding = torch.zeros(1, device=features.device)
     for index, hidden in enumerate(student_stream.hidden):
         call = calls(index)
-        seen = fp8.simulate(_input(student, name, call, hidden))
+        exact = _input(student, name, call, hidden)
+        seen = fp8.simulate(exact)
+        rounding = rounding + (exact - seen).float().square().flatten(0, -2).sum(0)
         original = None
         if teacher is not None and teacher_stream is not None:
             original = _input(teacher, name, call, teacher_stream.hidden[index])
@@ -71,7 +76,7 @@ def statistics(
             needed="finite activations",
             do="Try --device cpu (float32); if it persists, the model or the text is at fault.",
         )
-    return hessian, cross_moment
+    return hessian, cross_moment, rounding / total.tokens
 
 
 def _input(block: nn.Module, name: str, call: Call, hidden: Tensor) -> Tensor:

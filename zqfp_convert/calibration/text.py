@@ -98,7 +98,7 @@ def windows_and_more(
 ) -> tuple[Tensor, Tensor]:
     """What `windows` gives, and up to so many more of the same text."""
     ids: list[int] = []
-    enough = 64 * (samples + more) * seq_len  # more text than this adds nothing but time
+    enough = (64 * samples + 4 * more) * seq_len  # more text than this adds nothing but time
     for document in text.documents():
         ids.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) > enough:

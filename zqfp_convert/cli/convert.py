@@ -288,11 +288,14 @@ def _show_result(result: Conversion) -> None:
     if plan.recipe.rank == "auto":
         found = ", ".join(f"{rank} in {count}" for rank, count in result.ranks.items())
         console.out.print(f"rank of the low-rank compensation: {found} of {len(layers)} layers")
-    worst = Table("least exact layers", "error of weights", "error of outputs", box=None)
+    worst = Table(
+        "least exact layers", "error of weights", "of outputs", "of FP8 activations", box=None
+    )
     for name, entry in result.worst(3):
         output = entry["output_error"]
         shown = "not calibrated" if output is None else f"{output:.2%}"
-        worst.add_row(escape(name), f"{entry['weight_error']:.2%}", shown)
+        lost = f"{entry['activation_error']:.2%}" if "activation_error" in entry else "-"
+        worst.add_row(escape(name), f"{entry['weight_error']:.2%}", shown, lost)
     console.out.print(worst)
     used = result.calibration
     if used is not None:

@@ -32,7 +32,7 @@ def command(
             return
         table = Table(box=None)
         table.add_column("layer", overflow="fold")
-        for heading in ("N x K", "rank", "bits", "span", "raised", "weights", "outputs"):
+        for heading in ("N x K", "rank", "bits", "span", "raised", "weights", "outputs", "FP8"):
             table.add_column(heading, justify="right", no_wrap=True)
         for name, entry in layers.items():
             output = entry["output_error"]
@@ -45,6 +45,7 @@ def command(
                 str(entry["raised_groups"]),
                 f"{entry['weight_error']:.2%}",
                 "-" if output is None else f"{output:.2%}",
+                f"{entry['activation_error']:.2%}" if "activation_error" in entry else "-",
             )
         console.out.print(table)
         weights = sum(n * k for n, k in (entry["shape"] for entry in layers.values()))

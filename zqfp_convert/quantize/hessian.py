@@ -105,6 +105,22 @@ def relative_error(error: Tensor, weight: Tensor, hessian: Tensor | None) -> flo
     return (energy(error, hessian) / whole) ** 0.5 if whole > 0 else 0.0
 
 
+def activation_error(weight: Tensor, rounding: Tensor, hessian: Tensor) -> float:
+    """What quantizing the activations alone costs the outputs, relative like `relative_error`.
+
+    `sqrt(sum_k E[(x_k - x^_k)^2] |w_k|^2 / tr(W H W^T))`: roundings of different features are taken
+    as uncorrelated.
+
+    Args:
+        weight: `[N, K]`.
+        rounding: `E[(x - x^)^2]`, `[K]`.
+        hessian: `[K, K]`.
+    """
+    whole = energy(weight, hessian)
+    lost = float((weight.float().square().sum(0) * rounding).sum(dtype=torch.float64))
+    return (lost / whole) ** 0.5 if whole > 0 else 0.0
+
+
 def energy(matrix: Tensor, hessian: Tensor | None) -> float:
     """`tr(M H M^T)` for M `[N, K]`; H = I when absent."""
     weighted = matrix if hessian is None else matrix @ hessian
