@@ -543,7 +543,7 @@ def test_out_of_memory_on_the_way(source: Path, out: Path, monkeypatch: pytest.M
     def fail(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. And so on")
 
-    monkeypatch.setattr("zqfp_convert.conversion.quantize_together", fail)
+    monkeypatch.setattr("zqfp_convert.conversion.work.quantize_together", fail)
     refused(source, out, "memory of cpu", "out of memory", "--samples")
 
 

@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import zqfp_convert
-from zqfp_convert import Recipe, conversion
+from zqfp_convert import Recipe
 from zqfp_convert.calibration.simulated import SimulatedLinear
 from zqfp_convert.checkpoint import writer
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
+from zqfp_convert.conversion import work
 from zqfp_convert.errors import OutputError
 from zqfp_convert.numerics import codebook
 from zqfp_convert.runtime.linear import QuantizedLinear
@@ -448,7 +449,7 @@ def test_what_the_solver_sees(
     """Activations behind the already quantized prefix, and beside them those of the original."""
     seen: list[tuple[list[str], set[str], torch.Tensor, torch.Tensor]] = []
     windows: list[torch.Tensor] = []
-    real, real_batches = conversion.statistics, conversion.batches_of
+    real, real_batches = work.statistics, work.batches_of
 
     def statistics(stage: list[str], student: Any, stream: Any, *rest: Any) -> Any:
         done = {n for n, m in student.named_modules() if isinstance(m, SimulatedLinear)}
@@ -459,8 +460,8 @@ def test_what_the_solver_sees(
         windows.append(ids)
         return real_batches(ids, *rest)
 
-    monkeypatch.setattr(conversion, "statistics", statistics)
-    monkeypatch.setattr(conversion, "batches_of", batches_of)
+    monkeypatch.setattr(work, "statistics", statistics)
+    monkeypatch.setattr(work, "batches_of", batches_of)
     convert(tiny_model("opt"), tmp_path / "out", recipe="best")
     monkeypatch.undo()
 

@@ -354,7 +354,7 @@ INVALID: dict[str, Broken] = {
     ),
     "bad-manifest-span": Broken("bad-manifest", _m2, _set_layer("span", 3)),
     "bad-manifest-ignored": Broken("bad-manifest", _m2, _set_setting("ignore", [Q])),
-    "bad-manifest-change": Broken("bad-manifest", _m2, _note_change(NORM, "rotated")),
+    "bad-manifest-change": Broken("bad-manifest", _m2, _note_change(NORM, "improved")),
     "bad-manifest-unlisted": Broken("bad-manifest", _m2, _unlist_layer),
     "bad-manifest-shards": Broken(
         "bad-manifest", sharded, damage=_rename_in_index("model-00003-of-00003.safetensors")

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import zqfp1_reader
 from architectures import ARCHITECTURES, QUICK, TIED, Maker, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import zqfp_convert
-from zqfp_convert import rehearsal
+from zqfp_convert.conversion import rehearsal
 from zqfp_convert.errors import OptionError
 from zqfp_convert.numerics import hadamard
 from zqfp_convert.plan import make_plan
@@ -59,6 +60,7 @@ def test_a_rotated_conversion(arch: str, tiny_model: Maker, tmp_path: Path) -> N
     made = zqfp_convert.convert(source, tmp_path / "out", rotation="residual", rank=4, **WITHOUT)
     proved = verify(made.out, source)
     assert len(proved.errors) == len(made.layers)
+    assert len(zqfp1_reader.read(made.out).layers) == len(made.layers)
     assert max(proved.errors.values()) < 0.5
     assert all("rotated" in entry for entry in made.layers.values())
     config = json.loads((made.out / "config.json").read_text())

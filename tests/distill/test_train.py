@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 import zqfp_convert
 from zqfp_convert import Recipe, conversion
 from zqfp_convert.calibration import text
+from zqfp_convert.conversion import pipeline
+from zqfp_convert.conversion.work import Work
 from zqfp_convert.distill import train
 from zqfp_convert.distill.train import HELD_BACK
 from zqfp_convert.errors import SourceError
@@ -90,14 +92,14 @@ def test_text_to_tune_on(tmp_path: Path) -> None:
     source.write_text("Once upon a time there was a text. " * 120)
     tuned_on: list[torch.Tensor] = []
 
-    class Spy(conversion._Work):
+    class Spy(Work):
         def tune(self, blocks: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
             assert self.windows is not None
             tuned_on.append(self.windows)
             return super().tune(blocks)
 
     with pytest.MonkeyPatch.context() as patch, as_file(MODEL) as model:
-        patch.setattr(conversion, "_Work", Spy)
+        patch.setattr(pipeline, "Work", Spy)
         choices = CHOICES | {"seq_len": 64, "samples": 3, "tune": 1, "sweeps": 0, "rank": 0}
         for samples in (5, 40):
             choices["tune_samples"] = samples

@@ -285,6 +285,8 @@ def _show_result(result: Conversion) -> None:
         f"{console.size(result.bytes_after)}, {result.bits:.2f} bits a weight, "
         f"{result.seconds:.1f} s"
     )
+    if plan.rotation is not None:
+        console.out.print("residual stream rotated: closer to the original in a rehearsal")
     if plan.recipe.rank == "auto":
         found = ", ".join(f"{rank} in {count}" for rank, count in result.ranks.items())
         console.out.print(f"rank of the low-rank compensation: {found} of {len(layers)} layers")

@@ -1,25 +1,16 @@
-"""Converts a model: block by block from source shards to a packed checkpoint.
-
-This is the road of the data; the method itself is `quantize/weight.py`.
-"""
+"""A conversion under way: calibration streams, and what happens to one block after the other."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zqfp_convert import __version__
-from zqfp_convert.blockwork import fill, fold
 from zqfp_convert.calibration import text
 from zqfp_convert.calibration.folding import Change
 from zqfp_convert.calibration.simulated import SimulatedLinear
@@ -27,10 +18,11 @@ from zqfp_convert.calibration.stages import statistics, trace
 from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.packed import pack
-from zqfp_convert.checkpoint.writer import Writer
+from zqfp_convert.conversion.block import fill, fold
+from zqfp_convert.conversion.rehearsal import choose_rotation
+from zqfp_convert.conversion.result import Progress
 from zqfp_convert.distill.train import Outcome, distill
 from zqfp_convert.distill.tunable import TunableLinear
-from zqfp_convert.errors import SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import (
     bias_of,
@@ -43,180 +35,13 @@ from zqfp_convert.model.blocks import (
 from zqfp_convert.model.device import compute_dtype
 from zqfp_convert.model.head import Head
 from zqfp_convert.model.tokenizer import check_tokens, tokenizer_of
-from zqfp_convert.numerics import codebook
-from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer, make_plan
+from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer
 from zqfp_convert.quantize.hessian import Curvature, activation_error, prepare
 from zqfp_convert.quantize.weight import QuantizedWeight, quantize_together
-from zqfp_convert.recipe import Recipe
-from zqfp_convert.rehearsal import choose_rotation
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the weights done so far, and their total."""
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What a conversion made.
-
-    Attributes:
-        out: the checkpoint's folder.
-        plan: what was planned.
-        layers: the manifest's entry for each quantized linear.
-        changed: tensors that differ from the source's, with the kind of change.
-        bits: for each quantized weight, scales and low-rank factors included.
-        bytes_after: of all weights on disk.
-        seconds: wall time.
-        calibration: text, number and length of the windows used; None where none were needed.
-        tuning: what end-to-end tuning did; None without.
-    """
-
-    out: Path
-    plan: Plan
-    layers: dict[str, dict[str, Any]]
-    changed: dict[str, str]
-    bits: float
-    bytes_after: int
-    seconds: float
-    calibration: dict[str, Any] | None
-    tuning: Outcome | None = None
-
-    @property
-    def ranks(self) -> dict[int, int]:
-        """How many layers have which rank of low-rank compensation, by rank."""
-        return dict(sorted(Counter(entry["rank"] for entry in self.layers.values()).items()))
-
-    def worst(self, count: int = 5) -> list[tuple[str, dict[str, Any]]]:
-        """The layers with the largest error of their outputs (of their weights, where unknown)."""
-
-        def error(entry: dict[str, Any]) -> float:
-            known = entry["output_error"]
-            return float(entry["weight_error"] if known is None else known)
-
-        return sorted(self.layers.items(), key=lambda item: -error(item[1]))[:count]
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as plain JSON values."""
-        return {
-            "out": str(self.out),
-            "bytes_before": self.plan.bytes_before,
-            "bytes_after": self.bytes_after,
-            "bits": self.bits,
-            "layers": len(self.layers),
-            "ranks": {str(rank): count for rank, count in self.ranks.items()},
-            "worst": dict(self.worst()),
-            "damping_retries": {
-                name: entry["damping_retries"]
-                for name, entry in self.layers.items()
-                if entry.get("damping_retries")
-            },
-            "left_alone": self.plan.left_alone,
-            "changed": len(self.changed),
-            "calibration": self.calibration,
-            "tuning": None
-            if self.tuning is None
-            else {
-                "kl_before": self.tuning.kl_before,
-                "kl_after": self.tuning.kl_after,
-                "kept": self.tuning.kept,
-                "roundings": self.tuning.roundings,
-                "minutes": round(self.tuning.seconds / 60, 3),
-            },
-            "seconds": round(self.seconds, 3),
-        }
-
-
-def convert(
-    model: str | Path,
-    out: str | Path,
-    *,
-    recipe: str | Recipe = "best",
-    calibration: str | Path | None = None,
-    device: str | torch.device | None = None,
-    overwrite: bool = False,
-    revision: str | None = None,
-    progress: Progress | None = None,
-    **choices: Any,
-) -> Conversion:
-    """Convert a Hugging Face causal language model into a packed FP4 checkpoint.
-
-    Args:
-        model: a folder, or a repository on the Hub.
-        out: the folder to make.
-        recipe: a name (`fast`, `paper`, `best`, `max`) or a whole recipe.
-        calibration: a .txt or .jsonl file, or a data set on the Hub; by default the model writes
-            its own text.
-        device: where to compute; the first GPU when there is one.
-        overwrite: replace `out` if it is a checkpoint of ours.
-        revision: of a repository on the Hub.
-        progress: called as work goes on.
-        choices: fields of `Recipe` to set, such as `group_size=64`.
-
-    Raises:
-        ZqfpError: with what stands in the way; `out` has not been made, or is what it was before.
-    """
-    named = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe)
-    plan = make_plan(
-        model,
-        out,
-        recipe=named.changed(**choices),
-        calibration=calibration,
-        device=device,
-        overwrite=overwrite,
-        revision=revision,
-    )
-    return run(plan, progress)
-
-
-def run(plan: Plan, progress: Progress | None = None) -> Conversion:
-    """Carry out a plan, once. Raises what `convert` raises."""
-    try:
-        return _run(plan, progress)
-    except torch.OutOfMemoryError as error:
-        raise SourceError(
-            f"memory of {plan.device}",
-            str(error).split(".")[0],
-            needed=f"about {plan.device_memory / 1e6:,.0f} MB, by the plan's estimate",
-            do="Use fewer --samples, a shorter --seq-len, or another --device.",
-        ) from error
-    finally:
-        skeleton.empty(plan.model)
-
-
-@torch.no_grad()
-def _run(plan: Plan, progress: Progress | None) -> Conversion:
-    began = time.monotonic()
-    report = progress or (lambda text, done, total: None)
-    report("checking weights", 0, plan.weights)
-    plan.source.check_finite()
-    work = _Work(plan, report)
-    shards = len(plan.other_shards) + len(plan.layers)
-    with Writer(plan.out, shards, overwrite=plan.overwrite) as writer:
-        calibration = work.calibrate() if plan.recipe.needs_calibration else None
-        plan = work.plan  # of the rotated model, maybe
-        blocks: Iterable[dict[str, Tensor]] = map(work.block, range(len(plan.layers)))
-        if plan.recipe.tune > 0:
-            blocks = work.tune([*blocks])
-        for names in plan.other_shards:
-            writer.add_shard(plan.source.shards.read(names) | work.tuned_of(names))
-        for tensors in blocks:
-            writer.add_shard(tensors)
-        report("writing", plan.weights, plan.weights)
-        writer.copy(plan.source.folder, plan.source.other_files())
-        largest = max(entry["rank"] for entry in work.entries.values())
-        bound = largest if plan.recipe.rank == "auto" else plan.recipe.rank
-        quantization = _quantization_config(plan, bound, calibration)
-        config = {**plan.source.config, layout.CONFIG_KEY: quantization}
-        writer.finish(config, work.entries, work.changed)
-    after = sum(path.stat().st_size for path in plan.out.glob("*.safetensors"))
-    seconds = time.monotonic() - began
-    bits = 8 * sum(work.sizes.values()) / plan.weights
-    return Conversion(
-        plan.out, plan, work.entries, work.changed, bits, after, seconds, calibration, work.outcome
-    )
 
 
 @dataclass
-class _Work:
+class Work:
     """A conversion under way: the calibration streams, and what the manifest will say."""
 
     plan: Plan
@@ -500,31 +325,3 @@ class _Work:
         tensors = {name: tensor.cpu() for name, tensor in packed.tensors().items()}
         self.sizes[layer.disk] = sum(tensor.nbytes for tensor in tensors.values())
         return tensors
-
-
-def _quantization_config(
-    plan: Plan, rank: int, calibration: dict[str, Any] | None
-) -> dict[str, Any]:
-    recipe = plan.recipe
-    lorc = {"rank": rank, "factors": recipe.factors} if rank > 0 else None
-    features = ["lorc"] if lorc else []
-    weights: dict[str, Any] = {
-        "format": "e2m1",
-        "group_size": recipe.group_size,
-        "scales": recipe.scales,
-    }
-    if recipe.codebooks == "pair":
-        features.append("codebooks")
-        weights |= {"format": "codebooks", "codebooks": codebook.PAIR}
-    return {
-        "quant_method": layout.FORMAT,
-        "format_version": layout.FORMAT_VERSION,
-        "producer": {"name": "zqfp-convert", "version": __version__},
-        "required_features": features,
-        "weights": weights,
-        "activations": {"format": "e4m3", "scale": "token", "dynamic": True},
-        "lorc": lorc,
-        "ignore": sorted(plan.left_alone),
-        "recipe": recipe.to_json(),
-        "calibration": calibration,
-    }

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zqfp_convert.blockwork import fill, fold, rounded
 from zqfp_convert.calibration.rotating import find_rotation
 from zqfp_convert.calibration.simulated import SimulatedLinear
 from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
 from zqfp_convert.checkpoint.rotated import Rotation
+from zqfp_convert.conversion.block import fill, fold, rounded
 from zqfp_convert.distill.train import kl
 from zqfp_convert.errors import OptionError
 from zqfp_convert.model import skeleton
