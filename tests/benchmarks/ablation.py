@@ -42,6 +42,8 @@ CASES: dict[str, dict[str, Any]] = {
     "target: the quantized prefix's output": {"rank": 0, "asymmetry": 0.0},
     "target: the original's output": {"rank": 0, "asymmetry": 1.0},
     "norms not centred": {"rank": 0, "center_norms": False},
+    "residual stream as it is": {"rank": 0, "rotation": "none"},
+    "residual stream rotated": {"rank": 0, "rotation": "residual"},
     "norms not balanced": {"rank": 0, "balance_norms": False},
     "scales that never clip": {"rank": 0, "scale_rounding": "floor"},
     "scales m1": {"rank": 0, "scales": "m1"},
