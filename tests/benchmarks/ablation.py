@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "norms not centred": {"rank": 0, "center_norms": False},
     "residual stream as it is": {"rank": 0, "rotation": "none"},
     "residual stream rotated": {"rank": 0, "rotation": "residual"},
-    "norms not balanced": {"rank": 0, "balance_norms": False},
+    "norms not balanced": {"rank": 0, "balance_norms": False, "rotation": "none"},
     "scales that never clip": {"rank": 0, "scale_rounding": "floor"},
     "scales m1": {"rank": 0, "scales": "m1"},
     "free scales": {"rank": 0, "scales": "free"},
