@@ -89,7 +89,7 @@ def test_what_does_not_help_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
 def test_text_to_tune_on(tmp_path: Path) -> None:
     """First the rest of the file, held back from calibration; then what the model writes."""
     source = tmp_path / "text.txt"
-    source.write_text("Once upon a time there was a text. " * 120)
+    source.write_text(" ".join(f"Line {i} is {7 * i} words long." for i in range(140)))
     tuned_on: list[torch.Tensor] = []
 
     class Spy(Work):
