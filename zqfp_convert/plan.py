@@ -119,8 +119,7 @@ class Plan:
 
     def skeleton(self) -> PreTrainedModel:
         """Another skeleton of the model."""
-        untied = self.rotation is not None and self.rotation.tied_to is not None
-        return skeleton.build(self.source.folder, self.device, untied=untied)
+        return skeleton.build(self.source.folder, self.device, untied=self.rotation is not None)
 
     def block_tensors(self, index: int) -> list[str]:
         """The names on disk of a block's tensors."""
@@ -231,13 +230,13 @@ def rotated(plan: Plan, rotation: Rotation) -> Plan:
     """The same plan for the model with a rotated residual stream.
 
     Raises:
-        ZqfpError: the output head, a tensor of its own now, does not fit the disk or the memory.
+        OutputError: the output head, a tensor of its own now, does not fit the disk.
     """
     source = copy.copy(plan.source)
     source.shards = RotatedShards(plan.source.shards, rotation)
-    source.config = dict(source.config)
+    source.config = copy.deepcopy(source.config)
     for config in (source.config, source.config.get("text_config")):
-        if rotation.tied_to is not None and isinstance(config, dict):
+        if isinstance(config, dict):  # head and embedding differ from now on
             config["tie_word_embeddings"] = False
     turned = dataclasses.replace(plan, source=source, rotation=rotation)
     model = turned.skeleton()
@@ -256,9 +255,8 @@ def rotated(plan: Plan, rotation: Rotation) -> Plan:
         other_shards=_split(source, others),
         bytes_after=plan.bytes_after + added,
     )
-    turned = _estimated(turned)
-    _check_room(turned)
-    return turned
+    _check_disk(turned)
+    return _estimated(turned)
 
 
 def check_fit(source: Source, model: PreTrainedModel, names: NameMap) -> None:
@@ -403,7 +401,7 @@ def _memory(plan: Plan) -> tuple[int, int]:
         outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
         work += outside
         whole = 0
-        if plan.text is None:
+        if plan.text is None or (recipe.tune > 0 and recipe.tune_samples > 0):  # may be written
             everything = sum(block_numbers) * width + outside
             whole = int(1.2 * everything) + _cache_bytes(plan, width)
         if recipe.tune > 0:
@@ -445,7 +443,7 @@ def _count(extents: tuple[int, ...]) -> int:
     return number
 
 
-def _check_room(plan: Plan) -> None:
+def _check_disk(plan: Plan) -> None:
     folder = next(p for p in plan.out.absolute().parents if p.exists())
     free, needed = shutil.disk_usage(folder).free, plan.bytes_after + (64 << 20)
     if free < needed:
@@ -455,6 +453,11 @@ def _check_room(plan: Plan) -> None:
             needed=f"{needed / 1e6:,.0f} MB for the checkpoint",
             do="Make room, or give an output folder on another disk.",
         )
+
+
+def _check_room(plan: Plan) -> None:
+    _check_disk(plan)
+    tunes = plan.recipe.tune > 0
     generated = plan.recipe.needs_calibration and plan.text is None
     short = _short_of(plan)
     if short is not None:
@@ -466,5 +469,6 @@ def _check_room(plan: Plan) -> None:
             + (" (the whole model, to write its own calibration text)" if generated else ""),
             do="Give --calibration FILE, so that the model is streamed block by block."
             if generated
-            else "Use fewer --samples or a shorter --seq-len, or another --device.",
+            else "Use fewer --samples or a shorter --seq-len, or another --device"
+            + (", or --tune-samples 0, so that the model need not write text." if tunes else "."),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,15 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 import zqfp1_reader
-from architectures import ARCHITECTURES, QUICK, TIED, Maker, token_ids
+from architectures import (
+    ARCHITECTURES,
+    LIKE_LLAMA,
+    QUICK,
+    TIED,
+    Maker,
+    random_model,
+    token_ids,
+    write_model,
+)
+from dequantized import read_tensors
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Lfm2Config, PreTrainedModel
 
 import zqfp_convert
 from zqfp_convert.conversion import rehearsal
-from zqfp_convert.errors import OptionError
+from zqfp_convert.errors import OptionError, OutputError
 from zqfp_convert.numerics import hadamard
-from zqfp_convert.plan import make_plan
+from zqfp_convert.plan import Plan, make_plan
 from zqfp_convert.recipe import Recipe
 from zqfp_convert.verify import verify
 
@@ -72,6 +83,61 @@ def test_a_rotated_conversion(arch: str, tiny_model: Maker, tmp_path: Path) -> N
     plain = zqfp_convert.convert(source, tmp_path / "plain", rank=4, **QUICK)
     beside = logits(zqfp_convert.load(plain.out, device="cpu", dtype=torch.float32))
     assert (logits(packed) - want).norm() < 1.5 * (beside - want).norm()
+
+
+def test_layers_left_alone_keep_their_dtype(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", "llama", torch.bfloat16)
+    alone = ("o_proj", "up_proj")
+    made = zqfp_convert.convert(
+        source, tmp_path / "out", rotation="residual", ignore=alone, **WITHOUT
+    )
+    tensors = read_tensors(made.out)
+    left = [name for name in tensors if name.endswith(("o_proj.weight", "up_proj.weight"))]
+    assert len(left) == 4
+    assert {tensors[name].dtype for name in left} == {torch.bfloat16}
+    assert made.bytes_after == pytest.approx(made.plan.bytes_after, rel=0.1)
+    verify(made.out, source)
+    packed = zqfp_convert.load(made.out, device="cpu", dtype=torch.float32)
+    want = logits(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
+    assert (logits(packed) - want).norm() < 0.3 * want.norm()
+
+
+def test_a_head_that_is_tied_and_stored(tiny_model: Maker, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model("opt"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.decoder.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    made = zqfp_convert.convert(source, tmp_path / "out", rotation="residual", **WITHOUT)
+    config = json.loads((made.out / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    packed = zqfp_convert.load(made.out, device="cpu", dtype=torch.float32)
+    want = logits(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
+    assert (logits(packed) - want).norm() < 0.3 * want.norm()
+
+
+def test_blocks_of_several_kinds(tmp_path: Path) -> None:
+    config = Lfm2Config(**LIKE_LLAMA, layer_types=["full_attention", "conv"])
+    random_model(config).save_pretrained(tmp_path / "source")
+    made = zqfp_convert.convert(tmp_path / "source", tmp_path / "out", rotation="auto", **WITHOUT)
+    assert made.plan.rotation is None
+
+
+def test_no_room_for_a_head(
+    tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(plan: Plan) -> None:
+        raise OutputError("here", "no room", needed="more", do="Make room.")
+
+    recipe = Recipe.named("best", group_size=32)
+    plan = make_plan(tiny_model("opt"), tmp_path / "out", recipe=recipe, device="cpu")
+    monkeypatch.setattr("zqfp_convert.plan._check_disk", full)
+    chosen = rehearsal.choose_rotation(plan, token_ids(4, 32), lambda *said: None)
+    assert chosen.rotation is None
+    assert chosen.recipe.rotation == "none"
+    wanted = dataclasses.replace(plan, recipe=recipe.changed(rotation="residual"))
+    with pytest.raises(OutputError, match="no room"):
+        rehearsal.choose_rotation(wanted, token_ids(4, 32), lambda *said: None)
 
 
 @pytest.mark.parametrize("arch", NOT_FOR)

@@ -41,6 +41,9 @@ def find_rotation(
         call, hidden: what its first block is called with, `[batch, tokens, width]`.
     """
     width = hidden.shape[-1]
+    kinds = {tuple((n, type(m)) for n, m in block.named_modules()) for block in blocks.modules}
+    if len(kinds) > 1:  # what holds for the first block says nothing of the others
+        return None
     around = _around(model, blocks, names, width)
     if around is None or hadamard.block_of(width) < SMALLEST_BLOCK:
         return None
@@ -100,6 +103,8 @@ def _around(
         return None
     tied_to = names.to_disk.get(f"{entrance}.weight") if tied else None
     if tied and tied_to is None:
+        return None
+    if any(f"{name}.weight" not in names.to_disk for name in tables):
         return None
     embeddings = {_disk(names, name) for name in tables}
     return embeddings, norms[0], names.to_disk.get(weight, weight), tied_to

@@ -96,9 +96,9 @@ def windows(
 def windows_and_more(
     text: Text, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int, more: int
 ) -> tuple[Tensor, Tensor]:
-    """What `windows` gives, and up to so many more of the same text."""
+    """What `windows` gives, and up to so many more of the text that they were drawn from."""
     ids: list[int] = []
-    enough = (64 * samples + 4 * more) * seq_len  # more text than this adds nothing but time
+    enough = 64 * samples * seq_len  # more text than this adds nothing but time
     for document in text.documents():
         ids.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) > enough:

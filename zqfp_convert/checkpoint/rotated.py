@@ -17,6 +17,8 @@ from torch import Tensor
 from zqfp_convert.checkpoint.shards import Shards
 from zqfp_convert.numerics import hadamard
 
+SLICE = 4096  # rows or columns rotated at a time
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -54,16 +56,27 @@ class Rotation:
 def rotate_weight(weight: Tensor, gain: Tensor | None) -> Tensor:
     """The weight `[N, K]` of a reader behind a norm of that gain `[K]`, of a writer without."""
     if gain is None:
-        return hadamard.rotate(weight, 0)
-    wide = weight if weight.dtype == torch.float64 else weight.float()
-    return hadamard.rotate(wide * gain.to(wide.dtype), 1)
+        starts = range(0, weight.shape[1], SLICE)
+        return torch.cat([hadamard.rotate(weight[:, at : at + SLICE], 0) for at in starts], 1)
+    return _rows(weight, gain, torch.float64 if weight.dtype == torch.float64 else torch.float32)
+
+
+def _rows(table: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows `[N, K]` times a gain `[K]`, rotated; some at a time, to bound the memory."""
+    result = torch.empty(table.shape, dtype=dtype, device=table.device)
+    for start in range(0, len(table), SLICE):
+        part = table[start : start + SLICE]
+        part = part if part.dtype == torch.float64 else part.float()
+        part = part if gain is None else part * gain.to(part.dtype)
+        result[start : start + SLICE] = hadamard.rotate(part, 1).to(dtype)
+    return result
 
 
 class RotatedShards(Shards):
     """The tensors of a folder as they are with a rotated residual stream.
 
-    Linears of the blocks come in float32, so that nothing is rounded before it is quantized; the
-    others in the dtype that they are stored in.
+    Linears of the blocks, and biases, come in float32, so that nothing is rounded before it is
+    quantized; the others in the dtype that they are stored in.
     """
 
     def __init__(self, base: Shards, rotation: Rotation) -> None:
@@ -90,12 +103,13 @@ class RotatedShards(Shards):
             return hadamard.rotate(stored)
         if name in found.readers or name in found.writers:
             gain = self._stored(found.readers[name]) if name in found.readers else None
+            if name == found.head:
+                return _rows(stored, gain, stored.dtype)
             weight = stored.t() if name in found.transposed else stored
             weight = rotate_weight(weight, gain)
-            weight = weight.t() if name in found.transposed else weight
-            return weight.to(stored.dtype) if name == found.head else weight
+            return weight.t() if name in found.transposed else weight
         if name in found.embeddings:
-            return hadamard.rotate(stored).to(stored.dtype)
+            return _rows(stored, None, stored.dtype)
         return stored
 
     def _stored(self, name: str) -> Tensor:

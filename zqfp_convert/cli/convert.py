@@ -250,6 +250,9 @@ def _show_plan(plan: Plan, *, every_layer: bool) -> None:
         "size": f"{console.size(plan.bytes_before)} to {most}{console.size(plan.bytes_after)}",
         "calibration": plan.calibration
         + (f", {recipe.samples} x {recipe.seq_len} tokens" if recipe.needs_calibration else ""),
+        "rotation": "auto: a rehearsal decides (a tied head becomes a tensor of its own then)"
+        if recipe.rotation == "auto"
+        else recipe.rotation,
         "tuning": plan.tuning,
         "device": str(plan.device),
         "memory": f"about {console.size(plan.host_memory)} of host memory"
@@ -286,7 +289,7 @@ def _show_result(result: Conversion) -> None:
         f"{result.seconds:.1f} s"
     )
     if plan.rotation is not None:
-        console.out.print("residual stream rotated: closer to the original in a rehearsal")
+        console.out.print("residual stream rotated")
     if plan.recipe.rank == "auto":
         found = ", ".join(f"{rank} in {count}" for rank, count in result.ranks.items())
         console.out.print(f"rank of the low-rank compensation: {found} of {len(layers)} layers")

@@ -20,7 +20,7 @@ from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
 from zqfp_convert.checkpoint.rotated import Rotation
 from zqfp_convert.conversion.block import fill, fold, rounded
 from zqfp_convert.distill.train import kl
-from zqfp_convert.errors import OptionError
+from zqfp_convert.errors import OptionError, OutputError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import bias_of, get_linear, put, weight_matrix
 from zqfp_convert.model.head import Head
@@ -52,6 +52,7 @@ def choose_rotation(plan: Plan, windows: Tensor, report: Report) -> Plan:
 
     Raises:
         OptionError: the recipe wants a rotation that this model does not allow.
+        OutputError: it wants one, and the model does not fit the disk then.
     """
     wanted = plan.recipe.rotation
     if wanted == "none":
@@ -62,7 +63,12 @@ def choose_rotation(plan: Plan, windows: Tensor, report: Report) -> Plan:
     as_it_is = dataclasses.replace(plan, recipe=plan.recipe.changed(rotation="none"))
     if plain.rotation is not None:
         report("rehearsing, rotated", 0, plan.weights)
-        turned = rotated(plan, plain.rotation)
+        try:
+            turned = rotated(plan, plain.rotation)
+        except OutputError:
+            if wanted == "auto":
+                return as_it_is
+            raise
         other = _rehearse(turned, some)
         original = plain.head, plain.original
         loss = _divergence(original, (plain.head, plain.quantized))
@@ -72,8 +78,14 @@ def choose_rotation(plan: Plan, windows: Tensor, report: Report) -> Plan:
         skeleton.empty(plan.model if chosen else turned.model)
         if chosen:
             return turned
-        if allowed:
+        if allowed or wanted == "auto":
             return as_it_is
+        raise OptionError(
+            "rotation",
+            "'residual', and logits that are not the original's any more",
+            needed=f"rounding of rotated weights to {plan.dtype} that costs little",
+            do="Choose --rotation none, or auto; or --device cpu, which computes in float32.",
+        )
     if wanted == "residual":
         raise OptionError(
             "rotation",

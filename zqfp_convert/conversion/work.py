@@ -63,6 +63,7 @@ class Work:
         """Get the calibration tokens and start the streams; returns what the config says of it."""
         plan, recipe = self.plan, self.plan.recipe
         windows, more, written = self._text()
+        check_tokens(plan.model, plan.source.folder, windows)
         self.plan = plan = choose_rotation(plan, windows, self.report)
         if plan.rotation is not None:
             packed = {layer.disk + layout.WEIGHT for block in plan.layers for layer in block}
@@ -70,7 +71,6 @@ class Work:
         others = [name for names in plan.other_shards for name in names]
         fill(plan, plan.model, "", [name for name in others if name in plan.names.to_model])
         plan.model.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
-        check_tokens(plan.model, plan.source.folder, windows)
         at_once = TOKENS_AT_ONCE[plan.device.type]
         batches = batches_of(windows, at_once, plan.device)
         only_tuned_on = [
@@ -135,6 +135,10 @@ class Work:
         for layer in plan.layers[index]:
             del tensors[layer.disk + layout.WEIGHT]
             tensors |= self._packed(layer, quantized[layer.place])
+        if plan.rotation is not None:  # what is not packed came in float32 too
+            for name in plan.rotation.readers.keys() | plan.rotation.writers:
+                if name in tensors:
+                    tensors[name] = tensors[name].to(plan.dtype)
         return tensors
 
     def tune(self, blocks: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
