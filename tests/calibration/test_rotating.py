@@ -74,6 +74,7 @@ def test_a_rotated_conversion(arch: str, tiny_model: Maker, tmp_path: Path) -> N
     assert len(zqfp1_reader.read(made.out).layers) == len(made.layers)
     assert max(proved.errors.values()) < 0.5
     assert all("rotated" in entry for entry in made.layers.values())
+    assert all(p.is_meta for p in made.plan.model.parameters())
     config = json.loads((made.out / "config.json").read_text())
     assert config["quantization_config"]["recipe"]["rotation"] == "residual"
     assert arch not in TIED or config["tie_word_embeddings"] is False

@@ -33,6 +33,13 @@ def fill(
         skeleton.assign(module, {place: value.to(plan.device)}, dtype)
 
 
+def fill_outside(plan: Plan) -> None:
+    """Give the plan's model all weights that lie outside its blocks."""
+    others = [name for names in plan.other_shards for name in names]
+    fill(plan, plan.model, "", [name for name in others if name in plan.names.to_model])
+    plan.model.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
+
+
 def fold(
     plan: Plan, index: int, block: nn.Module, stream: Stream, calls: Calls
 ) -> tuple[list[Balanced], list[Change]]:

@@ -108,6 +108,7 @@ def _run(plan: Plan, progress: Progress | None) -> Conversion:
         config = {**plan.source.config, layout.CONFIG_KEY: quantization}
         writer.finish(config, work.entries, work.changed)
     after = sum(path.stat().st_size for path in plan.out.glob("*.safetensors"))
+    skeleton.empty(plan.model)  # of a rotated plan only what was made stays
     seconds = time.monotonic() - began
     bits = 8 * sum(work.sizes.values()) / plan.weights
     return Conversion(

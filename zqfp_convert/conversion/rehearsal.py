@@ -18,7 +18,7 @@ from zqfp_convert.calibration.rotating import find_rotation
 from zqfp_convert.calibration.simulated import SimulatedLinear
 from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
 from zqfp_convert.checkpoint.rotated import Rotation
-from zqfp_convert.conversion.block import fill, fold, rounded
+from zqfp_convert.conversion.block import fill, fill_outside, fold, rounded
 from zqfp_convert.distill.train import kl
 from zqfp_convert.errors import OptionError, OutputError
 from zqfp_convert.model import skeleton
@@ -98,9 +98,7 @@ def choose_rotation(plan: Plan, windows: Tensor, report: Report) -> Plan:
 
 @torch.no_grad()
 def _rehearse(plan: Plan, windows: Tensor) -> _Rehearsed:
-    others = [name for names in plan.other_shards for name in names]
-    fill(plan, plan.model, "", [name for name in others if name in plan.names.to_model])
-    plan.model.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
+    fill_outside(plan)
     batches = batches_of(windows, TOKENS_AT_ONCE[plan.device.type], plan.device)
     entrance = Entrance(plan.blocks, batches)
     teacher = Stream(entrance.first())

@@ -18,7 +18,7 @@ from zqfp_convert.calibration.stages import statistics, trace
 from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.packed import pack
-from zqfp_convert.conversion.block import fill, fold
+from zqfp_convert.conversion.block import fill, fill_outside, fold
 from zqfp_convert.conversion.rehearsal import choose_rotation
 from zqfp_convert.conversion.result import Progress
 from zqfp_convert.distill.train import Outcome, distill
@@ -68,9 +68,7 @@ class Work:
         if plan.rotation is not None:
             packed = {layer.disk + layout.WEIGHT for block in plan.layers for layer in block}
             self.changed |= dict.fromkeys(sorted(plan.rotation.changed - packed), "rotated")
-        others = [name for names in plan.other_shards for name in names]
-        fill(plan, plan.model, "", [name for name in others if name in plan.names.to_model])
-        plan.model.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
+        fill_outside(plan)
         at_once = TOKENS_AT_ONCE[plan.device.type]
         batches = batches_of(windows, at_once, plan.device)
         only_tuned_on = [
