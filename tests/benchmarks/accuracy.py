@@ -2,9 +2,9 @@
 
     python tests/benchmarks/accuracy.py MODEL --calibration C.txt --evaluation E.txt
 
-Method: each recipe converts MODEL on the CPU with the same calibration windows; the packed model
-(reference path, float32) and the original (float32) read the first windows of the evaluation text,
-non-overlapping, without special tokens. KL is the mean over tokens of KL(original || packed), in
+Method: each recipe converts MODEL on --device (the CPU) with the same calibration windows; there
+the packed model (reference path, float32) and the original (float32) read the first windows of the
+evaluation text, non-overlapping, without special tokens. KL is the mean over tokens of KL(original || packed), in
 nats. Folders of peer_weights.py, after --peers, are measured alike: float32, the inputs of the
 linears in the decoder's blocks quantized to E4M3 for each token. Prints a table, then one JSON
 line.
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=32, help="evaluation windows")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="*", choices=list(CASES), help="some cases, or none")
     parser.add_argument("--peers", nargs="+", type=Path, default=[], help="of peer_weights.py")
     given = parser.parse_args()
@@ -78,15 +79,16 @@ def main() -> None:
         parser.error("nothing to measure: neither cases nor --peers")
 
     original = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
+    original.to(given.device)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     text = given.evaluation.read_text(encoding="utf-8")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = torch.tensor(ids[: given.windows * given.seq_len]).view(-1, given.seq_len)
+    windows = torch.tensor(ids[: given.windows * given.seq_len]).view(-1, given.seq_len).to(given.device)
 
     rows: dict[str, dict[str, float]] = {}
     for name, make in subjects.items():
         subject = make()
-        measured = compare(original, subject.model, windows)
+        measured = compare(original, subject.model.to(given.device), windows)
         rows[name] = {
             "bits": subject.bits,
             "perplexity": measured.perplexity,
@@ -117,7 +119,7 @@ def converted(case: str, given: argparse.Namespace) -> Subject:
             samples=given.samples,
             seq_len=given.seq_len,
             seed=given.seed,
-            device="cpu",
+            device=given.device,
             **CASES[case],
         )
         packed = zqfp_convert.load(made.out, device="cpu", dtype=torch.float32)
