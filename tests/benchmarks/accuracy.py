@@ -5,8 +5,9 @@
 Method: each recipe converts MODEL on --device (the CPU) with the same calibration windows; there
 the packed model (reference path, float32) and the original (float32) read the first windows of the
 evaluation text, non-overlapping, without special tokens. KL is the mean over tokens of
-KL(original || packed), in nats. Folders of peer_weights.py, after --peers, are measured alike: float32, the inputs of the
-linears in the decoder's blocks quantized to E4M3 for each token. Prints a table, then one JSON
+KL(original || packed), in nats. Folders of peer_weights.py, after --peers, are measured alike:
+float32, the inputs of the linears in the decoder's blocks quantized to E4M3 for each token. Prints
+a table, then one JSON
 line.
 """
 
