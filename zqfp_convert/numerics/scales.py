@@ -7,6 +7,7 @@ span at most 11, a row's largest exponent 0 under M2, harmless values for groups
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -59,9 +60,10 @@ class Scales:
 
     def marks(self, columns: Tensor) -> Tensor:
         """`per_column`, negative where the second codebook holds: what `round` needs to know."""
-        return self.marks_of_groups()[:, columns // self.group_size]
+        return self.marked[:, columns // self.group_size]
 
-    def marks_of_groups(self) -> Tensor:
+    @cached_property
+    def marked(self) -> Tensor:
         """`per_group`, negative where the second codebook holds, float32 `[N, G]`."""
         scale = self.per_group()
         return scale if self.choice is None else torch.where(self.choice, -scale, scale)

@@ -31,38 +31,45 @@ class Grid(Protocol):
 
 
 def settle(
-    values: Tensor, before: Tensor | None, coupling: Tensor, columns: Tensor, grid: Grid
-) -> Tensor:
+    block: Tensor,
+    moves: Tensor,
+    coupling: Tensor,
+    columns: Tensor,
+    grid: Grid,
+    step: Tensor | None = None,
+) -> None:
     """Round the columns of a block in place, from left to right.
 
-    Column j moves by `m_j`, which is `v_j - round(v_j)` without `before` and
-    `round(v_j) - before_j` with it; then `v_i -= coupling_ji m_j` for all i > j.
+    Column j is rounded at `v_j`. Without `step` v starts as the block, and column j moves by
+    `m_j = v_j - round(v_j)`; with it v starts as `block + moves step`, and
+    `m_j = round(v_j) - block_j`. Then `v_i -= coupling_ji step_i m_j` for all i > j (1 for no
+    step).
 
     Args:
-        values: float32 `[N, B]`; rounded afterwards.
-        before: float32 `[N, B]`, or None.
+        block: float32 `[N, B]`, a part of a matrix; rounded afterwards.
+        moves: float32 `[N, B]`, likewise; the moves m afterwards.
         coupling: float32 `[B, B]`; what lies above its diagonal is used.
         columns: int64 `[B]`, where in the matrix the columns are.
         grid: of the matrix.
-
-    Returns:
-        The moves m, float32 `[N, B]`.
+        step: float32 `[B]`, or None.
     """
-    if kernels.take(values) and isinstance(grid, Scales):
+    if kernels.take(block) and isinstance(grid, Scales):
         from zqfp_convert.quantize.kernels import columns as fused
 
-        return fused.settle(values, before, coupling, columns, grid)
-    V = values.t().contiguous()  # [B, N]: a column is a row here
-    stood = None if before is None else before.t()
+        fused.settle(block, moves, coupling, columns, grid, step)
+        return
+    stood = block.t().contiguous()  # [B, N]: a column is a row here
+    V = stood.clone() if step is None else torch.addcmul(stood, moves.t(), step[:, None])
+    pulls = coupling if step is None else coupling * step
     marks = grid.marks(columns).t().contiguous()
-    moves = torch.empty_like(V)
+    moved = torch.empty_like(V)
     for j in range(len(V)):
         rounded = grid.round(V[j], marks[j])
-        if stood is None:
-            torch.sub(V[j], rounded, out=moves[j])
+        if step is None:
+            torch.sub(V[j], rounded, out=moved[j])
         else:
-            torch.sub(rounded, stood[j], out=moves[j])
+            torch.sub(rounded, stood[j], out=moved[j])
         V[j] = rounded
-        V[j + 1 :].addr_(coupling[j, j + 1 :], moves[j], alpha=-1)
-    values.copy_(V.t())
-    return moves.t()
+        V[j + 1 :].addr_(pulls[j, j + 1 :], moved[j], alpha=-1)
+    block.copy_(V.t())
+    moves.copy_(moved.t())

@@ -42,20 +42,14 @@ def descend(target: Tensor, rounded: Tensor, hessian: Tensor, grid: Grid, sweeps
     for _ in range(sweeps):
         for start in range(0, len(H), SPAN):
             end = min(start + SPAN, len(H))
-            pull = E @ H[:, start:end]  # what the errors of all columns want of these
-            moves = torch.empty_like(pull)
+            moves = E @ H[:, start:end]  # what the errors of all columns want of these, at first
             for left in range(start, end, BLOCK):
                 right = min(left + BLOCK, end)
                 here, done = slice(left, right), left - start
-                wanted = pull[:, done : right - start]
+                wanted = moves[:, done : right - start]
                 if done:
                     wanted.addmm_(moves[:, :done], H[start:left, here], alpha=-1)
-                values = torch.addcmul(Q[:, here], wanted, step[here])
-                coupling = H[here, here] * step[here]
-                moves[:, done : right - start] = settle(
-                    values, Q[:, here], coupling, columns[here], grid
-                )
-                Q[:, here] = values
+                settle(Q[:, here], wanted, H[here, here], columns[here], grid, step[here])
             E[:, start:end] = target[:, start:end] - Q[:, start:end]
     return Q
 

@@ -34,9 +34,8 @@ def gptq(weight: Tensor, curvature: Curvature, grid: Grid) -> Tensor:
             right = min(left + BLOCK, end)
             block = W[:, left:right]
             _pay(block, errors[:, start:left], U[start:left, left:right])
-            errors[:, left:right] = settle(
-                block, None, U[left:right, left:right], order[left:right], grid
-            )
+            here = slice(left, right)
+            settle(block, errors[:, here], U[here, here], order[here], grid)
     result = torch.empty_like(weight)
     result[:, order] = W
     return result
