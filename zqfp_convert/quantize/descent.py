@@ -38,7 +38,7 @@ def descend(target: Tensor, rounded: Tensor, hessian: Tensor, grid: Grid, sweeps
     H = hessian
     step = _step(H)
     columns = torch.arange(len(H), device=H.device)
-    Q, E = rounded.clone(), target - rounded
+    Q, E = rounded.clone(memory_format=torch.contiguous_format), target - rounded
     for _ in range(sweeps):
         for start in range(0, len(H), SPAN):
             end = min(start + SPAN, len(H))

@@ -25,7 +25,7 @@ def gptq(weight: Tensor, curvature: Curvature, grid: Grid) -> Tensor:
         The rounded weight, float32 `[N, K]`, each element on the grid.
     """
     order, U = curvature.order, curvature.factor
-    W = weight[:, order]
+    W = weight.index_select(1, order)
     errors = torch.empty_like(W)
     for start in range(0, len(U), SPAN):
         end = min(start + SPAN, len(U))
@@ -36,7 +36,7 @@ def gptq(weight: Tensor, curvature: Curvature, grid: Grid) -> Tensor:
             _pay(block, errors[:, start:left], U[start:left, left:right])
             here = slice(left, right)
             settle(block, errors[:, here], U[here, here], order[here], grid)
-    result = torch.empty_like(weight)
+    result = torch.empty_like(W)
     result[:, order] = W
     return result
 

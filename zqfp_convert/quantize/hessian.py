@@ -114,7 +114,7 @@ def prepare(
 def _inverse_factor(lower: Tensor) -> Tensor:
     """The flipped inverse of a lower triangular matrix, each row over its diagonal element."""
     size = len(lower)
-    factor = torch.zeros_like(lower)
+    factor = torch.zeros(size, size, device=lower.device)
     for left in range(0, size, SLICE):  # columns of the inverse are zeros down to their own row
         right = min(left + SLICE, size)
         unit = torch.zeros(size - left, right - left, device=lower.device)

@@ -24,6 +24,7 @@ def settle(
 ) -> None:
     """As `columns.settle`, on a grid of codebooks; the rows of all matrices are contiguous."""
     rows, width = block.shape
+    assert block.stride(1) == moves.stride(1) == coupling.stride(1) == 1
     above, rises = bounds(grid.books)
     with on(block):
         _settle[(triton.cdiv(rows, ROWS),)](
