@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from zqfp_convert.calibration.text import GENERATED_AT_ONCE, Text
 from zqfp_convert.checkpoint import hub, layout
+from zqfp_convert.checkpoint.partial import check_free
 from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
 from zqfp_convert.checkpoint.source import Source
-from zqfp_convert.checkpoint.writer import check_free
 from zqfp_convert.distill import memory
 from zqfp_convert.errors import CheckpointError, OutputError, SourceError
 from zqfp_convert.model import skeleton
