@@ -97,7 +97,8 @@ def run(plan: Plan, progress: Progress | None = None, *, resume: bool = True) ->
             f"memory of {plan.device}",
             str(error).split(".")[0],
             needed=f"about {plan.device_memory / 1e6:,.0f} MB, by the plan's estimate",
-            do="Use fewer --samples, a shorter --seq-len, or another --device.",
+            do="Free some, and give the same command again: it goes on where it stopped. Or add "
+            "--no-resume and use fewer --samples, a shorter --seq-len, or another --device.",
         ) from error
     finally:
         skeleton.empty(plan.model)

@@ -82,7 +82,8 @@ class Work:
             self.changed |= dict.fromkeys(sorted(plan.rotation.changed - packed), "rotated")
         if not self.partial.noted(BATCH):
             at_once = max(1, TOKENS_AT_ONCE[plan.device.type] // calibration.shape[1])
-            self.partial.note(BATCH, {"block": 0, "windows": at_once})
+            at_most = max(len(text) for text in windows.every)
+            self.partial.note(BATCH, {"block": 0, "windows": min(at_once, at_most)})
         about: dict[str, Any] = {
             "source": plan.calibration,
             "samples": calibration.shape[0],
