@@ -202,10 +202,13 @@ def main() -> None:
     for kind in ("best", "little-memory", "max"):
         parser.add_argument(f"--{kind}", type=int, default=0, help="how often to kill it")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--fill-disk", action="store_true")
     parser.add_argument("--limit", type=int, default=0, help="of a file's bytes, instead")
     given = parser.parse_args()
-    source = write_model(given.folder / "source", **SMALL)
+    CHOICES["device"] = given.device
+    dtype = torch.float32 if given.device == "cpu" else torch.bfloat16
+    source = write_model(given.folder / "source", dtype=dtype, **SMALL)
     write_tokenizer(source)
     for kind in ("best", "little-memory", "max"):
         if kills := getattr(given, kind.replace("-", "_")):

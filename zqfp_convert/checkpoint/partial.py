@@ -179,8 +179,8 @@ class Partial:
             except OSError:
                 self._restore()
                 raise
+            self._finished = True
             sync(self.out.parent)
-        self._finished = True
 
     def _begin(self, conversion: dict[str, Any]) -> None:
         with writing(self.out):

@@ -252,6 +252,8 @@ def _number(text: str | None) -> int | str | None:
 
 
 def _show_plan(plan: Plan, *, every_layer: bool) -> None:
+    from zqfp_convert.checkpoint.partial import partial_folder
+
     recipe = plan.recipe
     layers = [layer for block in plan.layers for layer in block]
     most = "at most " if recipe.rank == "auto" else ""
@@ -274,6 +276,9 @@ def _show_plan(plan: Plan, *, every_layer: bool) -> None:
         + (f", {console.size(plan.device_memory)} on the GPU" if plan.device_memory else ""),
         "left alone": ", ".join(plan.left_alone) or "nothing",
     }
+    unfinished = partial_folder(plan.out)
+    if unfinished.exists():
+        rows["unfinished"] = f"{unfinished}, gone on with if it is the same conversion"
     if code := plan.source.code_files():
         rows["not run"] = "code of the model's author: " + ", ".join(map(str, code))
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -60,15 +60,11 @@ class Work:
     partial: Partial
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: dict[str, str] = field(default_factory=dict)
+    done: int = 0  # weights that have been quantized
     windows: Windows | None = None
     states: States | None = None
     tunable: dict[str, TunableLinear] = field(default_factory=dict)  # by names on disk
     columns: dict[str, Tensor] = field(default_factory=dict)  # of balanced layers, by names on disk
-
-    @property
-    def done(self) -> int:
-        """Weights that have been quantized."""
-        return sum(entry["shape"][0] * entry["shape"][1] for entry in self.entries.values())
 
     def calibrate(self) -> dict[str, Any]:
         """Get the text to calibrate on and rotate the plan; returns what the config says of it."""
@@ -111,6 +107,7 @@ class Work:
         start, count = max(0, files.done - first), len(plan.layers)
         for index in range(start):
             self._recall(files.about(first + index))
+            self.done += sum(layer.weights for layer in plan.layers[index])
         calibrated = self.windows is not None
         if start == count and not plan.recipe.tune:
             return
@@ -224,8 +221,9 @@ class Work:
         """Quantize a block, given its tensors by their names on disk."""
         plan, prefix = self.plan, self.plan.blocks.name(index) + "."
         layers = plan.layers[index]
-        for layer in layers:  # of a try that failed
-            self.entries.pop(layer.disk, None)
+        for layer in layers:
+            if self.entries.pop(layer.disk, None) is not None:  # of a try that failed
+                self.done -= layer.weights
         changed: dict[str, str] = {}
         if self.states is None:
             module = plan.blocks.modules[index]
@@ -355,6 +353,7 @@ class Work:
         self, layer: PlannedLayer, solved: QuantizedWeight, curvature: Curvature | None
     ) -> None:
         """What the manifest will say of a layer."""
+        self.done += layer.weights
         if self.plan.recipe.tune > 0:
             self._keep_tunable(layer, solved)
         self.entries[layer.disk] = {
