@@ -159,6 +159,7 @@ def test_what_is_done_is_not_done_again(
     assert "block 1/2  done before" in said
     assert not [text for text in said if text.startswith("block 1/2  self_attn")]
     assert len(result.layers) == 14
+    monkeypatch.undo()
     assert contents(tmp_path / "out") == at_once("llama", "best")
 
 
