@@ -162,7 +162,7 @@ class Work:
         self._split(index)
         packed, about = files.load(first + index), files.about(first + index)
         block, calls, _, _ = self._prepared(index, tensors)
-        student = copy.deepcopy(block)
+        student = _student(block)
         for layer in self.plan.layers[index]:
             self._simulate(student, layer, self._unpacked(layer, packed))
         assert self.states is not None
@@ -299,7 +299,7 @@ class Work:
         assert states is not None
         block, calls, balanced, changes = self._prepared(index, tensors)
         layers = {layer.place: layer for layer in plan.layers[index]}
-        student = copy.deepcopy(block)
+        student = _student(block)
         teacher = block if recipe.asymmetry > 0 else None
         stages = trace(student, layers, calls(0), states.student.hidden[0]) if layers else []
         quantized: dict[str, PackedLayer] = {}
@@ -419,6 +419,12 @@ class Work:
         linear = get_linear(student, layer.place)
         weight = packed.to(self.plan.device).approximation().to(linear.weight.dtype)
         put(student, layer.place, SimulatedLinear(weight, bias_of(linear)))
+
+
+def _student(block: nn.Module) -> nn.Module:
+    """Another block with the same weights, which are replaced in it, never written to."""
+    shared = {id(parameter): parameter for parameter in block.parameters()}
+    return copy.deepcopy(block, shared)
 
 
 def packed_layer(layer: PlannedLayer, solved: QuantizedWeight) -> PackedLayer:
