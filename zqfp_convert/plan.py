@@ -24,6 +24,7 @@ from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
 from zqfp_convert.model.device import compute_dtype, resolve_device, too_little_memory
 from zqfp_convert.model.names import NameMap
 from zqfp_convert.model.tokenizer import tokenizer_of
+from zqfp_convert.original import match
 from zqfp_convert.quantize import lorc, ranks
 from zqfp_convert.recipe import Recipe
 
@@ -184,7 +185,7 @@ def make_plan(
         )
     network = skeleton.build(source.folder, target)
     blocks = find_blocks(network)
-    names = NameMap(network, source.shards.tensors)
+    names = match(source, network)
     check_fit(source, network, names)
     if text is not None and recipe.needs_calibration:
         tokenizer_of(source.folder)

@@ -100,6 +100,12 @@ class Shards:
                     result[name] = shard.get_tensor(name)
         return result
 
+    def read_at(self, name: str, index: int) -> Tensor:
+        """What lies at an index along the first dimension of the named tensor; no more is read."""
+        with safe_open(str(self.folder / self.tensors[name].file), framework="pt") as shard:
+            part: Tensor = shard.get_slice(name)[index]
+            return part
+
 
 def read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
     """What the header of a shard says, after the library has found the file whole.
