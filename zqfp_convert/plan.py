@@ -22,6 +22,7 @@ from zqfp_convert.errors import CheckpointError, OutputError, SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
 from zqfp_convert.model.device import compute_dtype, resolve_device, too_little_memory
+from zqfp_convert.model.experts import routers
 from zqfp_convert.model.names import NameMap
 from zqfp_convert.model.tokenizer import tokenizer_of
 from zqfp_convert.original import match
@@ -214,7 +215,7 @@ def make_plan(
         layers=layers,
         left_alone=left_alone,
         other_shards=_split(source, others),
-        bytes_before=before,
+        bytes_before=source.shards.stored_bytes,
         bytes_after=before - replaced,
         tunes_roundings=recipe.tune > 0,
         host_memory=0,
@@ -246,7 +247,8 @@ def rotated(plan: Plan, rotation: Rotation) -> Plan:
     blocks = find_blocks(model)
     in_blocks = set(names.within(blocks.path))
     others = [disk for disk in source.shards.tensors if disk not in in_blocks]
-    added = sum(info.bytes for info in source.shards.tensors.values()) - plan.bytes_before
+    held = (plan.source.shards.tensors.values(), source.shards.tensors.values())
+    before, now = (sum(info.bytes for info in tensors) for tensors in held)
     turned = dataclasses.replace(
         turned,
         recipe=plan.recipe.changed(rotation="residual"),
@@ -254,7 +256,7 @@ def rotated(plan: Plan, rotation: Rotation) -> Plan:
         blocks=blocks,
         names=names,
         other_shards=_split(source, others),
-        bytes_after=plan.bytes_after + added,
+        bytes_after=plan.bytes_after + now - before,
     )
     _check_disk(turned)
     return _estimated(turned)
@@ -295,6 +297,7 @@ def _layers(
     planned: list[list[PlannedLayer]] = []
     left_alone: dict[str, str] = {}
     reached = set()
+    choosing = routers(model)
     for index, block in enumerate(blocks.modules):
         members = []
         for local, linear in linears(block):
@@ -303,6 +306,9 @@ def _layers(
             disk = names.to_disk[place + layout.WEIGHT].removesuffix(layout.WEIGHT)
             if recipe.ignores(disk) or recipe.ignores(place):
                 left_alone[disk] = "matches --ignore"
+                continue
+            if place in choosing:
+                left_alone[disk] = "chooses or weighs experts"
                 continue
             rows, columns = shape(linear)
             size = _packed_bytes(rows, columns, recipe)

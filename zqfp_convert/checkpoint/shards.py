@@ -88,6 +88,11 @@ class Shards:
                 )
         return cls(folder, tensors)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Of all tensors, as they lie on disk."""
+        return sum(info.bytes for info in self.tensors.values())
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on the CPU, in the dtype they are stored in."""
         by_file: dict[str, list[str]] = defaultdict(list)

@@ -48,6 +48,11 @@ class SplitShards(Shards):
         super().__init__(base.folder, tensors)
         self._base, self._slices = base, slices
 
+    @property
+    def stored_bytes(self) -> int:
+        """As in `Shards`."""
+        return self._base.stored_bytes
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """As in `Shards`."""
         names = list(names)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from zqfp_convert.errors import SourceError
-from zqfp_convert.model.experts import mixtures
+from zqfp_convert.model.experts import Experts, mixtures
 
 Linear: TypeAlias = "nn.Linear | Conv1D"
 
@@ -47,7 +47,7 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
         decoder = model
     best: tuple[int, str, nn.ModuleList] | None = None
     for path, module in decoder.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
+        if not isinstance(module, nn.ModuleList) or isinstance(module, Experts) or not len(module):
             continue
         size = sum(weight_matrix(w).numel() for block in module for _, w in linears(block))
         alike = len({type(block) for block in module}) == 1

@@ -94,12 +94,11 @@ class IndexedExperts(Experts):
             index: int64 `[tokens, k]`, experts of each token; numbers beyond the last are none.
             weights: `[tokens, k]`, of their outputs.
         """
-        result = torch.zeros_like(hidden)
-        share = weights.reshape(-1, 1)  # [tokens k, 1]
+        result, k = torch.zeros_like(hidden), index.shape[-1]
         for expert, assigned in zip(self, self._assigned(index), strict=True):
             if len(assigned):
-                rows = assigned // index.shape[-1]
-                y = expert(hidden[rows]) * share[assigned]
+                rows = assigned // k
+                y = expert(hidden[rows]) * weights[rows, assigned % k, None]
                 result.index_add_(0, rows, y.to(result.dtype))
         return result
 
@@ -141,7 +140,7 @@ class StandIn(nn.Module):
         if not routing:
             return hidden
         index, weights = routing
-        return hidden * (weights * (index + 1)).sum(-1, keepdim=True).to(hidden.dtype)
+        return hidden * (weights.sum(-1) + index.sum(-1))[:, None].to(hidden.dtype)
 
 
 def mixtures(module: nn.Module) -> dict[str, Experts]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -45,10 +47,10 @@ class NameMap:
         self.unused: list[str] = []
         for name in disk:
             place, pattern = rules.renamed(name)
-            if place in rules.fused and pattern is None:
-                self.fused[name] = rules.fused[place]
-                continue
-            if place in rules.fused and pattern is not None:
+            if place in rules.fused:
+                if pattern is None or rules.keeps(pattern):
+                    self.fused[name] = rules.fused[place]
+                    continue
                 place = rules.of_expert(name, place, pattern)
             elif pattern is not None and place in places:
                 raise _merged(name)
@@ -100,6 +102,13 @@ class _Rules:
         )
         return renamed
 
+    def keeps(self, pattern: str) -> bool:
+        """Whether tensors of a pattern are taken as they are after all."""
+        converter = self._converter(pattern)
+        sample = torch.arange(24.0).view(2, 3, 4)
+        tensors = _converted(converter, {pattern: [sample]}) if "*" not in pattern else {}
+        return all(torch.equal(one, sample) for one in tensors.values()) and bool(tensors)
+
     def of_expert(self, name: str, fused: str, pattern: str) -> str:
         """The place of a tensor of one expert, which transformers merges into the fused parameter.
 
@@ -107,7 +116,7 @@ class _Rules:
             SourceError: it merges them otherwise than one expert after the other, part by part.
         """
         path, layout = self.fused[fused]
-        converter = next(rule for rule in self._converters if pattern in rule.source_patterns)
+        converter = self._converter(pattern)
         sources = converter.source_patterns
         if len(sources) != len(layout.parts) or not _stacks(converter):
             raise _merged(name)
@@ -117,25 +126,36 @@ class _Rules:
             raise _merged(name)
         return f"{path}.{found.group(1)}.{layout.parts[sources.index(pattern)]}.{layout.leaf}"
 
+    def _converter(self, pattern: str) -> WeightConverter:
+        return next(rule for rule in self._converters if pattern in rule.source_patterns)
+
 
 def _stacks(converter: WeightConverter) -> bool:
     """Whether a converter puts one expert after the other, and parts in the order of its sources.
 
-    Its operations are tried on matrices `[2, 3]` of two experts, each full of a number of its own.
+    It is tried on matrices `[2, 3]` of two experts, each full of a number of its own.
     """
     sources = converter.source_patterns
     numbers = torch.arange(2.0 * len(sources)).view(2, len(sources))  # [expert, part]
-    tensors: object = {
+    each = {
         source: [torch.full((2, 3), float(numbers[expert, part])) for expert in range(2)]
         for part, source in enumerate(sources)
     }
+    (merged,) = _converted(converter, each).values()
+    return torch.equal(merged, numbers.repeat_interleave(2, 1)[:, :, None].expand(-1, -1, 3))
+
+
+def _converted(converter: WeightConverter, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """What the operations of a converter make of the tensors of its sources."""
+    result: dict[str, Any] = tensors
     for operation in converter.operations:
-        tensors = operation.convert(
-            tensors, source_patterns=sources, target_patterns=converter.target_patterns
+        result = operation.convert(
+            result,
+            source_patterns=converter.source_patterns,
+            target_patterns=converter.target_patterns,
         )
-    (merged,) = tensors.values()  # type: ignore[attr-defined]
-    wanted = numbers.repeat_interleave(2, 1)[:, :, None].expand(-1, -1, 3)
-    return bool(torch.equal(merged, wanted))
+    first = {name: one[0] if isinstance(one, list) else one for name, one in result.items()}
+    return first
 
 
 def _merged(name: str) -> SourceError:
