@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zqfp_convert.calibration import text
+from zqfp_convert.calibration.experts import Moments, arrivals
 from zqfp_convert.calibration.folding import Change
 from zqfp_convert.calibration.simulated import SimulatedLinear
 from zqfp_convert.calibration.stages import statistics, trace
@@ -19,6 +21,7 @@ from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.packed import pack
 from zqfp_convert.conversion.block import fill, fill_outside, fold
+from zqfp_convert.conversion.experts import quantize_experts
 from zqfp_convert.conversion.rehearsal import choose_rotation
 from zqfp_convert.conversion.result import Progress
 from zqfp_convert.distill.train import Outcome, distill
@@ -33,6 +36,7 @@ from zqfp_convert.model.blocks import (
     weight_matrix,
 )
 from zqfp_convert.model.device import compute_dtype
+from zqfp_convert.model.experts import mixtures
 from zqfp_convert.model.head import Head
 from zqfp_convert.model.tokenizer import check_tokens, tokenizer_of
 from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer
@@ -240,29 +244,25 @@ class Work:
             for place in one.linears:
                 norms[place] = self._disk(f"{plan.blocks.name(index)}.{one.norm}{layout.WEIGHT}")
                 self.columns[layers[place].disk] = one.columns
-        student = copy.deepcopy(block)
+        shared = {id(parameter): parameter for parameter in block.parameters()}
+        student = copy.deepcopy(block, shared)  # its weights are replaced, never written to
         teacher = block if recipe.asymmetry > 0 else None
-        stages = trace(student, layers, calls(0), self.student.hidden[0]) if layers else []
         quantized: dict[str, QuantizedWeight] = {}
-        for stage in stages:
-            hessian, cross, rounding = statistics(
-                stage, student, self.student, teacher, self.teacher, calls
-            )
-            curvature = prepare(
-                hessian, cross, damping=recipe.damping, activation_order=recipe.activation_order
-            )
-            # One at a time takes less memory, but finds no rank for all.
-            for together in [stage] if recipe.rank == "auto" else [[place] for place in stage]:
-                members = [layers[place] for place in together]
-                linears = [get_linear(student, place) for place in together]
-                weights = [weight_matrix(linear) for linear in linears]
-                found = self._solve(index, members, weights, curvature)
-                for place, linear, solved in zip(together, linears, found, strict=True):
-                    lost = activation_error(weight_matrix(linear).float(), rounding, hessian)
-                    self.entries[layers[place].disk]["activation_error"] = lost
-                    simulated = solved.dequantize().to(linear.weight.dtype)
-                    put(student, place, SimulatedLinear(simulated, bias_of(linear)))
-                    quantized[place] = solved
+        experts = mixtures(student)
+        plain = [place for place in layers if not place.startswith(tuple(f"{e}." for e in experts))]
+        traced = [*plain, *experts] if layers else []
+        for stage in trace(student, traced, calls(0), self.student.hidden[0]) if traced else []:
+            for path in [place for place in stage if place in experts]:
+                batches = arrivals(path, student, self.student, teacher, self.teacher, calls)
+                solve = partial(self._solve_stages, index, student, layers, quantized)
+                seen = quantize_experts(path, layers, student, teacher, batches, solve)
+                for place, one in seen.items():
+                    entry = self.entries[layers[place].disk]
+                    entry["tokens"], entry["pooled"] = one.tokens, one.pooled
+            linears = [place for place in stage if place not in experts]
+            if linears:
+                found = statistics(linears, student, self.student, teacher, self.teacher, calls)
+                self._solve_stages(index, student, layers, quantized, [linears], Moments(*found, 0))
         for place in [place for place in layers if place not in quantized]:  # no token went there
             weight = weight_matrix(get_linear(block, place))
             (quantized[place],) = self._solve(index, [layers[place]], [weight], None)
@@ -272,6 +272,38 @@ class Work:
         for place, norm in norms.items():
             self.entries[layers[place].disk]["balanced"] = norm
         return quantized, changes
+
+    def _solve_stages(
+        self,
+        index: int,
+        student: nn.Module,
+        layers: dict[str, PlannedLayer],
+        quantized: dict[str, QuantizedWeight],
+        stages: list[list[str]],
+        moments: Moments,
+    ) -> None:
+        """Quantize the linears of stages of which the inputs have these moments; put them in."""
+        recipe = self.plan.recipe
+        curvature = prepare(
+            moments.hessian,
+            moments.cross,
+            damping=recipe.damping,
+            activation_order=recipe.activation_order,
+        )
+        if recipe.rank != "auto":  # one at a time takes less memory, but finds no rank for all
+            stages = [[place] for stage in stages for place in stage]
+        for together in stages:
+            members = [layers[place] for place in together]
+            linears = [get_linear(student, place) for place in together]
+            weights = [weight_matrix(linear) for linear in linears]
+            found = self._solve(index, members, weights, curvature)
+            for place, linear, solved in zip(together, linears, found, strict=True):
+                weight = weight_matrix(linear).float()
+                lost = activation_error(weight, moments.rounding, moments.hessian)
+                self.entries[layers[place].disk]["activation_error"] = lost
+                simulated = solved.dequantize().to(linear.weight.dtype)
+                put(student, place, SimulatedLinear(simulated, bias_of(linear)))
+                quantized[place] = solved
 
     def _solve(
         self,
