@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from zqfp_convert.calibration.experts import sums_bytes
 from zqfp_convert.calibration.text import GENERATED_AT_ONCE, Text
 from zqfp_convert.checkpoint import hub, layout
 from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
@@ -404,6 +405,12 @@ def _memory(plan: Plan) -> tuple[int, int]:
         work += streams * max(block_numbers) * width + recipe.samples * window
         work += stream if streams == 2 else 0
         work += 7 * 4 * widest**2
+        experts = [
+            sums_bytes(block, plan.device, cross=recipe.asymmetry > 0)
+            for block in plan.blocks.modules
+        ]
+        work += max(experts)
+        host += streams * recipe.samples * window if any(experts) else 0  # what reaches them
         work += 6 * TOKENS_AT_ONCE[plan.device.type] * widest * 4
         outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
         work += outside

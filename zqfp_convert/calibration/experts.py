@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zqfp_convert.calibration.stages import Calls, check_finite
 from zqfp_convert.calibration.stream import Call, Stream, inputs_of, stop_at
-from zqfp_convert.model.experts import DOWN, GATE, UP, Experts
+from zqfp_convert.model.experts import DOWN, GATE, UP, Experts, mixtures
 from zqfp_convert.numerics import fp8
 from zqfp_convert.quantize.hessian import HessianSum
 
@@ -103,6 +103,17 @@ def together(columns: int, device: torch.device, *, cross: bool) -> int:
     """How many experts' sums for `columns` inputs are collected at once."""
     each = 4 * columns**2 * (2 if cross else 1)
     return max(1, SUMS_BYTES[device.type] // each)
+
+
+def sums_bytes(block: nn.Module, device: torch.device, *, cross: bool) -> int:
+    """The most that the sums of a block's experts take at once; nothing without experts."""
+    most = 0
+    for experts in mixtures(block).values():
+        for stage in STAGES:
+            columns = experts[0].get_submodule(stage[-1]).get_parameter("weight").shape[1]
+            at_once = min(len(experts), together(columns, device, cross=cross))
+            most = max(most, at_once * 4 * columns**2 * (2 if cross else 1))
+    return most
 
 
 def pool(total: Moments | None, more: Moments) -> Moments:

@@ -73,6 +73,7 @@ def consumers(
             if isinstance(out, Tensor)
             and x.data_ptr() == out.data_ptr()
             and x.numel() == out.numel()
+            and x.shape[-1] == out.shape[-1]  # not heads, normalized one by one
         )
         for name, out in outputs.items()
     } | {name: [] for name in norms.keys() - outputs.keys()}

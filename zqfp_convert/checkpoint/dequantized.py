@@ -43,6 +43,7 @@ class DequantizedShards(Shards):
         self._base, self._block = base, block
         held = base.tensors
         tensors: dict[str, TensorInfo] = {}
+        shape: tuple[int, ...]
         self.quantized = 0  # how many tensors are
         for name, info in held.items():
             if name.endswith(SCALE_INV) and name.removesuffix(SCALE_INV) in held:
@@ -146,7 +147,9 @@ def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     Each value is a code times a power of two, which bfloat16 holds exactly.
     """
     codes = nibbles.unpack(blocks, MX_GROUP)  # [..., N, G, 32]
-    value = codebook.decode(codes, codebook.E2M1) * torch.exp2(scales.float() - E8M0_BIAS)[..., None]
+    value = (
+        codebook.decode(codes, codebook.E2M1) * torch.exp2(scales.float() - E8M0_BIAS)[..., None]
+    )
     return value.to(DTYPE).flatten(-2).transpose(-1, -2)
 
 

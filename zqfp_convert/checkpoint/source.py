@@ -127,8 +127,10 @@ def _quantization(
     if method not in METHODS:
         raise _quantized(folder, str(method))
     block = quantization.get("weight_block_size")
-    whole = isinstance(block, list) and all(type(extent) is int and extent > 0 for extent in block)
-    return method, (block[0], block[1]) if whole and len(block) == 2 else None
+    if not isinstance(block, list) or len(block) != 2:
+        return method, None
+    whole = all(type(extent) is int and extent > 0 for extent in block)
+    return method, (block[0], block[1]) if whole else None
 
 
 def _quantized(folder: Path, method: str | None) -> SourceError:

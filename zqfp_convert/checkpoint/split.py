@@ -36,8 +36,8 @@ class SplitShards(Shards):
     def __init__(self, base: Shards, slices: Mapping[str, Slice]) -> None:
         """`slices` are the parts by their names; together they are all of their wholes."""
         parts: dict[str, list[str]] = {}
-        for name, part in slices.items():
-            parts.setdefault(part.whole, []).append(name)
+        for name, one in slices.items():
+            parts.setdefault(one.whole, []).append(name)
         tensors: dict[str, TensorInfo] = {}
         for name, info in base.tensors.items():
             for part in parts.get(name, []):

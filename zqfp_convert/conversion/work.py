@@ -248,7 +248,9 @@ class Work:
         student = copy.deepcopy(block, shared)  # its weights are replaced, never written to
         teacher = block if recipe.asymmetry > 0 else None
         quantized: dict[str, QuantizedWeight] = {}
-        experts = mixtures(student)
+        experts = {
+            path for path in mixtures(student) if any(place.startswith(path + ".") for place in layers)
+        }
         plain = [place for place in layers if not place.startswith(tuple(f"{e}." for e in experts))]
         traced = [*plain, *experts] if layers else []
         for stage in trace(student, traced, calls(0), self.student.hidden[0]) if traced else []:
@@ -256,13 +258,17 @@ class Work:
                 batches = arrivals(path, student, self.student, teacher, self.teacher, calls)
                 solve = partial(self._solve_stages, index, student, layers, quantized)
                 seen = quantize_experts(path, layers, student, teacher, batches, solve)
-                for place, one in seen.items():
+                for place, found in seen.items():
                     entry = self.entries[layers[place].disk]
-                    entry["tokens"], entry["pooled"] = one.tokens, one.pooled
+                    entry["tokens"], entry["pooled"] = found.tokens, found.pooled
             linears = [place for place in stage if place not in experts]
             if linears:
-                found = statistics(linears, student, self.student, teacher, self.teacher, calls)
-                self._solve_stages(index, student, layers, quantized, [linears], Moments(*found, 0))
+                shared_input = statistics(
+                    linears, student, self.student, teacher, self.teacher, calls
+                )
+                self._solve_stages(
+                    index, student, layers, quantized, [linears], Moments(*shared_input, 0)
+                )
         for place in [place for place in layers if place not in quantized]:  # no token went there
             weight = weight_matrix(get_linear(block, place))
             (quantized[place],) = self._solve(index, [layers[place]], [weight], None)

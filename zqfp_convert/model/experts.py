@@ -107,7 +107,7 @@ class IndexedExperts(Experts):
         flat = index.reshape(-1)
         order = flat.argsort(stable=True)
         counts = flat.bincount(minlength=len(self)).tolist()
-        return list(order.split(counts))[: len(self)]
+        return list(torch.split(order, counts))[: len(self)]
 
 
 class SortedExperts(Experts):
@@ -121,7 +121,7 @@ class SortedExperts(Experts):
         each = hidden.view(len(self), -1, hidden.shape[-1])  # [experts, tokens, width]
         expert, token = each.ne(0).any(-1).nonzero(as_tuple=True)
         counts = expert.bincount(minlength=len(self)).tolist()
-        return list((expert * each.shape[1] + token).split(counts))
+        return list(torch.split(expert * each.shape[1] + token, counts))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[experts tokens, width]` to the same shape."""
@@ -162,7 +162,9 @@ def routers(module: nn.Module) -> set[str]:
             place = f"{parent}.{name}".lstrip(".")
             if place == path or place.startswith(path + ".") or not isinstance(part, nn.Linear):
                 continue
-            owners = [beside.get_submodule(name.rsplit(".", up)[0]) for up in range(name.count("."))]
+            owners = [
+                beside.get_submodule(name.rsplit(".", up)[0]) for up in range(name.count("."))
+            ]
             named = any("Router" in type(owner).__name__ for owner in [part, *owners])
             if named or part.out_features in (1, len(experts)):
                 found.add(place)

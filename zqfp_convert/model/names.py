@@ -154,8 +154,7 @@ def _converted(converter: WeightConverter, tensors: dict[str, list[Tensor]]) -> 
             source_patterns=converter.source_patterns,
             target_patterns=converter.target_patterns,
         )
-    first = {name: one[0] if isinstance(one, list) else one for name, one in result.items()}
-    return first
+    return {name: one[0] if isinstance(one, list) else one for name, one in result.items()}
 
 
 def _merged(name: str) -> SourceError:

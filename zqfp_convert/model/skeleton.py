@@ -22,8 +22,9 @@ def build(
 ) -> PreTrainedModel:
     """The causal language model of a folder's `config.json`, its parameters on the meta device.
 
-    Experts have linears of their own, see `model/experts.py`. Buffers that are not part of checkpoints are made on `device`. `untied`: with an output head of
-    its own, whatever the configuration says.
+    Experts have linears of their own, see `model/experts.py`. Buffers that are not part of
+    checkpoints are made on `device`. `untied`: with an output head of its own, whatever the
+    configuration says.
 
     Raises:
         SourceError: no causal language model that the installed transformers knows.

@@ -96,7 +96,7 @@ def _experts(module: nn.Module) -> Experts:
     biased = DOWN + BIAS in fused
 
     def linears() -> Iterator[tuple[str, nn.Linear]]:
-        for name, one in fused.items():
+        for one in fused.values():
             if one.leaf == "weight":
                 columns, rows = one.shape[1:] if one.transposed else one.shape[:0:-1]
                 for part in one.parts:
@@ -114,20 +114,20 @@ def _activation(module: nn.Module) -> Activate:
     bare = copy.copy(module)
     bare._parameters = {}
     if GATE_UP not in module._parameters:
-        return lambda up: bare.act_fn(up)  # type: ignore[no-any-return, operator]
+        return lambda up: bare.act_fn(up)  # type: ignore[operator]
     if not hasattr(bare, "_apply_gate"):
-        return lambda gate, up: bare.act_fn(gate) * up  # type: ignore[no-any-return, operator]
+        return lambda gate, up: bare.act_fn(gate) * up  # type: ignore[operator]
     if _interleaves(bare):
-        return lambda gate, up: bare._apply_gate(  # type: ignore[no-any-return, operator]
+        return lambda gate, up: bare._apply_gate(  # type: ignore[operator]
             torch.stack((gate, up), -1).flatten(-2)
         )
-    return lambda gate, up: bare._apply_gate(  # type: ignore[no-any-return, operator]
+    return lambda gate, up: bare._apply_gate(  # type: ignore[operator]
         torch.cat((gate, up), -1)
     )
 
 
 def _interleaves(module: nn.Module) -> bool:
-    """Whether a gate and what it lets through lie side by side: the first output depends on both."""
+    """Whether gate and up rows take turns: the first output depends on the first two."""
     if not hasattr(module, "_apply_gate"):
         return False
     merged = torch.linspace(0.5, 1.0, 8, dtype=torch.float64)
@@ -183,8 +183,11 @@ def _small(module: nn.Module) -> nn.Module:
     shapes = _shapes(module)
     features = {extent for shape in shapes.values() for extent in shape[1:]}
     common = math.gcd(*features)
-    divisor = max(d for d in range(1, common + 1) if common % d == 0 and common // d >= SMALLEST) \
-        if common >= SMALLEST else 1
+    divisor = (
+        max(d for d in range(1, common + 1) if common % d == 0 and common // d >= SMALLEST)
+        if common >= SMALLEST
+        else 1
+    )
     small = copy.copy(module)
     small.__dict__ = dict(module.__dict__)
     generator = torch.Generator().manual_seed(1)
@@ -197,7 +200,8 @@ def _small(module: nn.Module) -> nn.Module:
     for name, value in vars(module).items():
         if type(value) is int and value in features:
             setattr(small, name, value // divisor)
-    if hasattr(small, "config"):
-        small.config = copy.deepcopy(small.config)
-        small.config._experts_implementation = "eager"  # the model's own lines, in any dtype
+    config = copy.deepcopy(getattr(module, "config", None))
+    if config is not None:
+        config._experts_implementation = "eager"  # the model's own lines, in any dtype
+        small.__dict__["config"] = config
     return small
