@@ -71,7 +71,7 @@ def verify(
     source = None
     if against is not None:
         source = Source(hub.fetch(against))
-        if any(name + layout.WEIGHT not in source.shards.tensors for name in packed.layers):
+        if not _held(packed) <= source.shards.tensors.keys():
             match(source, skeleton.build(source.folder))  # experts may lie in one tensor there
     errors: dict[str, float] = {}
     groups = 0
@@ -86,6 +86,12 @@ def verify(
             errors[name] = _compare(packed, layer, source)
     unchanged = _compare_others(packed, source) if source is not None else 0
     return Verification(len(packed.layers), groups, packed.scales != "free", errors, unchanged)
+
+
+def _held(packed: PackedCheckpoint) -> set[str]:
+    """Names that the model has to have: all but those of packed tensors and of changed ones."""
+    plain = {name for name in packed.shards.tensors if layout.layer_of(name) is None}
+    return (plain - packed.manifest["changed"].keys()) | {n + layout.WEIGHT for n in packed.layers}
 
 
 def _prove_cast(layer: PackedLayer) -> None:
