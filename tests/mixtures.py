@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +87,19 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "head_dim": 8}),
 }  # fmt: skip
 FUSED_ON_DISK = ("gpt_oss", "llama4", "granitemoe")
-# Of older transformers, which keep experts otherwise there.
-NEEDS = {"granitemoe": "5.10", "afmoe": "5.10"}
+# Experts that older transformers keep otherwise.
+SINCE = {"granitemoe": "GraniteMoeExperts", "afmoe": "AfmoeExperts"}
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.(weight|bias)$")
 
 
 def architectures() -> list[str]:
     """Those that the installed transformers keeps in a way that is known."""
-    now = tuple(int(part) for part in hf.__version__.split(".")[:2])
-    return [
-        name
-        for name, (config, _) in MIXTURES.items()
-        if hasattr(hf, config)
-        and now >= tuple(int(part) for part in NEEDS.get(name, "5.0").split("."))
-    ]
+
+    def fuses(arch: str) -> bool:
+        modeling = import_module(f"transformers.models.{arch}.modeling_{arch}")
+        return hasattr(getattr(modeling, SINCE[arch], None), "_apply_gate")
+
+    return [arch for arch in MIXTURES if arch not in SINCE or fuses(arch)]
 
 
 def configuration(arch: str, **changes: Any) -> hf.PretrainedConfig:
@@ -108,10 +108,12 @@ def configuration(arch: str, **changes: Any) -> hf.PretrainedConfig:
     return getattr(hf, kind)(**{**BASE, **settings, **changes})
 
 
-def random_mixture(arch: str, dtype: torch.dtype = torch.float32) -> hf.PreTrainedModel:
+def random_mixture(
+    arch: str, dtype: torch.dtype = torch.float32, **changes: Any
+) -> hf.PreTrainedModel:
     """A model with random weights, norms and biases, whose activations stay of one size."""
     torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(configuration(arch), dtype=torch.float32)
+    model = hf.AutoModelForCausalLM.from_config(configuration(arch, **changes), dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -125,9 +127,10 @@ def write_mixture(
     arch: str,
     dtype: torch.dtype = torch.float32,
     change: Callable[[hf.PreTrainedModel], None] | None = None,
+    **changes: Any,
 ) -> Path:
     """Save a tiny random mixture with a tokenizer; returns the folder."""
-    model = random_mixture(arch, dtype)
+    model = random_mixture(arch, dtype, **changes)
     if change is not None:
         change(model)
     model.save_pretrained(folder)

@@ -127,7 +127,7 @@ def test_a_limit_is_noticed() -> None:
         ),
         transformers.JetMoeConfig(
             vocab_size=96, hidden_size=32, num_hidden_layers=2, num_key_value_heads=2,
-            kv_channels=8, intermediate_size=16, num_local_experts=4,
+            kv_channels=8, intermediate_size=16, num_local_experts=4, pad_token_id=0,
         ),
     ],
     ids=["dbrx", "jetmoe"],
@@ -170,7 +170,9 @@ def test_a_stand_in_tells_one_routing_from_another() -> None:
 def test_a_fused_tensor_of_another_shape(tmp_path: Path) -> None:
     folder = write_mixture(tmp_path / "m", "llama4")
     config = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(config.replace('"num_local_experts": 4', '"num_local_experts": 3'))
+    (folder / "config.json").write_text(
+        config.replace('"num_local_experts": 4', '"num_local_experts": 3')
+    )
     with pytest.raises(CheckpointError, match="wrong-shape") as raised:
         match(Source(folder), skeleton.build(folder))
     assert "experts" in raised.value.where

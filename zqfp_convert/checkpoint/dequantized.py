@@ -83,6 +83,8 @@ class DequantizedShards(Shards):
         """As in `Shards`."""
         if self._is_plain(name):
             return self._base.read_at(name, index)
+        if len(self.tensors[name].shape) == 2:  # a row has no blocks of its own
+            return self._dequantized(name, self._whole)[index]
         return self._dequantized(name, lambda part: self._base.read_at(part, index))
 
     def _is_plain(self, name: str) -> bool:

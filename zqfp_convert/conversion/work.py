@@ -249,7 +249,9 @@ class Work:
         teacher = block if recipe.asymmetry > 0 else None
         quantized: dict[str, QuantizedWeight] = {}
         experts = {
-            path for path in mixtures(student) if any(place.startswith(path + ".") for place in layers)
+            path
+            for path in mixtures(student)
+            if any(place.startswith(path + ".") for place in layers)
         }
         plain = [place for place in layers if not place.startswith(tuple(f"{e}." for e in experts))]
         traced = [*plain, *experts] if layers else []
