@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from zqfp_convert.calibration.experts import sums_bytes
 from zqfp_convert.calibration.text import GENERATED_AT_ONCE, Text
 from zqfp_convert.checkpoint import hub, layout
 from zqfp_convert.checkpoint.partial import check_free, partial_folder
@@ -22,8 +23,10 @@ from zqfp_convert.errors import CheckpointError, OutputError, SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
 from zqfp_convert.model.device import compute_dtype, resolve_device, too_little_memory
+from zqfp_convert.model.experts import routers
 from zqfp_convert.model.names import NameMap
 from zqfp_convert.model.tokenizer import tokenizer_of
+from zqfp_convert.original import match
 from zqfp_convert.quantize import lorc, ranks
 from zqfp_convert.recipe import Recipe
 
@@ -184,7 +187,7 @@ def make_plan(
         )
     network = skeleton.build(source.folder, target)
     blocks = find_blocks(network)
-    names = NameMap(network, source.shards.tensors)
+    names = match(source, network)
     check_fit(source, network, names)
     if text is not None and recipe.needs_calibration:
         tokenizer_of(source.folder)
@@ -213,7 +216,7 @@ def make_plan(
         layers=layers,
         left_alone=left_alone,
         other_shards=_split(source, others),
-        bytes_before=before,
+        bytes_before=source.shards.stored_bytes,
         bytes_after=before - replaced,
         tunes_roundings=recipe.tune > 0,
         host_memory=0,
@@ -245,7 +248,8 @@ def rotated(plan: Plan, rotation: Rotation) -> Plan:
     blocks = find_blocks(model)
     in_blocks = set(names.within(blocks.path))
     others = [disk for disk in source.shards.tensors if disk not in in_blocks]
-    added = sum(info.bytes for info in source.shards.tensors.values()) - plan.bytes_before
+    held = (plan.source.shards.tensors.values(), source.shards.tensors.values())
+    before, now = (sum(info.bytes for info in tensors) for tensors in held)
     turned = dataclasses.replace(
         turned,
         recipe=plan.recipe.changed(rotation="residual"),
@@ -253,7 +257,7 @@ def rotated(plan: Plan, rotation: Rotation) -> Plan:
         blocks=blocks,
         names=names,
         other_shards=_split(source, others),
-        bytes_after=plan.bytes_after + added,
+        bytes_after=plan.bytes_after + now - before,
     )
     _check_disk(turned)
     return _estimated(turned)
@@ -294,6 +298,7 @@ def _layers(
     planned: list[list[PlannedLayer]] = []
     left_alone: dict[str, str] = {}
     reached = set()
+    choosing = routers(model)
     for index, block in enumerate(blocks.modules):
         members = []
         for local, linear in linears(block):
@@ -302,6 +307,9 @@ def _layers(
             disk = names.to_disk[place + layout.WEIGHT].removesuffix(layout.WEIGHT)
             if recipe.ignores(disk) or recipe.ignores(place):
                 left_alone[disk] = "matches --ignore"
+                continue
+            if place in choosing:
+                left_alone[disk] = "chooses or weighs experts"
                 continue
             rows, columns = shape(linear)
             size = _packed_bytes(rows, columns, recipe)
@@ -398,6 +406,12 @@ def _memory(plan: Plan) -> tuple[int, int]:
         work += streams * max(block_numbers) * width + recipe.samples * window
         work += stream if streams == 2 else 0
         work += 7 * 4 * widest**2
+        experts = [
+            sums_bytes(block, plan.device, cross=recipe.asymmetry > 0)
+            for block in plan.blocks.modules
+        ]
+        work += max(experts)
+        host += streams * recipe.samples * window if any(experts) else 0  # what reaches them
         work += 6 * TOKENS_AT_ONCE[plan.device.type] * widest * 4
         outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
         work += outside

@@ -16,7 +16,9 @@ from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.checkpoint.rotated import rotate_weight
 from zqfp_convert.checkpoint.source import Source
 from zqfp_convert.errors import CheckpointError
+from zqfp_convert.model import skeleton
 from zqfp_convert.numerics import fp8
+from zqfp_convert.original import match
 from zqfp_convert.quantize.hessian import relative_error
 from zqfp_convert.runtime import expanded
 
@@ -66,7 +68,11 @@ def verify(
         SourceError: `against` cannot be read.
     """
     packed = PackedCheckpoint(hub.fetch(checkpoint), check_hashes=True)
-    source = Source(hub.fetch(against)) if against is not None else None
+    source = None
+    if against is not None:
+        source = Source(hub.fetch(against))
+        if not _held(packed) <= source.shards.tensors.keys():
+            match(source, skeleton.build(source.folder))  # experts may lie in one tensor there
     errors: dict[str, float] = {}
     groups = 0
     for done, name in enumerate(packed.layers):
@@ -80,6 +86,12 @@ def verify(
             errors[name] = _compare(packed, layer, source)
     unchanged = _compare_others(packed, source) if source is not None else 0
     return Verification(len(packed.layers), groups, packed.scales != "free", errors, unchanged)
+
+
+def _held(packed: PackedCheckpoint) -> set[str]:
+    """Names that the model has to have: all but those of packed tensors and of changed ones."""
+    plain = {name for name in packed.shards.tensors if layout.layer_of(name) is None}
+    return (plain - packed.manifest["changed"].keys()) | {n + layout.WEIGHT for n in packed.layers}
 
 
 def _prove_cast(layer: PackedLayer) -> None:

@@ -12,7 +12,7 @@ from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.checkpoint.source import Source
 from zqfp_convert.errors import OptionError, SourceError
 from zqfp_convert.model import skeleton
-from zqfp_convert.model.names import NameMap
+from zqfp_convert.original import match
 
 DTYPE = torch.bfloat16
 SPREAD = 0.02  # of random weights
@@ -71,7 +71,7 @@ def read(folder: Path, device: torch.device) -> PreTrainedModel:
     """
     source = Source(folder)
     model = skeleton.build(folder, device)
-    names = NameMap(model, source.shards.tensors)
+    names = match(source, model)
     if names.missing:
         raise SourceError(
             str(folder),

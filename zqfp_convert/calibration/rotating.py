@@ -25,6 +25,7 @@ from zqfp_convert.model.blocks import (
     shape,
     weight_matrix,
 )
+from zqfp_convert.model.experts import mixtures
 from zqfp_convert.model.names import NameMap
 from zqfp_convert.numerics import hadamard
 
@@ -43,6 +44,8 @@ def find_rotation(
     width = hidden.shape[-1]
     kinds = {tuple((n, type(m)) for n, m in block.named_modules()) for block in blocks.modules}
     if len(kinds) > 1:  # what holds for the first block says nothing of the others
+        return None
+    if mixtures(blocks.modules[0]):  # experts and routers get copies of what a norm gives
         return None
     around = _around(model, blocks, names, width)
     if around is None or hadamard.block_of(width) < SMALLEST_BLOCK:

@@ -66,17 +66,23 @@ def statistics(
         total.add(seen, original)
     assert total is not None
     hessian, cross_moment = total.mean()
-    finite = bool(hessian.isfinite().all())
-    if cross_moment is not None:
-        finite = finite and bool(cross_moment.isfinite().all())
-    if not finite:
+    check_finite(name, hessian, cross_moment)
+    return hessian, cross_moment, rounding / total.tokens
+
+
+def check_finite(name: str, hessian: Tensor, cross: Tensor | None) -> None:
+    """Refuse statistics of a layer's input that are not finite.
+
+    Raises:
+        SourceError: the activations hold NaN or infinity.
+    """
+    if not all(bool(one.isfinite().all()) for one in (hessian, cross) if one is not None):
         raise SourceError(
             name,
             "NaN or infinity among its calibration activations",
             needed="finite activations",
             do="Try --device cpu (float32); if it persists, the model or the text is at fault.",
         )
-    return hessian, cross_moment, rounding / total.tokens
 
 
 def _input(block: nn.Module, name: str, call: Call, hidden: Tensor) -> Tensor:

@@ -88,6 +88,11 @@ class Shards:
                 )
         return cls(folder, tensors)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Of all tensors, as they lie on disk."""
+        return sum(info.bytes for info in self.tensors.values())
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on the CPU, in the dtype they are stored in."""
         by_file: dict[str, list[str]] = defaultdict(list)
@@ -99,6 +104,12 @@ class Shards:
                 for name in members:
                     result[name] = shard.get_tensor(name)
         return result
+
+    def read_at(self, name: str, index: int) -> Tensor:
+        """What lies at an index along the first dimension of the named tensor; no more is read."""
+        with safe_open(str(self.folder / self.tensors[name].file), framework="pt") as shard:
+            part: Tensor = shard.get_slice(name)[index]
+            return part
 
 
 def read_header(folder: Path, file: str) -> dict[str, TensorInfo]:

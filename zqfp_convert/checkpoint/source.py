@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.dequantized import METHODS, DequantizedShards
 from zqfp_convert.checkpoint.shards import Shards, read_json
 from zqfp_convert.errors import SourceError
 
@@ -53,9 +54,17 @@ class Source:
         self.config: dict[str, Any] = read_json(
             folder / layout.CONFIG_FILE, "bad-config", constants=True
         )
-        _refuse_quantized(folder, self.config)
+        method, block = _quantization(folder, self.config)
         _refuse_pickled(folder)
-        self.shards = Shards.open(folder)
+        self.shards: Shards = Shards.open(folder)
+        if method is not None:
+            dequantized = DequantizedShards(self.shards, block)
+            if dequantized.quantized == 0:
+                raise _quantized(folder, method)
+            self.shards = dequantized
+            for config in (self.config, self.config.get("text_config")):
+                if isinstance(config, dict):
+                    config.pop(layout.CONFIG_KEY, None)
 
     def other_files(self) -> list[Path]:
         """Files to carry over, relative to the folder: all that are no weights and not hidden."""
@@ -109,20 +118,40 @@ class Source:
         return digest.hexdigest()
 
 
-def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
+def _quantization(
+    folder: Path, config: dict[str, Any]
+) -> tuple[str | None, tuple[int, int] | None]:
+    """How the source is quantized, in a way that can be read, and the shape of its blocks.
+
+    Raises:
+        SourceError: quantized in another way.
+    """
     quantization = config.get(layout.CONFIG_KEY)
     if quantization is None and isinstance(config.get("text_config"), dict):
         quantization = config["text_config"].get(layout.CONFIG_KEY)
     if quantization is None:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method is None and isinstance(quantization, dict):
+        return None, None
+    if not isinstance(quantization, dict):
+        raise _quantized(folder, None)
+    method = quantization.get("quant_method")
+    if method is None:  # bitsandbytes did not write its name at first
         early = any(key.startswith("load_in_") for key in quantization)
-        method = "bitsandbytes" if early else None  # which did not write its name at first
-    raise SourceError(
+        raise _quantized(folder, "bitsandbytes" if early else None)
+    if method not in METHODS:
+        raise _quantized(folder, str(method))
+    block = quantization.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2:
+        return method, None
+    whole = all(type(extent) is int and extent > 0 for extent in block)
+    return method, (block[0], block[1]) if whole else None
+
+
+def _quantized(folder: Path, method: str | None) -> SourceError:
+    return SourceError(
         str(folder / layout.CONFIG_FILE),
         f"the model is already quantized ({method or 'unknown method'})",
-        needed="the original weights (float32, float16 or bfloat16)",
+        needed="the original weights (float32, float16 or bfloat16), FP8 weights with scales for "
+        "blocks (weight_scale_inv), or MXFP4",
         do="Convert the model that this one was made from.",
     )
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from zqfp_convert.errors import OptionError, ZqfpError
 
+if TYPE_CHECKING:
+    from zqfp_convert.checkpoint.coverage import Coverage
+
 TO_PROGRAMS = "-"  # as the name of a file: standard output, and nothing else on it
 PIPED_WIDTH = 160  # columns of a table that goes to a file or a program
+NUMBER = re.compile(r"\.\d+(?=\.|$)")  # in a name
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True, highlight=False)
@@ -162,3 +168,26 @@ def _hush_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def starred(name: str) -> str:
+    """A name with stars for the numbers that count blocks and experts."""
+    return NUMBER.sub(".*", name)
+
+
+def kinds(names: Iterable[str]) -> str:
+    """Names in a row, those that differ by their numbers alone together."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(starred(name), []).append(name)
+    shown = (f"{kind} ({len(each)})" if len(each) > 1 else each[0] for kind, each in alike.items())
+    return ", ".join(shown) or "nothing"
+
+
+def coverage_table(found: Mapping[str, Coverage]) -> Table:
+    """How many tokens the experts of each block were calibrated on."""
+    table = Table("experts", "how many", "fewest tokens", "most", "pooled matrices", box=None)
+    for name, one in found.items():
+        pooled = f"{one.pooled} of {one.matrices}"
+        table.add_row(escape(name), str(one.experts), f"{one.fewest:,}", f"{one.most:,}", pooled)
+    return table

@@ -16,7 +16,7 @@ from zqfp_convert.cli import console
 
 if TYPE_CHECKING:
     from zqfp_convert.conversion import Conversion
-    from zqfp_convert.plan import Plan
+    from zqfp_convert.plan import Plan, PlannedLayer
 
 QUALITY = "Quality and size"
 CALIBRATION = "Calibration"
@@ -274,7 +274,7 @@ def _show_plan(plan: Plan, *, every_layer: bool) -> None:
         "device": str(plan.device),
         "memory": f"about {console.size(plan.host_memory)} of host memory"
         + (f", {console.size(plan.device_memory)} on the GPU" if plan.device_memory else ""),
-        "left alone": ", ".join(plan.left_alone) or "nothing",
+        "left alone": console.kinds(plan.left_alone),
     }
     unfinished = partial_folder(plan.out)
     if unfinished.exists():
@@ -289,15 +289,15 @@ def _show_plan(plan: Plan, *, every_layer: bool) -> None:
     console.out.print(table)
     if not every_layer:
         return
-    kinds: dict[tuple[str, int, int], int] = {}
+    kinds: dict[tuple[str, int, int], list[PlannedLayer]] = {}
     for layer in layers:
-        kind = (layer.place, layer.rows, layer.columns)
-        kinds[kind] = kinds.get(kind, 0) + 1
+        kinds.setdefault((console.starred(layer.place), layer.rows, layer.columns), []).append(
+            layer
+        )
     shapes = Table("layer of a block", "N", "K", "how many", f"{most}bits a weight", box=None)
-    packed = {(layer.place, layer.rows, layer.columns): layer for layer in layers}
-    for (place, n, k), count in kinds.items():
-        bits = 8 * packed[place, n, k].packed_bytes / (n * k)
-        shapes.add_row(place, str(n), str(k), str(count), f"{bits:.3f}")
+    for (place, n, k), alike in kinds.items():
+        bits = 8 * alike[0].packed_bytes / (n * k)
+        shapes.add_row(escape(place), str(n), str(k), str(len(alike)), f"{bits:.3f}")
     console.out.print(shapes)
 
 
@@ -331,6 +331,14 @@ def _show_result(result: Conversion) -> None:
             console.out.print(
                 f"[bold yellow]Few tokens:[/] the widest layer has {widest:,} inputs, so its "
                 "statistics are poor; give more text."
+            )
+    covered = result.coverage
+    if covered:
+        console.out.print(console.coverage_table(covered))
+        if any(one.pooled for one in covered.values()):
+            console.out.print(
+                "Pooled matrices have seen fewer tokens than they have columns, and were solved "
+                "with the statistics of their block's experts together; more text may help."
             )
     if result.tuning is not None:
         tuning = result.tuning

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -19,6 +20,7 @@ def command(
     """Show a checkpoint's layers: bits a weight, errors, spans."""
     with console.errors(debug, as_json):
         from zqfp_convert.checkpoint import hub
+        from zqfp_convert.checkpoint.coverage import coverage
         from zqfp_convert.checkpoint.reader import PackedCheckpoint
 
         packed = PackedCheckpoint(hub.fetch(checkpoint))
@@ -28,6 +30,8 @@ def command(
         }
         if as_json:
             described = {"quantization_config": packed.quantization, "layers": layers}
+            experts = coverage(packed.manifest["layers"])
+            described["experts"] = {name: asdict(one) for name, one in experts.items()}
             console.print_json({**described, "changed": packed.manifest["changed"]})
             return
         table = Table(box=None)
@@ -48,6 +52,9 @@ def command(
                 f"{entry['activation_error']:.2%}" if "activation_error" in entry else "-",
             )
         console.out.print(table)
+        covered = coverage(packed.manifest["layers"])
+        if covered:
+            console.out.print(console.coverage_table(covered))
         weights = sum(n * k for n, k in (entry["shape"] for entry in layers.values()))
         bits = sum(e["bits"] * e["shape"][0] * e["shape"][1] for e in layers.values()) / weights
         described = packed.quantization
@@ -60,6 +67,6 @@ def command(
             f"{producer['version']}"
         )
         console.out.print(
-            f"left alone: {escape(', '.join(described['ignore']) or 'nothing')}; changed tensors: "
+            f"left alone: {escape(console.kinds(described['ignore']))}; changed tensors: "
             f"{len(packed.manifest['changed'])}"
         )

@@ -13,11 +13,12 @@ from zqfp_convert.calibration.text import Text
 from zqfp_convert.checkpoint import hub
 from zqfp_convert.checkpoint.source import Source
 from zqfp_convert.compare.configuration import Configuration
-from zqfp_convert.errors import OptionError
+from zqfp_convert.errors import OptionError, SourceError
 from zqfp_convert.evaluate import texts
 from zqfp_convert.evaluate.parts import SourceParts
 from zqfp_convert.evaluate.texts import Windows
 from zqfp_convert.model.blocks import find_blocks, linears, shape
+from zqfp_convert.model.experts import mixtures
 from zqfp_convert.model.device import resolve_device, too_little_memory
 from zqfp_convert.model.tokenizer import check_tokens, tokenizer_of
 from zqfp_convert.plan import TOKENS_AT_ONCE, positions
@@ -104,6 +105,14 @@ def make_plan(
     wanted = None if calibration is None else Text.named(calibration)
     source = Source(hub.fetch(model))
     parts = SourceParts(source, target, torch.float32 if target.type == "cpu" else None)
+    if any(mixtures(block) for block in find_blocks(parts.model).modules):
+        raise SourceError(
+            type(parts.model).__name__,
+            "a mixture of experts",
+            needed="blocks of linears that every token goes through",
+            do="Convert the model and use 'evaluate'; comparisons of configurations take dense "
+            "models.",
+        )
     limit = positions(parts.model)
     length = _length("--window", window, WINDOW, limit)
     calibrated = _length("--seq-len", seq_len, SEQ_LEN, limit)

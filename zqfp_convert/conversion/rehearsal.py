@@ -23,6 +23,7 @@ from zqfp_convert.distill.train import kl
 from zqfp_convert.errors import OptionError, OutputError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import bias_of, get_linear, put, weight_matrix
+from zqfp_convert.model.experts import mixtures
 from zqfp_convert.model.head import Head
 from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, rotated
 
@@ -57,10 +58,12 @@ def choose_rotation(plan: Plan, windows: Tensor, report: Report) -> Plan:
     wanted = plan.recipe.rotation
     if wanted == "none":
         return plan
+    as_it_is = dataclasses.replace(plan, recipe=plan.recipe.changed(rotation="none"))
+    if wanted == "auto" and any(mixtures(block) for block in plan.blocks.modules):
+        return as_it_is  # a rotation is not known there, see `find_rotation`: no need to rehearse
     some = windows[:WINDOWS, :WINDOW]
     report("rehearsing", 0, plan.weights)
     plain = _rehearse(plan, some)
-    as_it_is = dataclasses.replace(plan, recipe=plan.recipe.changed(rotation="none"))
     if plain.rotation is not None:
         report("rehearsing, rotated", 0, plan.weights)
         try:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from zqfp_convert.checkpoint.coverage import Coverage, coverage
 from zqfp_convert.distill.train import Outcome
 from zqfp_convert.plan import Plan
 
@@ -46,6 +47,11 @@ class Conversion:
         """How many layers have which rank of low-rank compensation, by rank."""
         return dict(sorted(Counter(entry["rank"] for entry in self.layers.values()).items()))
 
+    @property
+    def coverage(self) -> dict[str, Coverage]:
+        """How well calibration covered the experts of each block; empty without experts."""
+        return coverage(self.layers)
+
     def worst(self, count: int = 5) -> list[tuple[str, dict[str, Any]]]:
         """The layers with the largest error of their outputs (of their weights, where unknown)."""
 
@@ -70,6 +76,7 @@ class Conversion:
                 for name, entry in self.layers.items()
                 if entry.get("damping_retries")
             },
+            "experts": {name: asdict(one) for name, one in self.coverage.items()},
             "left_alone": self.plan.left_alone,
             "changed": len(self.changed),
             "calibration": self.calibration,

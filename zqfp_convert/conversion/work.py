@@ -6,12 +6,14 @@ import copy
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zqfp_convert.calibration.balancing import Balanced
+from zqfp_convert.calibration.experts import Moments, arrivals
 from zqfp_convert.calibration.folding import Change
 from zqfp_convert.calibration.simulated import SimulatedLinear
 from zqfp_convert.calibration.stages import statistics, trace
@@ -23,6 +25,7 @@ from zqfp_convert.checkpoint.rotated import Rotation
 from zqfp_convert.checkpoint.series import Series
 from zqfp_convert.conversion.ahead import read_ahead
 from zqfp_convert.conversion.block import fill, fill_outside, fold
+from zqfp_convert.conversion.experts import quantize_experts
 from zqfp_convert.conversion.rehearsal import choose_rotation
 from zqfp_convert.conversion.result import Progress
 from zqfp_convert.conversion.states import States
@@ -35,6 +38,7 @@ from zqfp_convert.model.blocks import (
     put,
     weight_matrix,
 )
+from zqfp_convert.model.experts import mixtures
 from zqfp_convert.model.head import Head
 from zqfp_convert.model.tokenizer import check_tokens
 from zqfp_convert.numerics import codebook
@@ -301,26 +305,30 @@ class Work:
         layers = {layer.place: layer for layer in plan.layers[index]}
         student = _student(block)
         teacher = block if recipe.asymmetry > 0 else None
-        stages = trace(student, layers, calls(0), states.student.hidden[0]) if layers else []
         quantized: dict[str, PackedLayer] = {}
-        for stage in stages:
-            hessian, cross, rounding = statistics(
-                stage, student, states.student, teacher, states.teacher, calls
-            )
-            curvature = prepare(
-                hessian, cross, damping=recipe.damping, activation_order=recipe.activation_order
-            )
-            # One at a time takes less memory, but finds no rank for all.
-            for together in [stage] if recipe.rank == "auto" else [[place] for place in stage]:
-                members = [layers[place] for place in together]
-                linears = [get_linear(student, place) for place in together]
-                weights = [weight_matrix(linear) for linear in linears]
-                found = self._solve(index, members, weights, curvature)
-                for place, linear, solved in zip(together, linears, found, strict=True):
-                    lost = activation_error(weight_matrix(linear).float(), rounding, hessian)
-                    self.entries[layers[place].disk]["activation_error"] = lost
-                    quantized[place] = packed_layer(layers[place], solved)
-                    self._simulate(student, layers[place], quantized[place])
+        experts = {
+            path
+            for path in mixtures(student)
+            if any(place.startswith(path + ".") for place in layers)
+        }
+        plain = [place for place in layers if not place.startswith(tuple(f"{e}." for e in experts))]
+        traced = [*plain, *experts] if layers else []
+        for stage in trace(student, traced, calls(0), states.student.hidden[0]) if traced else []:
+            for path in [place for place in stage if place in experts]:
+                batches = arrivals(path, student, states.student, teacher, states.teacher, calls)
+                solve = partial(self._solve_stages, index, student, layers, quantized)
+                seen = quantize_experts(path, layers, student, teacher, batches, solve)
+                for place, found in seen.items():
+                    entry = self.entries[layers[place].disk]
+                    entry["tokens"], entry["pooled"] = found.tokens, found.pooled
+            linears = [place for place in stage if place not in experts]
+            if linears:
+                shared_input = statistics(
+                    linears, student, states.student, teacher, states.teacher, calls
+                )
+                self._solve_stages(
+                    index, student, layers, quantized, [linears], Moments(*shared_input, 0)
+                )
         for place in [place for place in layers if place not in quantized]:  # no token went there
             weight = weight_matrix(get_linear(block, place))
             (solved,) = self._solve(index, [layers[place]], [weight], None)
@@ -332,6 +340,37 @@ class Work:
             for place in one.linears:
                 self.entries[layers[place].disk]["balanced"] = norm
         return quantized, changes
+
+    def _solve_stages(
+        self,
+        index: int,
+        student: nn.Module,
+        layers: dict[str, PlannedLayer],
+        quantized: dict[str, PackedLayer],
+        stages: list[list[str]],
+        moments: Moments,
+    ) -> None:
+        """Quantize the linears of stages of which the inputs have these moments; put them in."""
+        recipe = self.plan.recipe
+        curvature = prepare(
+            moments.hessian,
+            moments.cross,
+            damping=recipe.damping,
+            activation_order=recipe.activation_order,
+        )
+        if recipe.rank != "auto":  # one at a time takes less memory, but finds no rank for all
+            stages = [[place] for stage in stages for place in stage]
+        for together in stages:
+            members = [layers[place] for place in together]
+            linears = [get_linear(student, place) for place in together]
+            weights = [weight_matrix(linear) for linear in linears]
+            found = self._solve(index, members, weights, curvature)
+            for place, linear, solved in zip(together, linears, found, strict=True):
+                weight = weight_matrix(linear).float()
+                lost = activation_error(weight, moments.rounding, moments.hessian)
+                self.entries[layers[place].disk]["activation_error"] = lost
+                quantized[place] = packed_layer(layers[place], solved)
+                self._simulate(student, layers[place], quantized[place])
 
     def _solve(
         self,

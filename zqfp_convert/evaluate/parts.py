@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from zqfp_convert.checkpoint.source import Source
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.names import NameMap
+from zqfp_convert.original import match
 from zqfp_convert.plan import check_fit
 
 
@@ -43,7 +44,7 @@ class SourceParts:
         self.source, self._device, self._cast = source, device, dtype
         self.model = skeleton.build(source.folder, device)
         self.dtype = dtype or self.model.dtype
-        self.names = NameMap(self.model, source.shards.tensors)
+        self.names = match(source, self.model)
         check_fit(source, self.model, self.names)
 
     def fill(self, module: nn.Module, prefix: str, disk: Iterable[str]) -> None:

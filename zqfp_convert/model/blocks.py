@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from zqfp_convert.errors import SourceError
+from zqfp_convert.model.experts import Experts, mixtures
 
 Linear: TypeAlias = "nn.Linear | Conv1D"
 
@@ -39,14 +40,14 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
     """The outermost list of like modules that holds most of the decoder's linear weights.
 
     Raises:
-        SourceError: there is none, or its blocks hold experts.
+        SourceError: there is none, or its blocks hold experts of a kind that is not known.
     """
     decoder = model.get_decoder()
     if decoder is None or not isinstance(decoder, nn.Module):
         decoder = model
     best: tuple[int, str, nn.ModuleList] | None = None
     for path, module in decoder.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
+        if not isinstance(module, nn.ModuleList) or isinstance(module, Experts) or not len(module):
             continue
         size = sum(weight_matrix(w).numel() for block in module for _, w in linears(block))
         alike = len({type(block) for block in module}) == 1
@@ -117,15 +118,35 @@ def first_tensor(output: object) -> Tensor:
 
 
 def _refuse_experts(model: str, block: nn.Module) -> None:
+    """Refuse experts in other modules than those of `model/experts.py`.
+
+    Raises:
+        SourceError: there are some, and where.
+    """
+    known = mixtures(block)
+    plain = 0
+    unknown: dict[str, int] = {}  # numbers in matrices that are in no linear, by module
     for name, module in block.named_modules():
         parameters = [p for p in module._parameters.values() if p is not None]
+        if isinstance(module, (nn.Linear, Conv1D)):
+            plain += module.weight.numel()
+            continue
+        if name not in known and not isinstance(module, nn.Conv1d):
+            unknown[name] = sum(p.numel() for p in parameters if p.ndim > 1)
         fused = any(p.ndim == 3 and min(p.shape) > 1 for p in parameters)
-        convolution = isinstance(module, nn.Conv1d)
         listed = isinstance(module, nn.ModuleList) and any(True for _ in linears(module))
-        if (fused and not convolution) or listed:
-            raise SourceError(
-                model,
-                f"a mixture of experts (in '{name}' of each block)",
-                needed="blocks of plain linear layers",
-                do="Mixtures of experts cannot be converted yet.",
-            )
+        if (fused and not isinstance(module, nn.Conv1d)) or (listed and name not in known):
+            raise _unknown_experts(model, name)
+    if sum(unknown.values()) > plain:
+        raise _unknown_experts(model, max(unknown, key=lambda name: unknown[name]))
+
+
+def _unknown_experts(model: str, name: str) -> SourceError:
+    return SourceError(
+        model,
+        f"a mixture of experts (in '{name}' of each block) of a kind that is not known",
+        needed="blocks of plain linear layers, or experts whose matrices are in 'gate_up_proj' "
+        "and 'down_proj'",
+        do="This architecture cannot be converted yet; a newer transformers may keep its experts "
+        "so.",
+    )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from zqfp_convert.errors import SourceError
+from zqfp_convert.model.unfused import unfuse
 
 
 def build(
@@ -21,8 +22,9 @@ def build(
 ) -> PreTrainedModel:
     """The causal language model of a folder's `config.json`, its parameters on the meta device.
 
-    Buffers that are not part of checkpoints are made on `device`. `untied`: with an output head of
-    its own, whatever the configuration says.
+    Experts have linears of their own, see `model/experts.py`. Buffers that are not part of
+    checkpoints are made on `device`. `untied`: with an output head of its own, whatever the
+    configuration says.
 
     Raises:
         SourceError: no causal language model that the installed transformers knows.
@@ -46,6 +48,7 @@ def build(
             "model's own code",
             do="Upgrade transformers if the model is newer than it.",
         ) from error
+    unfuse(model)
     _compute_buffers(model, device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

@@ -1,0 +1,169 @@
+"""A source whose weights are stored in FP8 blocks or in MXFP4, as if they were stored in bfloat16.
+
+`weight_scale_inv` (DeepSeek-V3) is a grid of numbers that blocks of an FP8 weight are multiplied
+with; `*_blocks` and `*_scales` (gpt-oss) are pairs of E2M1 codes and an E8M0 scale for 32 of them
+(OCP Microscaling Formats, version 1.0). Values are those that transformers dequantizes to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zqfp_convert.checkpoint.shards import Shards, TensorInfo
+from zqfp_convert.errors import SourceError
+from zqfp_convert.numerics import codebook, nibbles
+
+METHODS = ("fp8", "mxfp4")
+SCALE_INV = "_scale_inv"
+BLOCKS, SCALES = "_blocks", "_scales"
+FP8 = ("F8_E4M3", "F8_E5M2")
+MX_GROUP = 32
+E8M0_BIAS = 127
+DTYPE = torch.bfloat16
+ROWS = 4096  # dequantized at a time, about: whole blocks
+
+
+class DequantizedShards(Shards):
+    """The tensors of a folder, dequantized as they are asked for.
+
+    Scales are not listed. `X_blocks` and `X_scales`, `[experts, N, K / 32, 16]` and
+    `[experts, N, K / 32]`, are one tensor `X`, `[experts, K, N]`.
+    """
+
+    def __init__(self, base: Shards, block: tuple[int, int] | None) -> None:
+        """`block` is the shape of FP8 blocks, by the configuration, if it says so.
+
+        Raises:
+            SourceError: a quantized tensor without scales, or with scales that do not fit.
+        """
+        self._base, self._block = base, block
+        held = base.tensors
+        tensors: dict[str, TensorInfo] = {}
+        shape: tuple[int, ...]
+        self.quantized = 0  # how many tensors are
+        for name, info in held.items():
+            if name.endswith(SCALE_INV) and name.removesuffix(SCALE_INV) in held:
+                continue
+            if name.endswith(SCALES) and name.removesuffix(SCALES) + BLOCKS in held:
+                continue
+            if name.endswith(BLOCKS) and name.removesuffix(BLOCKS) + SCALES in held:
+                self._check_mx(name, info)
+                count, rows, groups, _ = info.shape
+                name, shape = name.removesuffix(BLOCKS), (count, groups * MX_GROUP, rows)
+            elif info.dtype in FP8:
+                self._check_fp8(name, info)
+                shape = info.shape
+            else:
+                tensors[name] = info
+                continue
+            self.quantized += 1
+            size = DTYPE.itemsize * torch.Size(shape).numel()
+            tensors[name] = TensorInfo(info.file, "BF16", shape, size)
+        super().__init__(base.folder, tensors)
+
+    @property
+    def stored_bytes(self) -> int:
+        """As in `Shards`."""
+        return self._base.stored_bytes
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """As in `Shards`."""
+        names = list(names)
+        plain = self._base.read([name for name in names if self._is_plain(name)])
+        return {
+            name: plain[name] if name in plain else self._dequantized(name, self._whole)
+            for name in names
+        }
+
+    def read_at(self, name: str, index: int) -> Tensor:
+        """As in `Shards`."""
+        if self._is_plain(name):
+            return self._base.read_at(name, index)
+        if len(self.tensors[name].shape) == 2:  # a row has no blocks of its own
+            return self._dequantized(name, self._whole)[index]
+        return self._dequantized(name, lambda part: self._base.read_at(part, index))
+
+    def _is_plain(self, name: str) -> bool:
+        return name in self._base.tensors and self._base.tensors[name].dtype not in FP8
+
+    def _whole(self, name: str) -> Tensor:
+        return self._base.read([name])[name]
+
+    def _dequantized(self, name: str, read: Any) -> Tensor:
+        if name in self._base.tensors:
+            return from_blocks(read(name), read(name + SCALE_INV), self._block)
+        return from_mxfp4(read(name + BLOCKS), read(name + SCALES))
+
+    def _check_fp8(self, name: str, info: TensorInfo) -> None:
+        scale = self._base.tensors.get(name + SCALE_INV)
+        fits = scale is not None and scale.shape[:-2] == info.shape[:-2] and len(info.shape) > 1
+        if scale is None or not fits or _block(info.shape, scale.shape, self._block) is None:
+            found = "no scales" if scale is None else f"scales {list(scale.shape)}"
+            raise SourceError(
+                f"{name} in {info.file}",
+                f"{found} for an FP8 weight {list(info.shape)}",
+                needed=f"'{name}{SCALE_INV}', a scale for each block of the weight",
+                do="Download the model again, or convert the one that this one was made from.",
+            )
+
+    def _check_mx(self, name: str, info: TensorInfo) -> None:
+        scales = self._base.tensors[name.removesuffix(BLOCKS) + SCALES]
+        right = len(info.shape) == 4 and info.shape[:-1] == scales.shape
+        if not right or info.shape[-1] != MX_GROUP // 2 or {info.dtype, scales.dtype} != {"U8"}:
+            raise SourceError(
+                f"{name} in {info.file}",
+                f"{info.dtype} {list(info.shape)} with scales {scales.dtype} {list(scales.shape)}",
+                needed="U8 [experts, N, K / 32, 16] with scales U8 [experts, N, K / 32] (MXFP4)",
+                do="Download the model again, or convert the one that this one was made from.",
+            )
+
+
+def from_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int] | None) -> Tensor:
+    """An FP8 weight `[..., N, K]` times the scales `[..., n, k]` of its blocks, in bfloat16.
+
+    Scales are floating numbers, or uint8 exponents (E8M0); products are rounded once.
+    """
+    size = _block(tuple(weight.shape), tuple(scales.shape), block)
+    assert size is not None
+    rows, columns = size
+    if scales.dtype == torch.uint8:
+        scales = torch.exp2(scales.float() - E8M0_BIAS)
+    result = torch.empty(weight.shape, dtype=DTYPE, device=weight.device)
+    together = max(1, ROWS // rows)  # rows of blocks
+    for at in range(0, scales.shape[-2], together):
+        here = slice(at * rows, (at + together) * rows)
+        part = weight[..., here, :].float()
+        each = scales[..., at : at + together, :].float().repeat_interleave(columns, -1)
+        each = each.repeat_interleave(rows, -2)[..., : part.shape[-2], : part.shape[-1]]
+        result[..., here, :] = (part * each).to(DTYPE)
+    return result
+
+
+def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """MXFP4 codes uint8 `[..., N, G, 16]` with scales uint8 `[..., N, G]`, `[..., 32 G, N]` bf16.
+
+    Each value is a code times a power of two, which bfloat16 holds exactly.
+    """
+    codes = nibbles.unpack(blocks, MX_GROUP)  # [..., N, G, 32]
+    value = (
+        codebook.decode(codes, codebook.E2M1) * torch.exp2(scales.float() - E8M0_BIAS)[..., None]
+    )
+    return value.to(DTYPE).flatten(-2).transpose(-1, -2)
+
+
+def _block(
+    shape: tuple[int, ...], grid: tuple[int, ...], block: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """Rows and columns of a block; None if no block divides the weight so."""
+    if len(grid) < 2:
+        return None
+    (rows, columns), (down, across) = shape[-2:], grid[-2:]
+    if block is not None and (-(-rows // block[0]), -(-columns // block[1])) == (down, across):
+        return block
+    if down and across and rows % down == 0 and columns % across == 0:
+        return rows // down, columns // across
+    return None
