@@ -187,7 +187,7 @@ def dense_weight(folder: Path, tensors: dict[str, Tensor], name: str, columns: i
 
 
 def fused(parts: dict[str, Tensor], before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices and biases of experts, put together as gpt-oss, Llama 4 and GraniteMoE store them."""
+    """Matrices and biases of experts as gpt-oss, Llama 4 and GraniteMoE store them."""
     result: dict[str, Tensor] = {}
     for name, whole in before.items():
         path, _, leaf = name.rpartition(".")

@@ -177,13 +177,14 @@ def test_no_recognisable_blocks(tmp_path: Path, out: Path) -> None:
     refused(tmp_path / "m", out, "LlamaForCausalLM", "no list of like decoder blocks")
 
 
-def test_mixture_of_experts(tmp_path: Path, out: Path) -> None:
-    config = transformers.MixtralConfig(
-        vocab_size=384, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+def test_mixture_of_unknown_experts(tmp_path: Path, out: Path) -> None:
+    config = transformers.DbrxConfig(
+        d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=384,
+        ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
     )  # fmt: skip
     random_model(config).save_pretrained(tmp_path / "m")
-    refused(tmp_path / "m", out, "MixtralForCausalLM", "mixture of experts")
+    refused(tmp_path / "m", out, "DbrxForCausalLM", "mixture of experts")
 
 
 def test_blocks_that_do_not_feed_each_other(tmp_path: Path, out: Path) -> None:

@@ -91,7 +91,7 @@ def verify(
 def _held(packed: PackedCheckpoint) -> set[str]:
     """Names that the model has to have: all but those of packed tensors and of changed ones."""
     plain = {name for name in packed.shards.tensors if layout.layer_of(name) is None}
-    return (plain - packed.manifest["changed"].keys()) | {n + layout.WEIGHT for n in packed.layers}
+    return plain - set(packed.manifest["changed"]) | {n + layout.WEIGHT for n in packed.layers}
 
 
 def _prove_cast(layer: PackedLayer) -> None:

@@ -18,8 +18,8 @@ from zqfp_convert.evaluate import texts
 from zqfp_convert.evaluate.parts import SourceParts
 from zqfp_convert.evaluate.texts import Windows
 from zqfp_convert.model.blocks import find_blocks, linears, shape
-from zqfp_convert.model.experts import mixtures
 from zqfp_convert.model.device import resolve_device, too_little_memory
+from zqfp_convert.model.experts import mixtures
 from zqfp_convert.model.tokenizer import check_tokens, tokenizer_of
 from zqfp_convert.plan import TOKENS_AT_ONCE, positions
 

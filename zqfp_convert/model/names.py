@@ -94,6 +94,7 @@ class _Rules:
             for name, one in experts.fused.items()
         }
         self._places = dict.fromkeys([*places, *self.fused], True)
+        self._stacking: dict[str, bool] = {}  # by pattern
 
     def renamed(self, name: str) -> tuple[str, str | None]:
         """The place of a tensor on disk, and the pattern by which transformers would merge it."""
@@ -104,10 +105,11 @@ class _Rules:
 
     def keeps(self, pattern: str) -> bool:
         """Whether tensors of a pattern are taken as they are after all."""
-        converter = self._converter(pattern)
+        if "*" in pattern:
+            return False
         sample = torch.arange(24.0).view(2, 3, 4)
-        tensors = _converted(converter, {pattern: [sample]}) if "*" not in pattern else {}
-        return all(torch.equal(one, sample) for one in tensors.values()) and bool(tensors)
+        (made,) = _converted(self._converter(pattern), {pattern: [sample]}).values()
+        return torch.equal(made, sample)
 
     def of_expert(self, name: str, fused: str, pattern: str) -> str:
         """The place of a tensor of one expert, which transformers merges into the fused parameter.
@@ -118,7 +120,9 @@ class _Rules:
         path, layout = self.fused[fused]
         converter = self._converter(pattern)
         sources = converter.source_patterns
-        if len(sources) != len(layout.parts) or not _stacks(converter):
+        if pattern not in self._stacking:
+            self._stacking[pattern] = len(sources) == len(layout.parts) and _stacks(converter)
+        if not self._stacking[pattern]:
             raise _merged(name)
         before, _ = rename_source_key(name, self._renamings, [], self._prefix, self._places)
         found = re.search(pattern.replace("*.", r"(\d+)\."), before)

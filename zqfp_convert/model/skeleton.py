@@ -48,8 +48,8 @@ def build(
             "model's own code",
             do="Upgrade transformers if the model is newer than it.",
         ) from error
-    unfuse(model)
     _compute_buffers(model, device)
+    unfuse(model)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval()
