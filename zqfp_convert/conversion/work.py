@@ -121,7 +121,8 @@ class Work:
         passed = range(start) if calibrated else range(0)
         wanted = [*passed, *range(start, count)]
         groups = [plan.block_tensors(index) for index in wanted]
-        for index, tensors in zip(wanted, read_ahead(plan.source.shards, groups), strict=True):
+        reading = read_ahead(plan.source.shards, groups, plan.device)
+        for index, tensors in zip(wanted, reading, strict=True):
             if index in passed:
                 self.report(f"block {index + 1}/{count}  done before", self.done, plan.weights)
                 self._pass(index, tensors, files, first)
@@ -214,7 +215,8 @@ class Work:
         self._enter()
         for earlier in range(index):
             names = self.plan.block_tensors(earlier)
-            self._pass(earlier, self.plan.source.shards.read(names), files, first)
+            tensors = self.plan.source.shards.read(names, self.plan.device)
+            self._pass(earlier, tensors, files, first)
         self._split(index)
 
     # One block.
@@ -247,6 +249,7 @@ class Work:
         for layer in layers:
             del tensors[layer.disk + layout.WEIGHT]
             tensors |= quantized[layer.place].tensors()
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         if plan.rotation is not None:  # what is not packed came in float32 too
             for name in plan.rotation.readers.keys() | plan.rotation.writers:
                 if name in tensors:
@@ -313,7 +316,8 @@ class Work:
         }
         plain = [place for place in layers if not place.startswith(tuple(f"{e}." for e in experts))]
         traced = [*plain, *experts] if layers else []
-        for stage in trace(student, traced, calls(0), states.student.hidden[0]) if traced else []:
+        stages = trace(student, traced, calls(0), states.student.hidden[0]) if traced else []
+        for stage in stages:
             for path in [place for place in stage if place in experts]:
                 batches = arrivals(path, student, states.student, teacher, states.teacher, calls)
                 solve = partial(self._solve_stages, index, student, layers, quantized)
@@ -324,16 +328,21 @@ class Work:
             linears = [place for place in stage if place not in experts]
             if linears:
                 shared_input = statistics(
-                    linears, student, states.student, teacher, states.teacher, calls
+                    linears,
+                    student,
+                    states.student,
+                    teacher,
+                    states.teacher,
+                    calls,
+                    last=stage is stages[-1],
                 )
-                self._solve_stages(
-                    index, student, layers, quantized, [linears], Moments(*shared_input, 0)
-                )
+                moments = Moments(*shared_input, 0)
+                del shared_input  # two of the largest matrices there are
+                self._solve_stages(index, student, layers, quantized, [linears], moments)
         for place in [place for place in layers if place not in quantized]:  # no token went there
             weight = weight_matrix(get_linear(block, place))
             (solved,) = self._solve(index, [layers[place]], [weight], None)
-            quantized[place] = packed_layer(layers[place], solved)
-            self._simulate(student, layers[place], quantized[place])
+            quantized[place] = self._put(student, layers[place], solved)
         states.advance(student, block, calls)
         for one in balanced:
             norm = self._disk(f"{plan.blocks.name(index)}.{one.norm}{layout.WEIGHT}")
@@ -369,8 +378,7 @@ class Work:
                 weight = weight_matrix(linear).float()
                 lost = activation_error(weight, moments.rounding, moments.hessian)
                 self.entries[layers[place].disk]["activation_error"] = lost
-                quantized[place] = packed_layer(layers[place], solved)
-                self._simulate(student, layers[place], quantized[place])
+                quantized[place] = self._put(student, layers[place], solved)
 
     def _solve(
         self,
@@ -453,6 +461,12 @@ class Work:
             factors = Factors(here.lorc_A, here.lorc_B, here.lorc_scale)
         return QuantizedWeight(here.codes(), here.scales(), factors, 0.0, None)
 
+    def _put(self, student: nn.Module, layer: PlannedLayer, solved: QuantizedWeight) -> PackedLayer:
+        """Put a quantized linear into a block; returns it as it lies on disk, on the CPU."""
+        packed = packed_layer(layer, solved)
+        self._simulate(student, layer, packed)
+        return packed.to(torch.device("cpu"))
+
     def _simulate(self, student: nn.Module, layer: PlannedLayer, packed: PackedLayer) -> None:
         """Let a linear of a block do what its packed tensors, as they lie on disk, will do."""
         linear = get_linear(student, layer.place)
@@ -467,7 +481,7 @@ def _student(block: nn.Module) -> nn.Module:
 
 
 def packed_layer(layer: PlannedLayer, solved: QuantizedWeight) -> PackedLayer:
-    """A quantized weight as it lies on disk, on the CPU, held to the rules of the format."""
+    """A quantized weight as it lies on disk, held to the rules of the format."""
     factors = solved.factors
     triple = None if factors is None else (factors.A, factors.B, factors.scale)
     packed = pack(layer.disk, solved.codes, solved.scales, triple)
