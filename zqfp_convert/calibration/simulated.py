@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from zqfp_convert.numerics import fp8
+from zqfp_convert.quantize.weight import QuantizedWeight
 
 
 class SimulatedLinear(nn.Module):
@@ -22,3 +23,20 @@ class SimulatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
         return nn.functional.linear(fp8.simulate(x), self.weight, self.bias)  # type: ignore[arg-type]
+
+
+class SimulatedExpertLinear(nn.Module):
+    """The same for a linear of an expert: dequantized as it is used, for a block has many."""
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        """`weight` is `[N, K]`; `bias` `[N]`."""
+        super().__init__()
+        self._weight = weight
+        self.bias: Tensor | None
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., K]` to `[..., N]`."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weight = self._weight.dequantize().to(x.dtype)
+        return nn.functional.linear(fp8.simulate(x), weight, bias)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from zqfp_convert.calibration import text
 from zqfp_convert.calibration.experts import Moments, arrivals
 from zqfp_convert.calibration.folding import Change
-from zqfp_convert.calibration.simulated import SimulatedLinear
+from zqfp_convert.calibration.simulated import SimulatedExpertLinear, SimulatedLinear
 from zqfp_convert.calibration.stages import statistics, trace
 from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
 from zqfp_convert.checkpoint import layout
@@ -28,6 +28,7 @@ from zqfp_convert.distill.train import Outcome, distill
 from zqfp_convert.distill.tunable import TunableLinear
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import (
+    Linear,
     bias_of,
     find_blocks,
     get_linear,
@@ -36,7 +37,7 @@ from zqfp_convert.model.blocks import (
     weight_matrix,
 )
 from zqfp_convert.model.device import compute_dtype
-from zqfp_convert.model.experts import mixtures
+from zqfp_convert.model.experts import ExpertLinear, mixtures
 from zqfp_convert.model.head import Head
 from zqfp_convert.model.tokenizer import check_tokens, tokenizer_of
 from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer
@@ -309,8 +310,7 @@ class Work:
                 weight = weight_matrix(linear).float()
                 lost = activation_error(weight, moments.rounding, moments.hessian)
                 self.entries[layers[place].disk]["activation_error"] = lost
-                simulated = solved.dequantize().to(linear.weight.dtype)
-                put(student, place, SimulatedLinear(simulated, bias_of(linear)))
+                put(student, place, _simulated(linear, solved))
                 quantized[place] = solved
 
     def _solve(
@@ -367,3 +367,10 @@ class Work:
         tensors = {name: tensor.cpu() for name, tensor in packed.tensors().items()}
         self.sizes[layer.disk] = sum(tensor.nbytes for tensor in tensors.values())
         return tensors
+
+
+def _simulated(linear: Linear, solved: QuantizedWeight) -> nn.Module:
+    """What stands for a linear while blocks behind it are calibrated."""
+    if isinstance(linear, ExpertLinear):
+        return SimulatedExpertLinear(solved, bias_of(linear))
+    return SimulatedLinear(solved.dequantize().to(linear.weight.dtype), bias_of(linear))
