@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,18 @@ import transformers
 from architectures import QUICK, Maker, write_model, write_tokenizer
 
 import zqfp_convert
+
+if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_too(tensor: type, scope: interpreter._LangPatchScope) -> None:
+        # numpy from 2.4 on makes no int of an array `[1]`, as Triton 3.6 does for a range
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor_too
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 import zqfp_convert
 from zqfp_convert import Recipe
 from zqfp_convert.calibration.simulated import SimulatedLinear
-from zqfp_convert.checkpoint import writer
+from zqfp_convert.checkpoint import partial
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
-from zqfp_convert.conversion import work
+from zqfp_convert.conversion import states, work
 from zqfp_convert.errors import OutputError
 from zqfp_convert.numerics import codebook
 from zqfp_convert.runtime.linear import QuantizedLinear
@@ -449,7 +449,7 @@ def test_what_the_solver_sees(
     """Activations behind the already quantized prefix, and beside them those of the original."""
     seen: list[tuple[list[str], set[str], torch.Tensor, torch.Tensor]] = []
     windows: list[torch.Tensor] = []
-    real, real_batches = work.statistics, work.batches_of
+    real, real_batches = work.statistics, states.batches_of
 
     def statistics(stage: list[str], student: Any, stream: Any, *rest: Any) -> Any:
         done = {n for n, m in student.named_modules() if isinstance(m, SimulatedLinear)}
@@ -461,15 +461,15 @@ def test_what_the_solver_sees(
         return real_batches(ids, *rest)
 
     monkeypatch.setattr(work, "statistics", statistics)
-    monkeypatch.setattr(work, "batches_of", batches_of)
+    monkeypatch.setattr(states, "batches_of", batches_of)
     convert(tiny_model("opt"), tmp_path / "out", recipe="best")
     monkeypatch.undo()
 
-    def states(model: Any) -> list[torch.Tensor]:
+    def hidden_states(model: Any) -> list[torch.Tensor]:
         return model(windows[0], output_hidden_states=True, use_cache=False).hidden_states
 
-    original = states(AutoModelForCausalLM.from_pretrained(tiny_model("opt")).eval())
-    packed = states(zqfp_convert.load(tmp_path / "out", device="cpu"))
+    original = hidden_states(AutoModelForCausalLM.from_pretrained(tiny_model("opt")).eval())
+    packed = hidden_states(zqfp_convert.load(tmp_path / "out", device="cpu"))
     assert len(seen) == 8
     for index, (stage, done, student, teacher) in enumerate(seen):
         block = index // 4
@@ -570,10 +570,10 @@ def test_a_packed_checkpoint_is_not_converted_again(converted: Maker, tmp_path: 
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_full_disk_leaves_nothing(
+def test_a_full_disk_leaves_nothing_under_the_final_name(
     at: int, tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, written = writer.save_file, 0
+    real, written = partial.save_file, 0
 
     def save_file(*args: Any, **options: Any) -> None:
         nonlocal written
@@ -582,18 +582,11 @@ def test_a_full_disk_leaves_nothing(
         written += 1
         real(*args, **options)
 
-    monkeypatch.setattr(writer, "save_file", save_file)
+    monkeypatch.setattr(partial, "save_file", save_file)
     with pytest.raises(OutputError, match="disk is full") as raised:
         convert(tiny_model(), tmp_path / "out", recipe="fast")
     assert raised.value.where == str(tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_interrupted_it_leaves_nothing(tiny_model: Maker, tmp_path: Path) -> None:
-    def stop(text: str, done: int, total: int) -> None:
-        if done:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(tiny_model(), tmp_path / "out", recipe="best", progress=stop)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == (["out.partial"] if at else [])
+    monkeypatch.undo()
+    convert(tiny_model(), tmp_path / "out", recipe="fast")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

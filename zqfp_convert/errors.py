@@ -33,6 +33,10 @@ class OutputError(ZqfpError):
     """The output folder cannot be written: it exists, or there is too little room."""
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C during work that can be gone on with; its text says how."""
+
+
 class CheckpointError(ZqfpError):
     """A zqfp checkpoint breaks a rule of its format.
 

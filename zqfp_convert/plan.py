@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from zqfp_convert.calibration.experts import sums_bytes
 from zqfp_convert.calibration.text import GENERATED_AT_ONCE, Text
 from zqfp_convert.checkpoint import hub, layout
+from zqfp_convert.checkpoint.partial import check_free, partial_folder
 from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
 from zqfp_convert.checkpoint.source import Source
-from zqfp_convert.checkpoint.writer import check_free
 from zqfp_convert.distill import memory
 from zqfp_convert.errors import CheckpointError, OutputError, SourceError
 from zqfp_convert.model import skeleton
@@ -393,7 +393,8 @@ def _memory(plan: Plan) -> tuple[int, int]:
     solving = 4 * 8 * max(layer.weights for layer in every)  # float32 copies in the solver
     if plan.recipe.rank == "auto":  # layers of one input wait for one another
         solving += 4 * 3 * max(sum(layer.weights for layer in block) for block in plan.layers)
-    host = max(block_bytes, largest_shard) + max(block_bytes // 3, largest_shard)
+    # Twice, as the next block is read and the last shard written while one is computed.
+    host = 2 * (max(block_bytes, largest_shard) + max(block_bytes // 3, largest_shard))
     work = solving
     if recipe.needs_calibration:
         hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0))
@@ -459,7 +460,12 @@ def _count(extents: tuple[int, ...]) -> int:
 
 def _check_disk(plan: Plan) -> None:
     folder = next(p for p in plan.out.absolute().parents if p.exists())
-    free, needed = shutil.disk_usage(folder).free, plan.bytes_after + (64 << 20)
+    needed = plan.bytes_after + (64 << 20)
+    if plan.recipe.tune > 0:  # before that, all blocks are kept, and where each weight starts from
+        needed += plan.bytes_after + (2 * plan.weights if plan.tunes_roundings else 0)
+    free = shutil.disk_usage(folder).free
+    earlier = partial_folder(plan.out)  # is gone on with, or thrown away
+    free += sum(path.stat().st_size for path in earlier.rglob("*") if path.is_file())
     if free < needed:
         raise OutputError(
             str(folder),

@@ -4,9 +4,10 @@
 
 Method: each recipe converts MODEL on --device (the CPU) with the same calibration windows; there
 the packed model (reference path, float32) and the original (float32) read the first windows of the
-evaluation text, non-overlapping, without special tokens. KL is the mean over tokens of KL(original || packed), in
-nats. Folders of peer_weights.py, after --peers, are measured alike: float32, the inputs of the
-linears in the decoder's blocks quantized to E4M3 for each token. Prints a table, then one JSON
+evaluation text, non-overlapping, without special tokens. KL is the mean over tokens of
+KL(original || packed), in nats. Folders of peer_weights.py, after --peers, are measured alike:
+float32, the inputs of the linears in the decoder's blocks quantized to E4M3 for each token. Prints
+a table, then one JSON
 line.
 """
 
@@ -83,7 +84,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     text = given.evaluation.read_text(encoding="utf-8")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = torch.tensor(ids[: given.windows * given.seq_len]).view(-1, given.seq_len).to(given.device)
+    windows = (
+        torch.tensor(ids[: given.windows * given.seq_len]).view(-1, given.seq_len).to(given.device)
+    )
 
     rows: dict[str, dict[str, float]] = {}
     for name, make in subjects.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,18 +14,26 @@ import torch
 from dequantized import manifest, read_tensors
 from safetensors import SafetensorError
 
-from zqfp_convert.checkpoint import writer
-from zqfp_convert.checkpoint.writer import Writer, check_free, sha256
-from zqfp_convert.errors import OutputError
+from zqfp_convert.checkpoint import partial
+from zqfp_convert.checkpoint.disk import sha256
+from zqfp_convert.checkpoint.partial import Partial, check_free
+from zqfp_convert.checkpoint.writer import Writer
+from zqfp_convert.errors import OptionError, OutputError
 
 A = {"a": torch.arange(6.0).view(2, 3)}
 B = {"b": torch.ones(4, dtype=torch.uint8), "c": torch.zeros(3, 2, dtype=torch.bfloat16).t()}
 LAYERS = {"x": {"shape": [2, 3]}}
 
 
+@contextmanager
+def writing(out: Path, shards: int, **options: bool) -> Iterator[Writer]:
+    with Partial(out, {"of": "tensors"}, **options) as begun, Writer(begun, shards) as target:
+        yield target
+
+
 def write(out: Path, *shards: dict[str, torch.Tensor], overwrite: bool = False) -> Path:
-    with Writer(out, len(shards), overwrite=overwrite) as target:
-        for tensors in shards:
+    with writing(out, len(shards), overwrite=overwrite) as target:
+        for tensors in shards[target.shards.done :]:
             target.add_shard(tensors)
             assert not out.exists() or overwrite
         target.finish({"model_type": "Größe"}, LAYERS, {"a": "bias_added"})
@@ -69,7 +79,7 @@ def test_copies_files(tmp_path: Path) -> None:
     (source / "sub").mkdir(parents=True)
     (source / "LICENSE").write_bytes(b"terms\r\n\xff")
     (source / "sub" / "code.py").write_text("x = 1")
-    with Writer(tmp_path / "out", 1) as target:
+    with writing(tmp_path / "out", 1) as target:
         target.add_shard(A)
         target.copy(source, [Path("LICENSE"), Path("sub/code.py")])
         target.finish({}, {}, {})
@@ -78,15 +88,34 @@ def test_copies_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_interrupted_one_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
-    with pytest.raises(error), Writer(tmp_path / "out", 2) as target:
+def test_an_interrupted_one_is_gone_on_with(error: type[BaseException], tmp_path: Path) -> None:
+    with pytest.raises(error), writing(tmp_path / "out", 2) as target:
         target.add_shard(A)
+        raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    with pytest.raises(error), writing(tmp_path / "out", 2) as target:
+        assert target.shards.done == 1
+        raise error
+    write(tmp_path / "out", A, B)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    assert files(tmp_path / "out") == files(write(tmp_path / "at once", A, B))
+
+
+@pytest.mark.parametrize("shards", [0, 1])
+def test_where_there_is_nothing_to_go_on_with_nothing_is_left(shards: int, tmp_path: Path) -> None:
+    """Nothing was done, or the user has made a mistake that the same run would meet again."""
+    error: BaseException = (
+        KeyboardInterrupt() if shards == 0 else OptionError("", "", needed="", do="")
+    )
+    with pytest.raises(type(error)), writing(tmp_path / "out", 2) as target:
+        for _ in range(shards):
+            target.add_shard(A)
         raise error
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unfinished_one_leaves_nothing(tmp_path: Path) -> None:
-    with Writer(tmp_path / "out", 2) as target:
+    with writing(tmp_path / "out", 2) as target:
         target.add_shard(A)
     assert not list(tmp_path.iterdir())
 
@@ -105,20 +134,26 @@ def test_a_full_disk(error: Exception, tmp_path: Path, monkeypatch: pytest.Monke
 
     with (
         pytest.raises(OutputError, match="disk is full") as raised,
-        Writer(tmp_path / "out", 2) as target,
+        writing(tmp_path / "out", 2) as target,
     ):
         target.add_shard(A)
-        monkeypatch.setattr(writer, "save_file", save_file)
-        target.add_shard(B)
+        target.shards.wait()
+        monkeypatch.setattr(partial, "save_file", save_file)
+        target.add_shard(B)  # in a thread: it is seen when the next thing is written
+        target.finish({}, {}, {})
     assert raised.value.where == str(tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    assert "goes on" in raised.value.do
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    write(tmp_path / "out", A, B)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 @pytest.mark.parametrize("step", ["rename", "json"])
 def test_a_failure_at_the_very_end(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It leaves nothing, and does not stand in the way of the next try."""
+    """It leaves nothing under the final name, and the next try goes on from there."""
 
     def fail(*args: object, **kwargs: object) -> None:
         raise PermissionError(errno.EACCES, "no")
@@ -130,8 +165,9 @@ def test_a_failure_at_the_very_end(
             patch.setattr(Writer, "_write_json", fail)
         with pytest.raises((OSError, OutputError)):
             write(tmp_path / "out", A)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     write(tmp_path / "out", A)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
@@ -159,12 +195,42 @@ def test_overwriting(tmp_path: Path) -> None:
 def test_what_is_to_be_overwritten_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     out = write(tmp_path / "out", A)
     before = files(out)
-    with pytest.raises(ValueError, match="stop"), Writer(out, 2, overwrite=True) as target:
+    with pytest.raises(ValueError, match="stop"), writing(out, 2, overwrite=True) as target:
         target.add_shard(B)
         assert files(out) == before
         raise ValueError("stop")
     assert files(out) == before
+    write(out, B, A, overwrite=True)
+    assert read_tensors(out).keys() == B.keys() | A.keys()
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_killed_between_the_two_renames(
+    resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was to be replaced has lost its name then, and the new one has not got it yet."""
+    out = write(tmp_path / "out", A)
+    before = files(out)
+    rename = Path.rename
+
+    def die(self: Path, target: Path) -> Path:
+        if self.name == partial.CHECKPOINT:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", die)
+        write(out, B, overwrite=True)
+    assert not out.exists()
+    if resume:
+        write(out, B)
+        assert read_tensors(out).keys() == B.keys()
+        assert list(tmp_path.iterdir()) == [out]
+    else:
+        with pytest.raises(OutputError, match="exists"), Partial(out, resume=False):
+            pass
+        assert files(out) == before
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
@@ -196,12 +262,79 @@ def test_a_neighbour_called_old_is_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_an_earlier_partial_folder_of_ours_goes(tmp_path: Path) -> None:
-    killed = Writer(tmp_path / "out", 2)
-    killed.add_shard(A)
-    assert (tmp_path / "out.partial" / "model-00001-of-00002.safetensors").exists()
-    out = write(tmp_path / "out", B)
+def interrupted(out: Path) -> Path:
+    """The shard that an interrupted writing of A and B has left."""
+    with pytest.raises(KeyboardInterrupt), writing(out, 2) as target:
+        target.add_shard(A)
+        raise KeyboardInterrupt
+    return out.with_name("out.partial") / "checkpoint" / "model-00001-of-00002.safetensors"
+
+
+def test_an_earlier_partial_folder_is_thrown_away_on_request(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert interrupted(out).exists()
+    with Partial(out, resume=False) as begun, Writer(begun, 1) as target:
+        assert target.shards.done == 0
+        target.add_shard(B)
+        target.finish({}, {}, {})
     assert read_tensors(out).keys() == B.keys()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_empty_partial_folder_is_no_obstacle(tmp_path: Path) -> None:
+    """A run may be killed before it has written anything into it."""
+    (tmp_path / "out.partial").mkdir()
+    write(tmp_path / "out", A)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+@pytest.mark.parametrize("harm", ["cut off", "changed", "gone"])
+def test_a_file_that_is_not_what_the_journal_says_is_written_again(
+    harm: str, tmp_path: Path
+) -> None:
+    shard = interrupted(tmp_path / "out")
+    data = shard.read_bytes()
+    shard.unlink()
+    if harm != "gone":
+        shard.write_bytes(data[:-1] if harm == "cut off" else data[:-1] + b"?")
+    with pytest.raises(KeyboardInterrupt), writing(tmp_path / "out", 2) as target:
+        assert target.shards.done == 0
+        raise KeyboardInterrupt
+    write(tmp_path / "out", A, B)
+    assert files(tmp_path / "out") == files(write(tmp_path / "at once", A, B))
+
+
+def test_what_differs_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    then = {"recipe": {"rank": 8, "seed": 0}, "torch": "2.8", "model": {"a": 64 * "0"}, "old": 1}
+    now = {"recipe": {"rank": 4, "seed": 0}, "torch": "2.9", "model": {"a": 64 * "1"}, "new": 2}
+    with pytest.raises(KeyboardInterrupt), Partial(out, then) as begun:
+        begun.save("some.safetensors", A)
+        raise KeyboardInterrupt
+    with pytest.raises(OutputError, match="unfinished conversion that differs") as raised:
+        Partial(out, now)
+    assert raised.value.where == str(tmp_path / "out.partial")
+    for words in (
+        "recipe: rank was 8, is 4; ", "torch was 2.8, is 2.9; ", "model: a is another; ",
+        "old was 1, and there is none now; ", "new is 2, and there was none then",
+    ):  # fmt: skip
+        assert words in raised.value.found
+    assert "seed" not in raised.value.found
+    assert "--no-resume" in raised.value.do
+    with pytest.raises(KeyboardInterrupt), Partial(out, then) as begun:
+        assert begun.is_whole("some.safetensors")
+        raise KeyboardInterrupt
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with writing(out, 1) as target:
+        for resume in (True, False):
+            with pytest.raises(OutputError, match="another run is writing") as raised:
+                Partial(out, {"of": "tensors"}, resume=resume)
+            assert raised.value.where == str(tmp_path / "out.partial")
+        target.add_shard(A)
+        target.finish({}, {}, {})
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 import zqfp_convert
 from zqfp_convert import Recipe, conversion
 from zqfp_convert.calibration import text
+from zqfp_convert.checkpoint.series import Series
 from zqfp_convert.conversion import pipeline
+from zqfp_convert.conversion.tuning import Tuned
 from zqfp_convert.conversion.work import Work
 from zqfp_convert.distill import train
 from zqfp_convert.distill.train import HELD_BACK
@@ -92,14 +94,15 @@ def test_text_to_tune_on(tmp_path: Path) -> None:
     source.write_text(" ".join(f"Line {i} is {7 * i} words long." for i in range(140)))
     tuned_on: list[torch.Tensor] = []
 
-    class Spy(Work):
-        def tune(self, blocks: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-            assert self.windows is not None
-            tuned_on.append(self.windows)
-            return super().tune(blocks)
+    real = pipeline.tune
+
+    def tune(work: Work, files: Series) -> Tuned:
+        assert work.windows is not None
+        tuned_on.append(torch.cat(work.windows.every))
+        return real(work, files)
 
     with pytest.MonkeyPatch.context() as patch, as_file(MODEL) as model:
-        patch.setattr(pipeline, "Work", Spy)
+        patch.setattr(pipeline, "tune", tune)
         choices = CHOICES | {"seq_len": 64, "samples": 3, "tune": 1, "sweeps": 0, "rank": 0}
         for samples in (5, 40):
             choices["tune_samples"] = samples

@@ -21,6 +21,19 @@ def nearest(values: Tensor, scale: Tensor) -> Tensor:
     return torch.from_numpy(grid).float() * scale
 
 
+class OnGrid:
+    """A grid of E2M1 for the solvers, with a scale for each element `[N, K]`."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+    def marks(self, columns: Tensor) -> Tensor:
+        return self.scale[:, columns]
+
+    def round(self, values: Tensor, marks: Tensor) -> Tensor:
+        return nearest(values, marks)
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import VALUES, correlated_hessian, nearest, normal, on_grid
+from problems import VALUES, OnGrid, correlated_hessian, nearest, normal, on_grid
 from torch import Tensor
 
 from zqfp_convert.quantize.descent import descend
@@ -36,10 +35,6 @@ def scales_for(rows: int, features: int) -> Tensor:
     return torch.exp2(normal(rows, features, seed=77).clamp(-1, 1)) / 2.5
 
 
-def columns_of(scale: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda columns: scale[:, columns]
-
-
 def energy(error: Tensor, hessian: Tensor) -> float:
     """`tr(E H E^T)`."""
     E = error.double()
@@ -56,7 +51,7 @@ def problem(features: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tenso
 @pytest.mark.parametrize("sweeps", [1, 3])
 def test_same_as_the_naive_loop(features: int, sweeps: int) -> None:
     target, rounded, hessian, scale = problem(features)
-    result = descend(target, rounded, hessian, columns_of(scale), nearest, sweeps)
+    result = descend(target, rounded, hessian, OnGrid(scale), sweeps)
     wanted = naive(target, rounded, hessian, scale, sweeps)
     differ = ~np.isclose(result.double().numpy(), wanted, rtol=1e-5, atol=0)
     # A value within float32's rounding of a tie may fall to the other side and change its row.
@@ -73,7 +68,7 @@ def test_the_error_never_increases(seed: int, features: int, random_start: bool)
         rounded = nearest(normal(ROWS, features, seed=seed + 1), scale)
     errors = [energy(target - rounded, hessian)]
     for _ in range(4):
-        rounded = descend(target, rounded, hessian, columns_of(scale), nearest, 1)
+        rounded = descend(target, rounded, hessian, OnGrid(scale), 1)
         errors.append(energy(target - rounded, hessian))
     whole = energy(target, hessian)
     for earlier, later in itertools.pairwise(errors):
@@ -82,22 +77,22 @@ def test_the_error_never_increases(seed: int, features: int, random_start: bool)
 
 def test_the_error_falls() -> None:
     target, rounded, hessian, scale = problem(96)
-    result = descend(target, rounded, hessian, columns_of(scale), nearest, 3)
+    result = descend(target, rounded, hessian, OnGrid(scale), 3)
     assert energy(target - result, hessian) < 0.6 * energy(target - rounded, hessian)
 
 
 def test_sweeps_add_up() -> None:
     target, rounded, hessian, scale = problem(140)
-    at_once = descend(target, rounded, hessian, columns_of(scale), nearest, 2)
-    one = descend(target, rounded, hessian, columns_of(scale), nearest, 1)
-    one_more = descend(target, one, hessian, columns_of(scale), nearest, 1)
+    at_once = descend(target, rounded, hessian, OnGrid(scale), 2)
+    one = descend(target, rounded, hessian, OnGrid(scale), 1)
+    one_more = descend(target, one, hessian, OnGrid(scale), 1)
     assert (at_once != one_more).any(1).sum() <= 1  # but for ties
     assert not torch.equal(one, at_once)
 
 
 def test_no_sweeps_change_nothing() -> None:
     target, rounded, hessian, scale = problem(40)
-    result = descend(target, rounded, hessian, columns_of(scale), nearest, 0)
+    result = descend(target, rounded, hessian, OnGrid(scale), 0)
     assert torch.equal(result, rounded)
 
 
@@ -105,16 +100,16 @@ def test_arguments_stay_as_they_are() -> None:
     arguments = problem(40)
     before = [tensor.clone() for tensor in arguments]
     target, rounded, hessian, scale = arguments
-    descend(target, rounded, hessian, columns_of(scale), nearest, 2)
+    descend(target, rounded, hessian, OnGrid(scale), 2)
     # A contiguous transpose must not be taken for a copy.
-    one = descend(target[:, :1], rounded[:, :1], hessian[:1, :1], columns_of(scale), nearest, 1)
+    one = descend(target[:, :1], rounded[:, :1], hessian[:1, :1], OnGrid(scale), 1)
     assert one.shape == (ROWS, 1)
     assert all(torch.equal(now, then) for now, then in zip(arguments, before, strict=True))
 
 
 def test_every_element_is_on_the_grid_of_its_scale() -> None:
     target, rounded, hessian, scale = problem(130)
-    result = descend(target, rounded, hessian, columns_of(scale), nearest, 2)
+    result = descend(target, rounded, hessian, OnGrid(scale), 2)
     assert torch.equal(result, nearest(result, scale))
     assert result.dtype == torch.float32
     assert result.is_contiguous()
@@ -124,7 +119,7 @@ def test_where_it_stops_no_single_change_helps() -> None:
     target, result, hessian, scale = problem(40)
     for _ in range(50):
         before = result
-        result = descend(target, before, hessian, columns_of(scale), nearest, 1)
+        result = descend(target, before, hessian, OnGrid(scale), 1)
         if torch.equal(result, before):
             break
     else:
@@ -138,7 +133,7 @@ def test_where_it_stops_no_single_change_helps() -> None:
 
 def test_an_exact_target_is_kept() -> None:
     _, rounded, hessian, scale = problem(60)
-    assert torch.equal(descend(rounded, rounded, hessian, columns_of(scale), nearest, 2), rounded)
+    assert torch.equal(descend(rounded, rounded, hessian, OnGrid(scale), 2), rounded)
 
 
 def test_dead_columns_are_left_alone() -> None:
@@ -147,7 +142,7 @@ def test_dead_columns_are_left_alone() -> None:
     hessian[dead] = 0
     hessian[:, dead] = 0
     rounded[:, dead] = 6 * scale[:, dead]  # far from the target: still nobody's business
-    result = descend(target, rounded, hessian, columns_of(scale), nearest, 3)
+    result = descend(target, rounded, hessian, OnGrid(scale), 3)
     assert torch.equal(result[:, dead], rounded[:, dead])
     wanted = naive(target, rounded, hessian, scale, 3)
     differ = ~np.isclose(result.double().numpy(), wanted, rtol=1e-5, atol=0)
@@ -156,7 +151,7 @@ def test_dead_columns_are_left_alone() -> None:
 
 def test_an_all_zero_hessian_changes_nothing() -> None:
     target, rounded, _, scale = problem(20)
-    result = descend(target, rounded, torch.zeros(20, 20), columns_of(scale), nearest, 3)
+    result = descend(target, rounded, torch.zeros(20, 20), OnGrid(scale), 3)
     assert torch.equal(result, rounded)
 
 
@@ -168,6 +163,6 @@ def test_columns_that_saw_next_to_nothing(tiny: float) -> None:
     hessian[:, 3] = 0
     hessian[3, 3] = tiny
     target[:2, 3] = rounded[:2, 3] = 0
-    result = descend(target, rounded, hessian, columns_of(scale), nearest, 2)
+    result = descend(target, rounded, hessian, OnGrid(scale), 2)
     assert result.isfinite().all()
     assert energy(target - result, hessian) <= energy(target - rounded, hessian)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
-from problems import correlated_hessian, nearest, normal, on_grid
+from problems import OnGrid, correlated_hessian, nearest, normal, on_grid
 from torch import Tensor
 
-from zqfp_convert.quantize.gptq import BLOCK, gptq
+from zqfp_convert.quantize.columns import BLOCK
+from zqfp_convert.quantize.gptq import gptq
 from zqfp_convert.quantize.hessian import prepare
 
 ROWS = 16
@@ -38,10 +37,6 @@ def scales_for(weight: Tensor, group_size: int = 32) -> Tensor:
     return torch.stack(sizes, 1).repeat_interleave(group_size, 1)[:, : weight.shape[1]] / 2.7
 
 
-def columns_of(scale: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda columns: scale[:, columns]
-
-
 def energy(error: Tensor, hessian: Tensor) -> float:
     """`tr(E H E^T)`."""
     E = error.double()
@@ -53,7 +48,7 @@ def solve(
 ) -> tuple[Tensor, Tensor, list[int]]:
     curvature = prepare(hessian, None, damping=damping, activation_order=activation_order)
     scale = scales_for(weight)
-    return gptq(weight, curvature, columns_of(scale), nearest), scale, curvature.order.tolist()
+    return gptq(weight, curvature, OnGrid(scale)), scale, curvature.order.tolist()
 
 
 @pytest.mark.parametrize("activation_order", [False, True])
@@ -155,13 +150,13 @@ def test_what_is_on_the_grid_stays() -> None:
     scale = scales_for(normal(ROWS, 64))
     weight = nearest(normal(ROWS, 64), scale)
     curvature = prepare(hessian, None, damping=0.01, activation_order=True)
-    assert torch.equal(gptq(weight, curvature, columns_of(scale), nearest), weight)
+    assert torch.equal(gptq(weight, curvature, OnGrid(scale)), weight)
 
 
 def test_rows_do_not_see_each_other() -> None:
     weight, hessian = normal(ROWS, 130), correlated_hessian(130)
     curvature = prepare(hessian, None, damping=0.01, activation_order=True)
     scale = scales_for(weight)
-    whole = gptq(weight, curvature, columns_of(scale), nearest)
-    part = gptq(weight[3:4], curvature, columns_of(scale[3:4]), nearest)
+    whole = gptq(weight, curvature, OnGrid(scale))
+    part = gptq(weight[3:4], curvature, OnGrid(scale[3:4]))
     assert (whole[3:4] != part).float().mean() < 0.02  # but for ties

@@ -121,7 +121,9 @@ def test_drift(activation_order: bool, damping: float) -> None:
     seen = correlated(200, 40)
     hessian = hessian_of(seen)
     cross = (correlated(200, 40, seed=9).double().t() @ seen.double() / 200).float()
-    drift = prepare(hessian, cross, damping=damping, activation_order=activation_order).drift
+    drift = prepare(
+        hessian, cross.clone(), damping=damping, activation_order=activation_order
+    ).drift
     assert drift is not None
     wanted = (cross - hessian).double() @ torch.linalg.inv(damped(hessian, damping))
     assert close(drift, wanted)
@@ -174,7 +176,7 @@ def test_the_indefinite_cases_do_retry() -> None:
 def test_drift_uses_the_damping_of_the_retry() -> None:
     hessian = torch.diag(torch.tensor([2.0, -0.05, 1.0, 1.0]))
     cross = hessian + normal(4, 4)
-    curvature = prepare(hessian, cross, damping=0.01, activation_order=True)
+    curvature = prepare(hessian, cross.clone(), damping=0.01, activation_order=True)
     assert curvature.retries == 1
     assert curvature.drift is not None
     wanted = (cross - hessian).double() @ torch.linalg.inv(damped(hessian, 0.1))
@@ -216,7 +218,7 @@ def test_asymmetry_1_is_least_squares() -> None:
     total = HessianSum(24, cross=True, device="cpu")
     total.add(seen, original)
     hessian, cross = total.mean()
-    drift = prepare(hessian, cross, damping=1e-7, activation_order=True).drift
+    drift = prepare(hessian, cross.clone(), damping=1e-7, activation_order=True).drift
     assert drift is not None
     outputs = original.double() @ weight.double().t()
     best = torch.linalg.lstsq(seen.double(), outputs).solution.t()
@@ -267,3 +269,26 @@ def test_the_error_of_activations() -> None:
     assert 0.01 < want < 0.04
     assert found == pytest.approx(float(want), rel=0.03)
     assert activation_error(torch.zeros(4, 64), rounding, torch.eye(64)) == 0
+
+
+def test_panels_sum_up_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zqfp_convert.quantize import hessian as module
+
+    monkeypatch.setattr(module, "PANEL", 5)
+    monkeypatch.setattr(module, "SLICE", 7)
+    seen, original = correlated(60, 17), correlated(60, 17, seed=5)
+    total = HessianSum(17, cross=True, device="cpu")
+    total.add(seen[:20], original[:20])
+    total.add(seen[20:], original[20:])
+    hessian, cross = total.mean()
+    assert cross is not None
+    assert torch.equal(hessian, hessian.t())
+    assert close(hessian, hessian_of(seen).double(), 1e-6)
+    whole = cross - hessian
+    sliced = prepare(hessian, cross, damping=0.01, activation_order=True)
+    monkeypatch.setattr(module, "SLICE", 100)
+    at_once = prepare(hessian, whole + hessian, damping=0.01, activation_order=True)
+    assert sliced.drift is not None
+    assert at_once.drift is not None
+    assert close(sliced.drift, at_once.drift.double(), 1e-5)
+    assert close(sliced.factor, at_once.factor.double(), 1e-5)

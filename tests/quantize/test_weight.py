@@ -225,7 +225,7 @@ def test_paper_is_gptq_and_a_decomposition_of_what_it_left() -> None:
     weight, curvature = normal(40, 300), curvature_for(300, activation_order=False)
     quantized = quantize_weight(weight, curvature, Recipe.named("paper"))
     chosen = scales.choose(weight, "m1", "ceil", 256)
-    rounded = gptq(weight, curvature, chosen.marks, chosen.round)
+    rounded = gptq(weight, curvature, chosen)
     assert torch.equal(quantized.codes, scales.quantize(rounded, chosen))
     assert torch.equal(quantized.scales.exponent, chosen.exponent)
     factors = lorc.encode(*lorc.fit(weight - rounded, None, 8), "e4m3")

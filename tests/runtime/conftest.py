@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from types import SimpleNamespace
 
@@ -14,18 +13,6 @@ from zqfp_convert.runtime import expanded, paths
 from zqfp_convert.runtime.kernels.hopper import decode, fused, schedules
 from zqfp_convert.runtime.kernels.hopper import linear as hopper_linear
 from zqfp_convert.runtime.kernels.hopper.multiply import Schedule
-
-if importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1":
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_tensor_too(tensor: type, scope: interpreter._LangPatchScope) -> None:
-        # numpy from 2.4 on makes no int of an array `[1]`, as Triton 3.6 does for a range
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_tensor_too
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.numerics import fp8
-from zqfp_convert.quantize.weight import QuantizedWeight
 
 
 class SimulatedLinear(nn.Module):
@@ -28,15 +28,15 @@ class SimulatedLinear(nn.Module):
 class SimulatedExpertLinear(nn.Module):
     """The same for a linear of an expert: dequantized as it is used, for a block has many."""
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
-        """`weight` is `[N, K]`; `bias` `[N]`."""
+    def __init__(self, layer: PackedLayer, bias: Tensor | None) -> None:
+        """`layer` lies on the device; `bias` is `[N]`."""
         super().__init__()
-        self._weight = weight
+        self._layer = layer
         self.bias: Tensor | None
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        weight = self._weight.dequantize().to(x.dtype)
+        weight = self._layer.approximation().to(x.dtype)
         return nn.functional.linear(fp8.simulate(x), weight, bias)

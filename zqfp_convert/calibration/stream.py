@@ -39,15 +39,29 @@ class Stream:
 
     Attributes:
         hidden: a tensor `[batch, tokens, width]` for each batch.
+        moved: how many batches `advance` has moved; 0 again once all are.
     """
 
     def __init__(self, hidden: list[Tensor]) -> None:
         self.hidden = hidden
+        self.moved = 0
 
     def advance(self, block: nn.Module, calls: Callable[[int], Call]) -> None:
         """Move all batches through a block."""
         for index, hidden in enumerate(self.hidden):
             self.hidden[index] = calls(index).run(block, hidden)
+            self.moved += 1
+        self.moved = 0
+
+    def split(self, size: int) -> None:
+        """Make batches of at most so many windows out of the larger ones."""
+        self.hidden = [part for hidden in self.hidden for part in torch.split(hidden, size)]
+
+    def checksum(self) -> int:
+        """What tells these hidden states, to the bit, from nearly all others."""
+        words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        sums = (h.view(words[h.element_size()]).sum(dtype=torch.int64) for h in self.hidden)
+        return sum(int(one) for one in sums)
 
 
 class Entrance:
@@ -68,6 +82,10 @@ class Entrance:
     def enter(self, batch: int) -> Tensor:
         """The hidden states `[batch, tokens, width]` that enter the first block, for one batch."""
         return self._record(0, batch)[1]
+
+    def split(self, size: int) -> None:
+        """Make batches of at most so many windows out of the larger ones."""
+        self._batches = [part for batch in self._batches for part in torch.split(batch, size)]
 
     def calls(self, block: int) -> Callable[[int], Call]:
         """The arguments of a block's call, by the batch's index; learnt anew each time."""

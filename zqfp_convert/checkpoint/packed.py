@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,6 +116,16 @@ class PackedLayer:
         factors = self.lorc_factors()
         return None if factors is None else factors[1] @ factors[0]
 
+    def approximation(self) -> Tensor:
+        """The float32 weight `[N, K]`, low-rank compensation included."""
+        weight, product = self.dequantize(), self.lorc_product()
+        return weight if product is None else weight + product
+
+    def to(self, device: torch.device) -> PackedLayer:
+        """The same with its tensors on another device."""
+        parts: dict[str, Any] = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **{key: value.to(device) for key, value in parts.items()})
+
     def check(self) -> None:
         """Hold the layer to every rule of the format on values.
 
@@ -177,6 +189,36 @@ class PackedLayer:
         raise CheckpointError(
             rule, self.name, found, needed=needed, do="Convert the model again with zqfp-convert."
         )
+
+
+def unpack(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    kind: Kind,
+    group_size: int,
+    columns: int,
+    books: tuple[Codebook, ...],
+) -> PackedLayer:
+    """The layer that `tensors()` has spelled, among others maybe; nothing is checked."""
+
+    def optional(suffix: str) -> Tensor | None:
+        return tensors.get(name + suffix)
+
+    return PackedLayer(
+        name,
+        kind,
+        group_size,
+        columns,
+        tensors[name + layout.PACKED],
+        tensors[name + layout.SCALE],
+        optional(layout.ROW_SCALE),
+        optional(layout.LORC_A),
+        optional(layout.LORC_B),
+        optional(layout.LORC_SCALE),
+        optional(layout.INPUT_OFFSET),
+        books=books,
+        choice=optional(layout.CODEBOOK),
+    )
 
 
 def pack(

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.description import AGAIN, read_config, read_manifest
+from zqfp_convert.checkpoint.disk import sha256
 from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.checkpoint.shards import Shards, TensorInfo, read_header, read_index
-from zqfp_convert.checkpoint.writer import sha256
 from zqfp_convert.errors import CheckpointError
 from zqfp_convert.numerics import codebook
 from zqfp_convert.numerics.codebook import Codebook

@@ -9,7 +9,8 @@ the weight W that reads `gain * n(h) + bias` gives the same for `n(Q h) + Q (bia
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,17 @@ class Rotation:
         biases = {bias for bias in self.norms.values() if bias is not None}
         linears = self.readers.keys() | self.writers | self.biases
         return linears | self.norms.keys() | biases | self.embeddings
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        fields = asdict(self)
+        return {key: sorted(v) if isinstance(v, set) else v for key, v in fields.items()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Rotation:
+        """What `to_json` has spelled."""
+        fields: dict[str, Any] = {k: set(v) if isinstance(v, list) else v for k, v in value.items()}
+        return cls(**fields)
 
 
 def rotate_weight(weight: Tensor, gain: Tensor | None) -> Tensor:

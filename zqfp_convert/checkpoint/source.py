@@ -5,9 +5,13 @@ Everything here is looked at before any work begins.
 
 from __future__ import annotations
 
+import hashlib
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.dequantized import METHODS, DequantizedShards
@@ -78,24 +82,32 @@ class Source:
         """Python files of the model's author: carried over, never run."""
         return [path for path in self.other_files() if path.suffix == ".py"]
 
-    def check_finite(self) -> None:
-        """Read every floating tensor once and refuse NaN and infinity.
+    def check_finite(self) -> str:
+        """Read every tensor once and refuse NaN and infinity.
+
+        Returns:
+            What tells these weights from others, whatever files they lie in.
 
         Raises:
             SourceError: naming the first tensor that holds one.
         """
+        digest = hashlib.sha256()
 
-        def finite(name: str) -> bool:
-            tensor = self.shards.read([name])[name]
-            if not tensor.is_floating_point():
-                return True
-            flat = tensor.reshape(-1)
-            parts = (flat[start : start + CHUNK] for start in range(0, len(flat), CHUNK))
-            return all(bool(part.float().isfinite().all()) for part in parts)
+        def finite(name: str) -> tuple[bool, int]:
+            flat = self.shards.read([name])[name].reshape(-1)
+            checksum = 0
+            for start in range(0, len(flat), CHUNK):
+                part = flat[start : start + CHUNK]
+                if part.is_floating_point() and not bool(part.float().isfinite().all()):
+                    return False, 0
+                checksum = zlib.crc32(part.view(torch.uint8).numpy().data, checksum)
+            return True, checksum
 
         names = sorted(self.shards.tensors)
         with ThreadPoolExecutor(4) as pool:
-            for name, is_finite in zip(names, pool.map(finite, names), strict=True):
+            found = zip(names, pool.map(finite, names), strict=True)
+            for name, (is_finite, checksum) in found:
+                digest.update(f"{name} {checksum}\n".encode())
                 if not is_finite:
                     raise SourceError(
                         name,
@@ -103,6 +115,7 @@ class Source:
                         needed="finite weights",
                         do="The model is damaged: download it again, or ask its authors.",
                     )
+        return digest.hexdigest()
 
 
 def _quantization(

@@ -59,8 +59,9 @@ def errors(debug: bool, as_json: bool = False) -> Iterator[None]:
             print_json({"error": str(error)})
         err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        err.print("Stopped. Nothing half-written was left behind.")
+    except KeyboardInterrupt as error:
+        told = str(error) or "Stopped. Nothing half-written was left behind."
+        err.print(escape(told), soft_wrap=True)
         raise typer.Exit(130) from None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -172,6 +174,14 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier checkpoint in OUT.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on with what an earlier run of the same conversion has left in OUT.partial, "
+            "or throw it away.",
+        ),
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
     ] = False,
@@ -182,6 +192,7 @@ def command(
     """Convert MODEL into a packed FP4 checkpoint in OUT (the command's name may be left out)."""
     with console.errors(debug, as_json):
         from zqfp_convert.conversion import run
+        from zqfp_convert.errors import Stopped
         from zqfp_convert.plan import make_plan
         from zqfp_convert.recipe import Recipe
 
@@ -223,8 +234,12 @@ def command(
             return
         if not silent:
             _show_plan(plan, every_layer=False)
-        with console.progress(silent) as report:
-            result = run(plan, report)
+        try:
+            with console.progress(silent) as report:
+                result = run(plan, report, resume=resume)
+        except Stopped as stopped:
+            again = ["zqfp-convert", *(word for word in sys.argv[1:] if word != "--no-resume")]
+            raise Stopped(f"{stopped} Go on with:\n  {shlex.join(again)}") from None
         if as_json:
             console.print_json(result.to_json())
         elif not quiet:
@@ -237,6 +252,8 @@ def _number(text: str | None) -> int | str | None:
 
 
 def _show_plan(plan: Plan, *, every_layer: bool) -> None:
+    from zqfp_convert.checkpoint.partial import partial_folder
+
     recipe = plan.recipe
     layers = [layer for block in plan.layers for layer in block]
     most = "at most " if recipe.rank == "auto" else ""
@@ -259,6 +276,9 @@ def _show_plan(plan: Plan, *, every_layer: bool) -> None:
         + (f", {console.size(plan.device_memory)} on the GPU" if plan.device_memory else ""),
         "left alone": console.kinds(plan.left_alone),
     }
+    unfinished = partial_folder(plan.out)
+    if unfinished.exists():
+        rows["unfinished"] = f"{unfinished}, gone on with if it is the same conversion"
     if code := plan.source.code_files():
         rows["not run"] = "code of the model's author: " + ", ".join(map(str, code))
     table = Table(box=None, show_header=False, pad_edge=False)

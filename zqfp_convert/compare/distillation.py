@@ -37,7 +37,7 @@ class _Learner(nn.Module):
         placed = place(weight)
         steps = 2 ** (placed.format.bits - 1)
         columns = torch.arange(weight.shape[1], device=weight.device)
-        self.step = placed.scale_of(columns) * (placed.format.largest / steps)
+        self.step = placed.marks(columns) * (placed.format.largest / steps)
         self.moved = nn.Parameter(torch.zeros_like(weight))
 
     def latent(self) -> Tensor:

@@ -40,11 +40,11 @@ class Placement:
     offset: Tensor | None
     bits: int
 
-    def scale_of(self, columns: Tensor) -> Tensor:
+    def marks(self, columns: Tensor) -> Tensor:
         """The scales `[N, C]` of columns, int64 `[C]`."""
         return self.scale[:, columns // self.group]
 
-    def grid(self, values: Tensor, scale: Tensor) -> Tensor:
+    def round(self, values: Tensor, scale: Tensor) -> Tensor:
         """Values without their offset, rounded under scales of the same shape."""
         return self.format.round(values / scale) * scale
 
@@ -58,7 +58,7 @@ class Placement:
         """The nearest values that can be represented, float32 `[N, K]`."""
         columns = values.shape[1]
         offset = self.offsets(columns)
-        return self.grid(values - offset, _spread(self.scale, self.group, columns)) + offset
+        return self.round(values - offset, _spread(self.scale, self.group, columns)) + offset
 
 
 def place(

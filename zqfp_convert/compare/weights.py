@@ -43,7 +43,7 @@ def solve(
     bits = placed.format.bits * W.numel() + placed.bits
     if configuration.solver == "gptq" and curvature is not None:
         offset = placed.offsets(columns)
-        Q = gptq(W - offset, curvature, placed.scale_of, placed.grid) + offset
+        Q = gptq(W - offset, curvature, placed) + offset
     else:
         Q = placed.quantize(W)
     rank = min(configuration.rank, rows, columns)

@@ -6,20 +6,25 @@ This is the road of the data; the method itself is `quantize/weight.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zqfp_convert import __version__
 from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.partial import Partial, partial_folder
+from zqfp_convert.checkpoint.series import Series
 from zqfp_convert.checkpoint.writer import Writer
+from zqfp_convert.conversion.identity import identity
 from zqfp_convert.conversion.result import Conversion, Progress
+from zqfp_convert.conversion.tuning import Tuned, tune
 from zqfp_convert.conversion.work import Work
-from zqfp_convert.errors import SourceError
+from zqfp_convert.distill.train import Outcome
+from zqfp_convert.errors import SourceError, Stopped
 from zqfp_convert.model import skeleton
+from zqfp_convert.model.device import reproducible
 from zqfp_convert.numerics import codebook
 from zqfp_convert.plan import Plan, make_plan
 from zqfp_convert.recipe import Recipe
@@ -33,11 +38,15 @@ def convert(
     calibration: str | Path | None = None,
     device: str | torch.device | None = None,
     overwrite: bool = False,
+    resume: bool = True,
     revision: str | None = None,
     progress: Progress | None = None,
     **choices: Any,
 ) -> Conversion:
     """Convert a Hugging Face causal language model into a packed FP4 checkpoint.
+
+    A run that was killed, interrupted or out of room goes on after its last whole block when it is
+    started again in the same way, and makes the same bytes as if it had never stopped.
 
     Args:
         model: a folder, or a repository on the Hub.
@@ -47,12 +56,14 @@ def convert(
             its own text.
         device: where to compute; the first GPU when there is one.
         overwrite: replace `out` if it is a checkpoint of ours.
+        resume: go on with what an earlier run into `out` has left; else throw that away.
         revision: of a repository on the Hub.
         progress: called as work goes on.
         choices: fields of `Recipe` to set, such as `group_size=64`.
 
     Raises:
         ZqfpError: with what stands in the way; `out` has not been made, or is what it was before.
+        Stopped: (a KeyboardInterrupt) by Ctrl-C, with work done that can be gone on with.
     """
     named = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe)
     plan = make_plan(
@@ -64,56 +75,84 @@ def convert(
         overwrite=overwrite,
         revision=revision,
     )
-    return run(plan, progress)
+    return run(plan, progress, resume=resume)
 
 
-def run(plan: Plan, progress: Progress | None = None) -> Conversion:
+def run(plan: Plan, progress: Progress | None = None, *, resume: bool = True) -> Conversion:
     """Carry out a plan, once. Raises what `convert` raises."""
     try:
-        return _run(plan, progress)
+        with Partial(plan.out, identity(plan), overwrite=plan.overwrite, resume=resume) as partial:
+            threads = partial.decided("threads", torch.get_num_threads())
+            with reproducible(threads):
+                return _run(plan, partial, progress or (lambda text, done, total: None))
+    except KeyboardInterrupt:
+        if partial_folder(plan.out).exists():
+            raise Stopped(
+                f"Stopped. What is done is in {partial_folder(plan.out)}; the same conversion "
+                "goes on from there."
+            ) from None
+        raise
     except torch.OutOfMemoryError as error:
         raise SourceError(
             f"memory of {plan.device}",
             str(error).split(".")[0],
             needed=f"about {plan.device_memory / 1e6:,.0f} MB, by the plan's estimate",
-            do="Use fewer --samples, a shorter --seq-len, or another --device.",
+            do="Free some, and give the same command again: it goes on where it stopped. Or add "
+            "--no-resume and use fewer --samples, a shorter --seq-len, or another --device.",
         ) from error
     finally:
         skeleton.empty(plan.model)
 
 
 @torch.no_grad()
-def _run(plan: Plan, progress: Progress | None) -> Conversion:
+def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
     began = time.monotonic()
-    report = progress or (lambda text, done, total: None)
     report("checking weights", 0, plan.weights)
-    plan.source.check_finite()
-    work = Work(plan, report)
-    shards = len(plan.other_shards) + len(plan.layers)
-    with Writer(plan.out, shards, overwrite=plan.overwrite) as writer:
-        calibration = work.calibrate() if plan.recipe.needs_calibration else None
-        plan = work.plan  # of the rotated model, maybe
-        blocks: Iterable[dict[str, Tensor]] = map(work.block, range(len(plan.layers)))
-        if plan.recipe.tune > 0:
-            blocks = work.tune([*blocks])
-        for names in plan.other_shards:
-            writer.add_shard(plan.source.shards.read(names) | work.tuned_of(names))
-        for tensors in blocks:
-            writer.add_shard(tensors)
+    weights = plan.source.check_finite()
+    if partial.decided("weights", weights) != weights:
+        raise partial.refuse("the model's weights are not what they were when it was begun")
+    roundings = partial.decided("roundings", plan.tunes_roundings)  # depends on free memory
+    work = Work(replace(plan, tunes_roundings=roundings), report, partial)
+    calibration = work.calibrate() if plan.recipe.needs_calibration else None
+    plan = work.plan  # of the rotated model, maybe
+    tunes = plan.recipe.tune > 0
+    tuned = _tuned(work) if tunes else None
+    others = len(plan.other_shards)
+    # Tuning is not gone on with in its middle: it and the writing of what it gives start again.
+    with Writer(partial, others + len(plan.layers), anew=tunes) as writer:
+        for names in plan.other_shards[writer.shards.done :]:
+            tensors = plan.source.shards.read(names)
+            writer.add_shard(tensors if tuned is None else tuned.of(tensors))
+        if tuned is None:
+            for block, about in work.blocks(writer.shards, others):
+                writer.add_shard(block, about)
+        else:
+            for block in tuned.blocks():
+                writer.add_shard(block)
         report("writing", plan.weights, plan.weights)
         writer.copy(plan.source.folder, plan.source.other_files())
         largest = max(entry["rank"] for entry in work.entries.values())
         bound = largest if plan.recipe.rank == "auto" else plan.recipe.rank
         quantization = _quantization_config(plan, bound, calibration)
         config = {**plan.source.config, layout.CONFIG_KEY: quantization}
+        bits = 8 * writer.packed_bytes() / plan.weights
         writer.finish(config, work.entries, work.changed)
     after = sum(path.stat().st_size for path in plan.out.glob("*.safetensors"))
     skeleton.empty(plan.model)  # of a rotated plan only what was made stays
     seconds = time.monotonic() - began
-    bits = 8 * sum(work.sizes.values()) / plan.weights
+    outcome: Outcome | None = None if tuned is None else tuned.outcome
     return Conversion(
-        plan.out, plan, work.entries, work.changed, bits, after, seconds, calibration, work.outcome
+        plan.out, plan, work.entries, work.changed, bits, after, seconds, calibration, outcome
     )
+
+
+def _tuned(work: Work) -> Tuned:
+    """All blocks quantized, each kept in a file of its own, and tuned together."""
+    names = [f"untuned/{index + 1:05d}.safetensors" for index in range(len(work.plan.layers))]
+    with Series(work.partial, names) as files:
+        for tensors, about in work.blocks(files, 0):
+            files.add(tensors, about)
+    return tune(work, files)
 
 
 def _quantization_config(

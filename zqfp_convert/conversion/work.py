@@ -3,252 +3,309 @@
 from __future__ import annotations
 
 import copy
-import hashlib
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from zqfp_convert.calibration import text
+from zqfp_convert.calibration.balancing import Balanced
 from zqfp_convert.calibration.experts import Moments, arrivals
 from zqfp_convert.calibration.folding import Change
 from zqfp_convert.calibration.simulated import SimulatedExpertLinear, SimulatedLinear
 from zqfp_convert.calibration.stages import statistics, trace
-from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
+from zqfp_convert.calibration.stream import Call
 from zqfp_convert.checkpoint import layout
-from zqfp_convert.checkpoint.packed import pack
+from zqfp_convert.checkpoint.packed import PackedLayer, pack, unpack
+from zqfp_convert.checkpoint.partial import Partial
+from zqfp_convert.checkpoint.rotated import Rotation
+from zqfp_convert.checkpoint.series import Series
+from zqfp_convert.conversion.ahead import read_ahead
 from zqfp_convert.conversion.block import fill, fill_outside, fold
 from zqfp_convert.conversion.experts import quantize_experts
 from zqfp_convert.conversion.rehearsal import choose_rotation
 from zqfp_convert.conversion.result import Progress
-from zqfp_convert.distill.train import Outcome, distill
+from zqfp_convert.conversion.states import States
+from zqfp_convert.conversion.windows import Windows, find_windows
 from zqfp_convert.distill.tunable import TunableLinear
-from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import (
-    Linear,
     bias_of,
-    find_blocks,
     get_linear,
     is_transposed,
     put,
     weight_matrix,
 )
-from zqfp_convert.model.device import compute_dtype
 from zqfp_convert.model.experts import ExpertLinear, mixtures
 from zqfp_convert.model.head import Head
-from zqfp_convert.model.tokenizer import check_tokens, tokenizer_of
-from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer
+from zqfp_convert.model.tokenizer import check_tokens
+from zqfp_convert.numerics import codebook
+from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer, rotated
 from zqfp_convert.quantize.hessian import Curvature, activation_error, prepare
+from zqfp_convert.quantize.lorc import Factors
 from zqfp_convert.quantize.weight import QuantizedWeight, quantize_together
+
+START = ".tuning_start"  # of the places that tuning starts from, beside a layer's packed tensors
+BATCH = "batch"  # in the journal: how many windows go through a block at once, from it on
 
 
 @dataclass
 class Work:
-    """A conversion under way: the calibration streams, and what the manifest will say."""
+    """A conversion under way: the calibration streams, and what the manifest will say.
+
+    A block is computed, or, where an earlier run has done so, only passed: its packed tensors are
+    taken from the partial output, and the streams go through the same modules as then.
+    """
 
     plan: Plan
     report: Progress
+    partial: Partial
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: dict[str, str] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)  # in bytes, of layers by names on disk
-    done: int = 0
-    entrance: Entrance | None = None
-    teacher: Stream | None = None  # hidden states of the original model
-    student: Stream | None = None  # hidden states behind the quantized blocks
-    windows: Tensor | None = None  # of calibration, for tuning
+    done: int = 0  # weights that have been quantized
+    windows: Windows | None = None
+    states: States | None = None
     tunable: dict[str, TunableLinear] = field(default_factory=dict)  # by names on disk
-    tuned: dict[str, Tensor] = field(default_factory=dict)  # norms by their names on disk
     columns: dict[str, Tensor] = field(default_factory=dict)  # of balanced layers, by names on disk
-    outcome: Outcome | None = None
 
     def calibrate(self) -> dict[str, Any]:
-        """Get the calibration tokens and start the streams; returns what the config says of it."""
+        """Get the text to calibrate on and rotate the plan; returns what the config says of it."""
         plan, recipe = self.plan, self.plan.recipe
-        windows, more, written = self._text()
-        check_tokens(plan.model, plan.source.folder, windows)
-        self.plan = plan = choose_rotation(plan, windows, self.report)
+        self.windows = windows = find_windows(plan, self.partial, self.report)
+        calibration = windows.calibration
+        check_tokens(plan.model, plan.source.folder, calibration)
+        self.plan = plan = self._rotated(calibration)
         if plan.rotation is not None:
             packed = {layer.disk + layout.WEIGHT for block in plan.layers for layer in block}
             self.changed |= dict.fromkeys(sorted(plan.rotation.changed - packed), "rotated")
-        fill_outside(plan)
-        at_once = TOKENS_AT_ONCE[plan.device.type]
-        batches = batches_of(windows, at_once, plan.device)
-        only_tuned_on = [
-            batch for part in (written, more) for batch in batches_of(part, at_once, plan.device)
-        ]
-        self.entrance = Entrance(plan.blocks, batches + only_tuned_on)
-        entering = self.entrance.first()
-        self.student = Stream(entering[: len(batches)])
-        if recipe.asymmetry > 0 or recipe.tune > 0:
-            self.teacher = Stream(entering)
+        if not self.partial.noted(BATCH):
+            at_once = max(1, TOKENS_AT_ONCE[plan.device.type] // calibration.shape[1])
+            at_most = max(len(text) for text in windows.every)
+            self.partial.note(BATCH, {"block": 0, "windows": min(at_once, at_most)})
         about: dict[str, Any] = {
             "source": plan.calibration,
-            "samples": windows.shape[0],
-            "seq_len": windows.shape[1],
-            "sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+            "samples": calibration.shape[0],
+            "seq_len": calibration.shape[1],
+            "sha256": windows.sha256,
         }
-        if recipe.tune > 0:  # what is held back to judge by comes last: text not calibrated on
-            self.windows = torch.cat([windows, written, more])
-            about["tuning"] = {"more_text": len(more), "self_written": len(written)}
+        if recipe.tune > 0:
+            about["tuning"] = {
+                "more_text": len(windows.more),
+                "self_written": len(windows.written),
+            }
         return about
 
-    def _text(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Windows to calibrate on, more of the same text to tune on, and self-written ones."""
-        plan, recipe = self.plan, self.plan.recipe
-        length, count = recipe.seq_len, recipe.samples
-        extra = max(0, recipe.tune_samples - count) if recipe.tune > 0 else 0
-        if plan.text is None:
-            self.report("writing calibration text", 0, plan.weights)
-            written = text.generate(self._whole(), count + extra, length, recipe.seed)
-            return written[:count], written[:0], written[count:]
-        self.report("reading calibration text", 0, plan.weights)
-        tokenizer = tokenizer_of(plan.source.folder)
-        found, more = text.windows_and_more(plan.text, tokenizer, count, length, recipe.seed, extra)
-        missing = recipe.tune_samples - len(found) - len(more) if recipe.tune > 0 else 0
-        if missing <= 0:
-            return found, more, found[:0]
-        self.report("writing text to tune on", 0, plan.weights)
-        return found, more, text.generate(self._whole(), missing, length, recipe.seed)
+    def blocks(self, files: Series, first: int) -> Iterator[tuple[dict[str, Tensor], Any]]:
+        """Quantize the blocks that are not done yet.
 
-    def block(self, index: int) -> dict[str, Tensor]:
-        """Quantize a block; returns all tensors of its shard by their names on disk."""
+        Args:
+            files: the one of number `first + i` holds what this has yielded for block i.
+            first: the number of block 0.
+
+        Yields:
+            All tensors of a block by their names on disk, and what a later run has to know of it.
+        """
+        plan = self.plan
+        start, count = max(0, files.done - first), len(plan.layers)
+        for index in range(start):
+            self._recall(files.about(first + index))
+            self.done += sum(layer.weights for layer in plan.layers[index])
+        calibrated = self.windows is not None
+        if start == count and not plan.recipe.tune:
+            return
+        if calibrated:
+            fill_outside(plan)
+            self._enter()
+        passed = range(start) if calibrated else range(0)
+        wanted = [*passed, *range(start, count)]
+        groups = [plan.block_tensors(index) for index in wanted]
+        for index, tensors in zip(wanted, read_ahead(plan.source.shards, groups), strict=True):
+            if index in passed:
+                self.report(f"block {index + 1}/{count}  done before", self.done, plan.weights)
+                self._pass(index, tensors, files, first)
+            else:
+                self._split(index)
+                yield self._block_that_fits(index, tensors, files, first)
+
+    def _rotated(self, windows: Tensor) -> Plan:
+        """The plan with or without a rotation, as chosen now or by an earlier run."""
+        chosen = self.partial.noted("rotation")
+        if not chosen:
+            plan = choose_rotation(self.plan, windows, self.report)
+            found = None if plan.rotation is None else plan.rotation.to_json()
+            self.partial.note("rotation", found)
+            return plan
+        if chosen[0] is None:
+            return replace(self.plan, recipe=self.plan.recipe.changed(rotation="none"))
+        return rotated(self.plan, Rotation.from_json(chosen[0]))
+
+    # The streams.
+
+    def _enter(self) -> None:
+        """Start the streams at the first block."""
+        assert self.windows is not None
+        plan, recipe = self.plan, self.plan.recipe
+        self.states = States(
+            plan.blocks,
+            self.windows.every,
+            self.partial.noted(BATCH)[0]["windows"],
+            plan.device,
+            original=recipe.asymmetry > 0 or recipe.tune > 0,
+        )
+
+    def _split(self, index: int) -> None:
+        """Take the batches that the journal has for a block and those behind it."""
+        for noted in self.partial.noted(BATCH):
+            if self.states is not None and noted["block"] == index:
+                self.states.split(noted["windows"])
+
+    def _pass(self, index: int, tensors: dict[str, Tensor], files: Series, first: int) -> None:
+        """Move the streams through a block that is done."""
+        self._split(index)
+        packed, about = files.load(first + index), files.about(first + index)
+        block, calls, _, _ = self._prepared(index, tensors)
+        student = _student(block)
+        for layer in self.plan.layers[index]:
+            self._simulate(student, layer, self._unpacked(layer, packed))
+        assert self.states is not None
+        self.states.advance(student, block, calls)
+        if self.states.checksums() != about["states"]:
+            raise self.partial.refuse(
+                f"behind block {index + 1} this machine computes other hidden states than the run "
+                "that it is to go on with"
+            )
+        if self.plan.recipe.tune > 0:
+            for layer in self.plan.layers[index]:
+                solved = self._solved(self._unpacked(layer, packed))
+                start = packed.get(layer.disk + START)
+                start = None if start is None else start.to(self.plan.device)
+                self._keep_tunable(layer, solved, start)
+
+    def _block_that_fits(
+        self, index: int, tensors: dict[str, Tensor], files: Series, first: int
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """`_block`, again with half the windows at once as often as memory does not suffice."""
+        while True:
+            try:
+                return self._block(index, dict(tensors))
+            except torch.OutOfMemoryError:
+                if self.states is None or self.states.size == 1:
+                    raise
+            # Out of the handler, which keeps alive what the failed try has computed.
+            self._shrink(index, files, first)
+
+    def _shrink(self, index: int, files: Series, first: int) -> None:
+        """Halve the batch from this block on."""
+        assert self.states is not None
+        size, moved = self.states.size // 2, self.states.moved
+        if moved:
+            self.states = None
+        gc.collect()
+        if self.plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.partial.note(BATCH, {"block": index, "windows": size})
+        if self.states is not None:
+            self.states.split(size)
+            return
+        # Some batches have left the entrance of the block, and no copy stayed there. This is rare
+        # (an advance takes less memory than the statistics before it), so they start again.
+        self._enter()
+        for earlier in range(index):
+            names = self.plan.block_tensors(earlier)
+            self._pass(earlier, self.plan.source.shards.read(names), files, first)
+        self._split(index)
+
+    # One block.
+
+    def _block(
+        self, index: int, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Quantize a block, given its tensors by their names on disk."""
         plan, prefix = self.plan, self.plan.blocks.name(index) + "."
-        disk = plan.block_tensors(index)
-        tensors = plan.source.shards.read(disk)
-        block = plan.blocks.modules[index]
-        if self.student is None:
+        layers = plan.layers[index]
+        for layer in layers:
+            if self.entries.pop(layer.disk, None) is not None:  # of a try that failed
+                self.done -= layer.weights
+        changed: dict[str, str] = {}
+        if self.states is None:
+            module = plan.blocks.modules[index]
             quantized = {
-                layer.place: solved
-                for layer in plan.layers[index]
+                layer.place: packed_layer(layer, solved)
+                for layer in layers
                 for solved in self._solve(
-                    index, [layer], [self._matrix(layer, block, tensors)], None
+                    index, [layer], [self._matrix(layer, module, tensors)], None
                 )
             }
         else:
-            fill(plan, block, prefix, disk, tensors)
-            quantized, changes = self._calibrated(index, block)
+            quantized, changes = self._calibrated(index, tensors)
             for change in changes:
                 name = self._disk(prefix + change.name)
                 tensors[name] = change.value.cpu()
-                self.changed[name] = change.kind
-            skeleton.empty(block)
-        for layer in plan.layers[index]:
+                changed[name] = change.kind
+        for layer in layers:
             del tensors[layer.disk + layout.WEIGHT]
-            tensors |= self._packed(layer, quantized[layer.place])
+            tensors |= quantized[layer.place].tensors()
         if plan.rotation is not None:  # what is not packed came in float32 too
             for name in plan.rotation.readers.keys() | plan.rotation.writers:
                 if name in tensors:
                     tensors[name] = tensors[name].to(plan.dtype)
-        return tensors
+        if plan.recipe.tune > 0 and plan.tunes_roundings:
+            for layer in layers:
+                tensors[layer.disk + START] = self.tunable[layer.disk].start.cpu()
+        about = {
+            "entries": {layer: self.entries[layer] for layer in self._solved_in_order(index)},
+            "changed": changed,
+            "states": None if self.states is None else self.states.checksums(),
+        }
+        self._recall(about)
+        return tensors, about
 
-    def tune(self, blocks: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Tune all blocks, given as their shards' tensors, together; returns them as they are then.
+    def _solved_in_order(self, index: int) -> list[str]:
+        """The layers of a block, by names on disk, in the order in which they were solved."""
+        here = {layer.disk for layer in self.plan.layers[index]}
+        return [name for name in self.entries if name in here]
 
-        Of the original only what its last block gave is there, and its weights one by one.
-        """
-        plan = self.plan
+    def _recall(self, about: dict[str, Any]) -> None:
+        """Take what is known of a block that is done into what the manifest will say."""
+        self.entries |= about["entries"]
+        self.changed |= about["changed"]
+
+    def _prepared(
+        self, index: int, tensors: dict[str, Tensor]
+    ) -> tuple[nn.Module, Callable[[int], Call], list[Balanced], list[Change]]:
+        """A block with its weights, norms folded, how it is called, and what the folding did."""
+        plan, states = self.plan, self.states
+        assert states is not None
         assert self.windows is not None
-        assert self.teacher is not None
-        original = torch.cat([hidden.cpu() for hidden in self.teacher.hidden])
-        self.entrance = self.teacher = self.student = None
-        skeleton.empty(plan.model)
-        model = plan.skeleton()
-        parts = find_blocks(model)
-        for names in plan.other_shards:
-            fill(plan, model, "", [name for name in names if name in plan.names.to_model])
-        for index, tensors in enumerate(blocks):
-            disk = [name for name in tensors if name in plan.names.to_model]
-            fill(plan, model, "", disk, tensors)
-            for layer in plan.layers[index]:
-                linear = self.tunable[layer.disk]
-                bias = tensors.get(layer.disk + layout.BIAS)
-                if bias is not None:
-                    bias = bias.to(plan.device, compute_dtype(plan.device, plan.dtype))
-                    linear.bias = nn.Parameter(bias, requires_grad=False)
-                put(model, f"{plan.blocks.name(index)}.{layer.place}", linear)
-        model.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
-        self.outcome = distill(
-            model,
-            parts,
-            original,
-            self.windows,
-            plan.recipe.tune,
-            plan.dtype,
-            seed=plan.recipe.seed,
-            report=lambda done, total: self.report(
-                f"tuning, step {done}/{total}", plan.weights, plan.weights
-            ),
-        )
-        if not self.outcome.kept:
-            return blocks
-        for place, value in self.outcome.norms.items():
-            name = plan.names.to_disk[place]
-            self.tuned[name] = value.cpu()
-            self.changed[name] = "norm_changed"
-        for index, tensors in enumerate(blocks):
-            tensors |= self.tuned_of(list(tensors))
-            for layer in plan.layers[index]:
-                result = self.tunable.pop(layer.disk).result(self._target(index, layer))
-                tensors |= self._packed(layer, result)
-                entry = self.entries[layer.disk]
-                entry["weight_error"], entry["output_error"] = result.weight_error, None
-        return blocks
-
-    def _target(self, index: int, layer: PlannedLayer) -> Tensor:
-        """The weight that a layer stands for: the source's, balanced if it was."""
-        name = layer.disk + layout.WEIGHT
-        block = self.plan.blocks.modules[index]
-        weight = self._matrix(layer, block, self.plan.source.shards.read([name]))
-        weight = weight.to(self.plan.device)
-        columns = self.columns.get(layer.disk)
-        return weight if columns is None else weight * columns.to(weight.dtype)
-
-    def tuned_of(self, names: list[str]) -> dict[str, Tensor]:
-        """Those of the tensors, by their names on disk, that tuning has changed."""
-        return {name: self.tuned[name] for name in names if name in self.tuned}
-
-    def _disk(self, place: str) -> str:
-        """The name on disk of a tensor of the model, which the source may not have."""
-        names = self.plan.names.to_disk
-        owner, _, leaf = place.rpartition(".")
-        return names.get(place, names[owner + layout.WEIGHT].removesuffix("weight") + leaf)
-
-    def _whole(self) -> PreTrainedModel:
-        """The original model."""
-        plan = self.plan
-        whole = plan.skeleton()
-        fill(plan, whole, "", list(plan.names.to_model))
-        whole.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
-        return whole
+        # A copy, so that what folding adds to it is gone when the block has to be done again.
+        block = copy.deepcopy(plan.blocks.modules[index])
+        fill(plan, block, plan.blocks.name(index) + ".", plan.block_tensors(index), tensors)
+        if index == 0:
+            states.entrance.try_first(block)
+            if plan.recipe.tune > 0:  # before hours of work
+                head = Head(plan.model, plan.blocks, returns_tuple=states.entrance.returns_tuple)
+                head.check(
+                    states.student.hidden[0][:1], self.windows.calibration[:1].to(plan.device)
+                )
+        calls = states.calls(index)
+        balanced, changes = fold(plan, index, block, states.student, calls)
+        disk = {layer.place: layer.disk for layer in plan.layers[index]}
+        self.columns |= {disk[place]: one.columns for one in balanced for place in one.linears}
+        return block, calls, balanced, changes
 
     def _calibrated(
-        self, index: int, block: nn.Module
-    ) -> tuple[dict[str, QuantizedWeight], list[Change]]:
+        self, index: int, tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, PackedLayer], list[Change]]:
         """Quantize a block's linears stage by stage, and move the streams through it."""
-        plan, recipe = self.plan, self.plan.recipe
-        assert self.entrance is not None
-        assert self.student is not None
-        if index == 0:
-            self.entrance.try_first(block)
-            if recipe.tune > 0:  # before hours of work
-                head = Head(plan.model, plan.blocks, returns_tuple=self.entrance.returns_tuple)
-                assert self.windows is not None
-                head.check(self.student.hidden[0][:1], self.windows[:1].to(plan.device))
-        calls = self.entrance.calls(index)
+        plan, recipe, states = self.plan, self.plan.recipe, self.states
+        assert states is not None
+        block, calls, balanced, changes = self._prepared(index, tensors)
         layers = {layer.place: layer for layer in plan.layers[index]}
-        balanced, changes = fold(plan, index, block, self.student, calls)
-        norms: dict[str, str] = {}  # of balanced layers, on disk
-        for one in balanced:
-            for place in one.linears:
-                norms[place] = self._disk(f"{plan.blocks.name(index)}.{one.norm}{layout.WEIGHT}")
-                self.columns[layers[place].disk] = one.columns
-        shared = {id(parameter): parameter for parameter in block.parameters()}
-        student = copy.deepcopy(block, shared)  # its weights are replaced, never written to
+        student = _student(block)
         teacher = block if recipe.asymmetry > 0 else None
-        quantized: dict[str, QuantizedWeight] = {}
+        quantized: dict[str, PackedLayer] = {}
         experts = {
             path
             for path in mixtures(student)
@@ -256,9 +313,9 @@ class Work:
         }
         plain = [place for place in layers if not place.startswith(tuple(f"{e}." for e in experts))]
         traced = [*plain, *experts] if layers else []
-        for stage in trace(student, traced, calls(0), self.student.hidden[0]) if traced else []:
+        for stage in trace(student, traced, calls(0), states.student.hidden[0]) if traced else []:
             for path in [place for place in stage if place in experts]:
-                batches = arrivals(path, student, self.student, teacher, self.teacher, calls)
+                batches = arrivals(path, student, states.student, teacher, states.teacher, calls)
                 solve = partial(self._solve_stages, index, student, layers, quantized)
                 seen = quantize_experts(path, layers, student, teacher, batches, solve)
                 for place, found in seen.items():
@@ -267,19 +324,21 @@ class Work:
             linears = [place for place in stage if place not in experts]
             if linears:
                 shared_input = statistics(
-                    linears, student, self.student, teacher, self.teacher, calls
+                    linears, student, states.student, teacher, states.teacher, calls
                 )
                 self._solve_stages(
                     index, student, layers, quantized, [linears], Moments(*shared_input, 0)
                 )
         for place in [place for place in layers if place not in quantized]:  # no token went there
             weight = weight_matrix(get_linear(block, place))
-            (quantized[place],) = self._solve(index, [layers[place]], [weight], None)
-        self.student.advance(student, calls)
-        if self.teacher is not None:
-            self.teacher.advance(block, calls)
-        for place, norm in norms.items():
-            self.entries[layers[place].disk]["balanced"] = norm
+            (solved,) = self._solve(index, [layers[place]], [weight], None)
+            quantized[place] = packed_layer(layers[place], solved)
+            self._simulate(student, layers[place], quantized[place])
+        states.advance(student, block, calls)
+        for one in balanced:
+            norm = self._disk(f"{plan.blocks.name(index)}.{one.norm}{layout.WEIGHT}")
+            for place in one.linears:
+                self.entries[layers[place].disk]["balanced"] = norm
         return quantized, changes
 
     def _solve_stages(
@@ -287,7 +346,7 @@ class Work:
         index: int,
         student: nn.Module,
         layers: dict[str, PlannedLayer],
-        quantized: dict[str, QuantizedWeight],
+        quantized: dict[str, PackedLayer],
         stages: list[list[str]],
         moments: Moments,
     ) -> None:
@@ -310,8 +369,8 @@ class Work:
                 weight = weight_matrix(linear).float()
                 lost = activation_error(weight, moments.rounding, moments.hessian)
                 self.entries[layers[place].disk]["activation_error"] = lost
-                put(student, place, _simulated(linear, solved))
-                quantized[place] = solved
+                quantized[place] = packed_layer(layers[place], solved)
+                self._simulate(student, layers[place], quantized[place])
 
     def _solve(
         self,
@@ -333,11 +392,9 @@ class Work:
         self, layer: PlannedLayer, solved: QuantizedWeight, curvature: Curvature | None
     ) -> None:
         """What the manifest will say of a layer."""
-        if self.plan.recipe.tune > 0:
-            roundings = self.plan.tunes_roundings
-            self.tunable[layer.disk] = TunableLinear(solved, roundings=roundings)
-            solved = replace(solved, doubt=None)
         self.done += layer.weights
+        if self.plan.recipe.tune > 0:
+            self._keep_tunable(layer, solved)
         self.entries[layer.disk] = {
             "shape": [layer.rows, layer.columns],
             "rank": 0 if solved.factors is None else len(solved.factors.A),
@@ -354,23 +411,69 @@ class Work:
             self.entries[layer.disk]["damping"] = curvature.damping
             self.entries[layer.disk]["damping_retries"] = curvature.retries
 
+    def _keep_tunable(
+        self, layer: PlannedLayer, solved: QuantizedWeight, start: Tensor | None = None
+    ) -> None:
+        roundings = self.plan.tunes_roundings
+        self.tunable[layer.disk] = TunableLinear(solved, roundings=roundings, start=start)
+
+    # Between a linear and what lies on disk for it.
+
     def _matrix(self, layer: PlannedLayer, block: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
         """The weight `[N, K]` of a layer, straight from the file."""
         stored = tensors[layer.disk + layout.WEIGHT]
         return stored.t() if is_transposed(get_linear(block, layer.place)) else stored
 
-    def _packed(self, layer: PlannedLayer, solved: QuantizedWeight) -> dict[str, Tensor]:
-        factors = solved.factors
-        triple = None if factors is None else (factors.A, factors.B, factors.scale)
-        packed = pack(layer.disk, solved.codes, solved.scales, triple)
-        packed.check()
-        tensors = {name: tensor.cpu() for name, tensor in packed.tensors().items()}
-        self.sizes[layer.disk] = sum(tensor.nbytes for tensor in tensors.values())
-        return tensors
+    def target(self, index: int, layer: PlannedLayer) -> Tensor:
+        """The weight that a layer stands for: the source's, balanced if it was."""
+        name = layer.disk + layout.WEIGHT
+        block = self.plan.blocks.modules[index]
+        weight = self._matrix(layer, block, self.plan.source.shards.read([name]))
+        weight = weight.to(self.plan.device)
+        columns = self.columns.get(layer.disk)
+        return weight if columns is None else weight * columns.to(weight.dtype)
+
+    def _disk(self, place: str) -> str:
+        """The name on disk of a tensor of the model, which the source may not have."""
+        names = self.plan.names.to_disk
+        owner, _, leaf = place.rpartition(".")
+        return names.get(place, names[owner + layout.WEIGHT].removesuffix("weight") + leaf)
+
+    def _unpacked(self, layer: PlannedLayer, tensors: dict[str, Tensor]) -> PackedLayer:
+        recipe = self.plan.recipe
+        size = layer.columns if recipe.group_size == "row" else recipe.group_size
+        books = codebook.PAIR if recipe.codebooks == "pair" else (codebook.E2M1,)
+        return unpack(layer.disk, tensors, recipe.scales, size, layer.columns, books)
+
+    def _solved(self, packed: PackedLayer) -> QuantizedWeight:
+        """The quantized weight that a packed layer spells, errors aside."""
+        here = packed.to(self.plan.device)
+        factors = None
+        if here.lorc_A is not None and here.lorc_B is not None:
+            factors = Factors(here.lorc_A, here.lorc_B, here.lorc_scale)
+        return QuantizedWeight(here.codes(), here.scales(), factors, 0.0, None)
+
+    def _simulate(self, student: nn.Module, layer: PlannedLayer, packed: PackedLayer) -> None:
+        """Let a linear of a block do what its packed tensors, as they lie on disk, will do."""
+        linear = get_linear(student, layer.place)
+        here, bias = packed.to(self.plan.device), bias_of(linear)
+        if isinstance(linear, ExpertLinear):
+            put(student, layer.place, SimulatedExpertLinear(here, bias))
+            return
+        weight = here.approximation().to(linear.weight.dtype)
+        put(student, layer.place, SimulatedLinear(weight, bias))
 
 
-def _simulated(linear: Linear, solved: QuantizedWeight) -> nn.Module:
-    """What stands for a linear while blocks behind it are calibrated."""
-    if isinstance(linear, ExpertLinear):
-        return SimulatedExpertLinear(solved, bias_of(linear))
-    return SimulatedLinear(solved.dequantize().to(linear.weight.dtype), bias_of(linear))
+def _student(block: nn.Module) -> nn.Module:
+    """Another block with the same weights, which are replaced in it, never written to."""
+    shared = {id(parameter): parameter for parameter in block.parameters()}
+    return copy.deepcopy(block, shared)
+
+
+def packed_layer(layer: PlannedLayer, solved: QuantizedWeight) -> PackedLayer:
+    """A quantized weight as it lies on disk, on the CPU, held to the rules of the format."""
+    factors = solved.factors
+    triple = None if factors is None else (factors.A, factors.B, factors.scale)
+    packed = pack(layer.disk, solved.codes, solved.scales, triple)
+    packed.check()
+    return packed

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from zqfp_convert.calibration import text
 from zqfp_convert.conversion import Conversion, Progress, convert
-from zqfp_convert.errors import OutputError
+from zqfp_convert.errors import OutputError, Stopped
 from zqfp_convert.evaluate.divergence import Divergence, compare
 from zqfp_convert.generate import generate
 from zqfp_convert.runtime.loader import load
@@ -49,15 +49,18 @@ class Demo:
 
     def measure(self, recipe: str, progress: Progress | None = None) -> Measured:
         """Convert with a recipe, and compare the packed model with the original."""
-        conversion = convert(
-            self.source,
-            self.folder / recipe,
-            recipe=recipe,
-            device="cpu",
-            samples=SAMPLES,
-            seq_len=SEQ_LEN,
-            progress=progress,
-        )
+        try:
+            conversion = convert(
+                self.source,
+                self.folder / recipe,
+                recipe=recipe,
+                device="cpu",
+                samples=SAMPLES,
+                seq_len=SEQ_LEN,
+                progress=progress,
+            )
+        except Stopped:  # a demonstration is not gone on with
+            raise KeyboardInterrupt from None
         packed = load(conversion.out, device="cpu", dtype=torch.float32)
         divergence = compare(self._original, packed, self._windows)
         return Measured(recipe, conversion, divergence)

@@ -43,9 +43,17 @@ class TunableLinear(nn.Module):
     """
 
     def __init__(
-        self, solved: QuantizedWeight, bias: Tensor | None = None, *, roundings: bool = True
+        self,
+        solved: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        roundings: bool = True,
+        start: Tensor | None = None,
     ) -> None:
-        """`solved` is where to start, with its doubt where `roundings` are to be tuned."""
+        """`solved` is where to start, with its doubt where `roundings` are to be tuned.
+
+        Instead of the doubt it can be `start`, what another one made of it.
+        """
         super().__init__()
         chosen, factors = solved.scales, solved.factors
         self._scales, self._factors = chosen, factors
@@ -54,8 +62,10 @@ class TunableLinear(nn.Module):
         self.shift: Tensor | None = None
         self.handle: nn.Parameter | None = None
         if roundings:
-            assert solved.doubt is not None
-            self.start = _starts(self.start, solved.doubt, chosen.per_group(), self.grid)
+            if start is None:
+                assert solved.doubt is not None
+                start = _starts(self.start, solved.doubt, chosen.per_group(), self.grid)
+            self.start = start
             self.shift = torch.zeros_like(self.start, dtype=torch.int16)
             nothing = torch.zeros((), dtype=torch.bfloat16, device=self.start.device)
             self.handle = nn.Parameter(nothing.expand(self.start.shape))

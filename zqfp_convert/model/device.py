@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -39,6 +42,44 @@ def compute_dtype(device: torch.device, stored: torch.dtype | None) -> torch.dty
     if device.type == "cpu" or stored is None:
         return torch.float32
     return stored
+
+
+def describe(device: torch.device) -> str:
+    """What kind of device it is, as far as it decides over the last bits of a result."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+
+
+@contextmanager
+def reproducible(threads: int) -> Iterator[None]:
+    """While this context is open, the same work gives the same bits: deterministic algorithms.
+
+    `threads` of the CPU share the work, as sums are split up among them. Where torch has no
+    deterministic algorithm, it warns.
+    """
+    deterministic: Any = torch.utils.deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        deterministic.fill_uninitialized_memory,
+        torch.backends.cudnn.benchmark,
+    )
+    if threads != before[0]:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = False  # nothing here reads it
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[1], warn_only=before[2])
+        deterministic.fill_uninitialized_memory = before[3]
+        torch.backends.cudnn.benchmark = before[4]
+        if threads != before[0]:
+            torch.set_num_threads(before[0])
 
 
 def too_little_memory(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zqfp_convert.numerics import kernels
+
 MAX = 448.0
 MIN_ABSMAX = 2.0**-100  # keeps the scale of a token of zeros a positive, normal float32
 DTYPE = torch.float8_e4m3fn
@@ -45,5 +47,9 @@ def quantize(values: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
 
 def simulate(values: Tensor) -> Tensor:
     """What remains of activations `[..., K]` after quantization for each token; dtype is kept."""
+    if kernels.take(values):
+        from zqfp_convert.numerics.kernels import simulate as fused
+
+        return fused.simulate(values)
     codes, scale = quantize(values)
     return (decode(codes) * scale).to(values.dtype)

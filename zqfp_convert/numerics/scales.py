@@ -7,12 +7,13 @@ span at most 11, a row's largest exponent 0 under M2, harmless values for groups
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from zqfp_convert.numerics import codebook
+from zqfp_convert.numerics import codebook, kernels
 from zqfp_convert.numerics.codebook import Codebook
 
 Kind = Literal["free", "m1", "m2"]
@@ -23,6 +24,7 @@ MIN_FACTOR = 2.0**-100  # groups whose largest weight is smaller count as zeros
 MAX_FACTOR = 2.0**125  # seven times it is still a float32
 MANTISSAS = 16  # of the searched scales, 2^(i/16)
 SEARCH_ROWS = 2048  # rows searched at a time, to bound the memory
+LARGEST_GROUP = 4096  # that the search's kernel holds
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,13 @@ class Scales:
 
     def marks(self, columns: Tensor) -> Tensor:
         """`per_column`, negative where the second codebook holds: what `round` needs to know."""
+        return self.marked[:, columns // self.group_size]
+
+    @cached_property
+    def marked(self) -> Tensor:
+        """`per_group`, negative where the second codebook holds, float32 `[N, G]`."""
         scale = self.per_group()
-        if self.choice is not None:
-            scale = torch.where(self.choice, -scale, scale)
-        return scale[:, columns // self.group_size]
+        return scale if self.choice is None else torch.where(self.choice, -scale, scale)
 
     def round(self, values: Tensor, marks: Tensor) -> Tensor:
         """The representable values nearest to `values` under `marks` (shapes that broadcast)."""
@@ -262,26 +267,14 @@ def _searched(
     factors, exponents, choices = [], [], []
     for start in range(0, weight.shape[0], SEARCH_ROWS):
         groups = _grouped(weight[start : start + SEARCH_ROWS], group_size)
-        costs, candidates, seconds = [], [], []  # for each mantissa, [rows, G]
-        for mantissa in mantissa_values:
-            cost, exponent = _best(groups, grouped_importance, mantissa, books[0])
-            second = torch.zeros_like(cost, dtype=torch.bool)
-            for book in books[1:]:
-                cost_of, exponent_of = _best(groups, grouped_importance, mantissa, book)
-                second = cost_of < cost
-                cost = torch.where(second, cost_of, cost)
-                exponent = torch.where(second, exponent_of, exponent)
-            costs.append(cost)
-            candidates.append(exponent)
-            seconds.append(second)
-        cost, exponent = torch.stack(costs), torch.stack(candidates)  # [mantissas, rows, G]
+        cost, exponent, second = _costs(groups, grouped_importance, mantissa_values, books)
         if kind != "free":  # one mantissa for a whole row
             cost = cost.sum(-1, keepdim=True)
         best = cost.argmin(0)  # [rows, G or 1]
         factors.append(mantissa_values[best])
         best = best.expand(exponent.shape[1:])[None]
         exponents.append(exponent.gather(0, best)[0])
-        choices.append(torch.stack(seconds).gather(0, best)[0])
+        choices.append(second.gather(0, best)[0])
     factor, exponent = torch.cat(factors), torch.cat(exponents)
     if kind == "free":
         value = factor * power_of_two(exponent)
@@ -290,6 +283,32 @@ def _searched(
         found = _constrained(kind, factor, exponent, absmax, group_size)
     choice = torch.cat(choices) if len(books) > 1 else None
     return replace(found, books=books, choice=choice)
+
+
+def _costs(
+    groups: Tensor, importance: Tensor, mantissas: Tensor, books: tuple[Codebook, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each mantissa the cost of each group, its exponent, and whether it has the second book.
+
+    Each `[mantissas, N, G]`.
+    """
+    if kernels.take(groups) and groups.shape[-1] <= LARGEST_GROUP:
+        from zqfp_convert.numerics.kernels import search
+
+        return search.costs(groups.contiguous(), importance, mantissas, books)
+    costs, exponents, seconds = [], [], []
+    for mantissa in mantissas:
+        cost, exponent = _best(groups, importance, mantissa, books[0])
+        second = torch.zeros_like(cost, dtype=torch.bool)
+        for book in books[1:]:
+            cost_of, exponent_of = _best(groups, importance, mantissa, book)
+            second = cost_of < cost
+            cost = torch.where(second, cost_of, cost)
+            exponent = torch.where(second, exponent_of, exponent)
+        costs.append(cost)
+        exponents.append(exponent)
+        seconds.append(second)
+    return torch.stack(costs), torch.stack(exponents), torch.stack(seconds)
 
 
 def _best(

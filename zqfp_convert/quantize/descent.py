@@ -5,12 +5,10 @@ Each column moves to its best value given all the others, so the error can only 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from zqfp_convert.quantize.gptq import BLOCK, Grid
+from zqfp_convert.quantize.columns import BLOCK, SPAN, Grid, settle
 
 
 def optimum(target: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
@@ -18,19 +16,10 @@ def optimum(target: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
 
     `Q + E H / diag(H)`, `E = target - Q`: what `descend` rounds. Columns that saw no input stay.
     """
-    step = 1.0 / hessian.diagonal()
-    step = torch.where((hessian.diagonal() > 0) & step.isfinite(), step, 0.0)
-    return rounded + ((target - rounded) @ hessian) * step
+    return rounded + ((target - rounded) @ hessian) * _step(hessian)
 
 
-def descend(
-    target: Tensor,
-    rounded: Tensor,
-    hessian: Tensor,
-    scale_of: Callable[[Tensor], Tensor],
-    grid: Grid,
-    sweeps: int,
-) -> Tensor:
+def descend(target: Tensor, rounded: Tensor, hessian: Tensor, grid: Grid, sweeps: int) -> Tensor:
     """Lower `tr(E H E^T)`, `E = target - Q`, from `Q = rounded` on, by `sweeps` passes.
 
     For one column with the others fixed the minimum of the quadratic is at
@@ -41,28 +30,31 @@ def descend(
         target: float32 `[N, K]`.
         rounded: float32 `[N, K]`, on the grid.
         hessian: float32 `[K, K]`, undamped.
-        scale_of, grid: as in `gptq`.
+        grid: of the weight.
 
     Returns:
         Q after the passes, float32 `[N, K]`, on the grid.
     """
     H = hessian
-    step = 1.0 / H.diagonal()
-    step = torch.where((H.diagonal() > 0) & step.isfinite(), step, 0.0)
+    step = _step(H)
     columns = torch.arange(len(H), device=H.device)
-    goal, Q = target.t(), rounded.t().contiguous()  # [K, N]
+    Q, E = rounded.clone(memory_format=torch.contiguous_format), target - rounded
     for _ in range(sweeps):
-        gradient = H @ (goal - Q)  # rows of (E H)^T, kept current below
-        for start in range(0, len(H), BLOCK):
-            end = min(start + BLOCK, len(H))
-            within = H[start:end, start:end]
-            scales = scale_of(columns[start:end]).t().contiguous()
-            pull = gradient[start:end].clone()  # [block, N]
-            moves = torch.empty_like(pull)
-            for j in range(end - start):
-                moved = grid(torch.addcmul(Q[start + j], pull[j], step[start + j]), scales[j])
-                torch.sub(moved, Q[start + j], out=moves[j])
-                Q[start + j] = moved
-                pull.addr_(within[:, j], moves[j], alpha=-1)
-            gradient.addmm_(H[:, start:end], moves, alpha=-1)
-    return Q.t().contiguous()
+        for start in range(0, len(H), SPAN):
+            end = min(start + SPAN, len(H))
+            moves = E @ H[:, start:end]  # what the errors of all columns want of these, at first
+            for left in range(start, end, BLOCK):
+                right = min(left + BLOCK, end)
+                here, done = slice(left, right), left - start
+                wanted = moves[:, done : right - start]
+                if done:
+                    wanted.addmm_(moves[:, :done], H[start:left, here], alpha=-1)
+                settle(Q[:, here], wanted, H[here, here], columns[here], grid, step[here])
+            E[:, start:end] = target[:, start:end] - Q[:, start:end]
+    return Q
+
+
+def _step(hessian: Tensor) -> Tensor:
+    """The inverse of the diagonal; 0 where there was no input, or next to none."""
+    step = 1.0 / hessian.diagonal()
+    return torch.where((hessian.diagonal() > 0) & step.isfinite(), step, 0.0)

@@ -6,46 +6,41 @@ before, so that any order of columns leaves the file without a permutation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from zqfp_convert.quantize.columns import BLOCK, SPAN, Grid, settle
 from zqfp_convert.quantize.hessian import Curvature
 
-BLOCK = 128  # columns whose updates are gathered before they reach the rest of the matrix
 
-Grid = Callable[[Tensor, Tensor], Tensor]
-"""Rounds values to the nearest representable ones, given their scales (same shape)."""
-
-
-def gptq(
-    weight: Tensor, curvature: Curvature, scale_of: Callable[[Tensor], Tensor], grid: Grid
-) -> Tensor:
+def gptq(weight: Tensor, curvature: Curvature, grid: Grid) -> Tensor:
     """Round `weight` so that `tr(E H E^T)` of the error E stays small.
 
     Args:
         weight: float32 `[N, K]`.
         curvature: of the inputs, `[K, K]`.
-        scale_of: scales `[N, C]` of the columns (int64 `[C]`) asked for.
-        grid: the rounding.
+        grid: of the weight.
 
     Returns:
-        The rounded weight, float32 `[N, K]`, each element on the grid of its scale.
+        The rounded weight, float32 `[N, K]`, each element on the grid.
     """
     order, U = curvature.order, curvature.factor
-    W = weight[:, order].t().contiguous()  # [K, N]: a column of the weight is a row here
-    for start in range(0, len(W), BLOCK):
-        end = min(start + BLOCK, len(W))
-        block = W[start:end]  # [block, N]
-        scales = scale_of(order[start:end]).t().contiguous()
-        errors = torch.empty_like(block)
-        for j in range(end - start):
-            rounded = grid(block[j], scales[j])
-            torch.sub(block[j], rounded, out=errors[j])
-            block[j] = rounded
-            block[j + 1 :].addr_(U[start + j, start + j + 1 : end], errors[j], alpha=-1)
-        W[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
-    result = torch.empty_like(weight)
-    result[:, order] = W.t()
+    W = weight.index_select(1, order)
+    errors = torch.empty_like(W)
+    for start in range(0, len(U), SPAN):
+        end = min(start + SPAN, len(U))
+        _pay(W[:, start:end], errors[:, :start], U[:start, start:end])
+        for left in range(start, end, BLOCK):
+            right = min(left + BLOCK, end)
+            block = W[:, left:right]
+            _pay(block, errors[:, start:left], U[start:left, left:right])
+            here = slice(left, right)
+            settle(block, errors[:, here], U[here, here], order[here], grid)
+    result = torch.empty_like(W)
+    result[:, order] = W
     return result
+
+
+def _pay(columns: Tensor, errors: Tensor, shares: Tensor) -> None:
+    if len(shares):
+        columns.addmm_(errors, shares, alpha=-1)

@@ -5,17 +5,23 @@ Linears that share their input share one `Curvature`: its factorization is done 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+PANELS, PANEL = 8, 512  # how many H is summed up in at most, and the fewest rows of one
+SLICE = 2048  # columns that are solved for at a time, to bound the memory
 
 
 class HessianSum:
     """Accumulates `H = E[x^ x^T]` over the inputs `x^` that a layer will really see.
 
     With `cross`, also `C = E[x x^T]` with the inputs `x` that the same layer has in the original
-    model, for the same tokens. Sums are float32 on the device of the inputs.
+    model, for the same tokens. Sums are float32 on the device of the inputs. On a GPU inputs of 16
+    bits go to the tensor cores as they are, whose products are exact and whose sums are float32;
+    of H only what lies below or on the diagonal is summed up, panel by panel.
     """
 
     def __init__(self, features: int, *, cross: bool, device: torch.device | str) -> None:
@@ -25,19 +31,36 @@ class HessianSum:
 
     def add(self, seen: Tensor, original: Tensor | None = None) -> None:
         """Add tokens: `seen` and `original` are `[..., K]`, `original` given if `cross`."""
-        seen = seen.reshape(-1, seen.shape[-1]).float()  # [tokens, K]
+        seen = seen.reshape(-1, seen.shape[-1])  # [tokens, K]
         self.tokens += seen.shape[0]
-        self._hessian.addmm_(seen.t(), seen)
+        for panel in self._panels():
+            _add_product(self._hessian[panel, : panel.stop], seen[:, panel], seen[:, : panel.stop])
         if self._cross is not None:
             assert original is not None
-            original = original.reshape(-1, original.shape[-1]).float()
-            self._cross.addmm_(original.t(), seen)
+            _add_product(self._cross, original.reshape(-1, original.shape[-1]), seen)
 
     def mean(self) -> tuple[Tensor, Tensor | None]:
         """H and C (or None), each float32 `[K, K]`; the sums are given up."""
         count = max(self.tokens, 1)
         cross = None if self._cross is None else self._cross.div_(count)
-        return self._hessian.div_(count), cross
+        hessian = self._hessian.div_(count)
+        for panel in self._panels():
+            hessian[: panel.start, panel] = hessian[panel, : panel.start].t()
+        return hessian, cross
+
+    def _panels(self) -> Iterator[slice]:
+        """Of rows of H."""
+        features = len(self._hessian)
+        width = max(PANEL, -(-features // PANELS))
+        return (slice(at, min(at + width, features)) for at in range(0, features, width))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left^T right` in float32."""
+    if total.is_cuda and left.dtype == right.dtype != torch.float32:
+        torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float().t(), right.float())
 
 
 @dataclass(frozen=True)
@@ -66,7 +89,7 @@ class Curvature:
 def prepare(
     hessian: Tensor, cross: Tensor | None, *, damping: float, activation_order: bool
 ) -> Curvature:
-    """Factorize a Hessian `[K, K]` for the solvers.
+    """Factorize a Hessian `[K, K]` for the solvers; `cross` becomes the drift, in place.
 
     The factor of the inverse comes from one Cholesky factorization and one triangular inverse:
     with J the reversal of the order and `J H J = L L^T`, `inverse(H) = U^T U` for
@@ -79,15 +102,26 @@ def prepare(
     else:
         order = torch.arange(len(diagonal), device=hessian.device)
     reverse = order.flip(0)
-    lower, used, retries = _damped_cholesky(hessian[reverse][:, reverse], damping)
-    drift = None
+    lower, used, retries = _damped_cholesky(hessian[reverse[:, None], reverse], damping)
     if cross is not None:
-        drift = torch.empty_like(hessian)
-        drift[:, reverse] = torch.cholesky_solve((cross - hessian).t()[reverse], lower).t()
-    identity = torch.eye(len(diagonal), device=hessian.device)
-    factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    factor /= factor.diagonal().clone()[:, None]
-    return Curvature(hessian, order, factor, drift, used, retries)
+        cross.sub_(hessian)
+        for at in range(0, len(cross), SLICE):
+            rows = cross[at : at + SLICE]
+            rows[:, reverse] = torch.cholesky_solve(rows[:, reverse].t(), lower).t()
+    return Curvature(hessian, order, _inverse_factor(lower), cross, used, retries)
+
+
+def _inverse_factor(lower: Tensor) -> Tensor:
+    """The flipped inverse of a lower triangular matrix, each row over its diagonal element."""
+    size = len(lower)
+    factor = torch.zeros(size, size, device=lower.device)
+    for left in range(0, size, SLICE):  # columns of the inverse are zeros down to their own row
+        right = min(left + SLICE, size)
+        unit = torch.zeros(size - left, right - left, device=lower.device)
+        unit.fill_diagonal_(1.0)
+        columns = torch.linalg.solve_triangular(lower[left:, left:], unit, upper=False)
+        factor[: size - left, size - right : size - left] = columns.flip(0, 1)
+    return factor.div_(factor.diagonal().clone()[:, None])
 
 
 def aim_at_original(weight: Tensor, drift: Tensor, asymmetry: float) -> Tensor:

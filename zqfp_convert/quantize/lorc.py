@@ -54,14 +54,30 @@ def fit(error: Tensor, hessian: Tensor | None, rank: int) -> tuple[Tensor, Tenso
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(rows, width, generator=generator).to(error)
     for _ in range(ITERATIONS):
-        back = error.t() @ torch.linalg.qr(basis).Q  # [K, width]
+        back = error.t() @ _orthonormal(basis)  # [K, width]
         basis = error @ (back if hessian is None else hessian @ back)
-    basis = torch.linalg.qr(basis).Q
+    basis = _orthonormal(basis)
     inner = basis.t() @ error  # [width, K]
     gram = (inner if hessian is None else inner @ hessian) @ inner.t()
     vectors = torch.linalg.eigh((gram + gram.t()) / 2).eigenvectors  # ascending
     B = basis @ vectors[:, -rank:].flip(1)
     return B, B.t() @ error
+
+
+def _orthonormal(basis: Tensor) -> Tensor:
+    """An orthonormal basis `[N, w]` of what the columns of a float32 matrix, w << N, span.
+
+    By the Cholesky factorization of its Gram matrix, in float64, which on a GPU takes a fraction of
+    the time of Householder's reflections; these are for columns that depend on one another.
+    """
+    wide = basis.double()
+    lower, failed = torch.linalg.cholesky_ex(wide.t() @ wide)
+    found: Tensor = (
+        torch.linalg.qr(basis).Q
+        if bool(failed)
+        else torch.linalg.solve_triangular(lower.t(), wide, upper=True, left=False)
+    )
+    return found.to(basis.dtype)
 
 
 def encode(B: Tensor, A: Tensor, form: FactorFormat) -> Factors:

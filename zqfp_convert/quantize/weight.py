@@ -17,6 +17,7 @@ from zqfp_convert.quantize.descent import descend, optimum
 from zqfp_convert.quantize.gptq import gptq
 from zqfp_convert.quantize.hessian import Curvature, aim_at_original, relative_error
 from zqfp_convert.quantize.lorc import Factors
+from zqfp_convert.quantize.tensor_cores import tensor_cores
 from zqfp_convert.recipe import Recipe
 
 SWEEPS_PER_ROUND = 2  # of coordinate descent after each fit of the low-rank factors
@@ -64,6 +65,13 @@ def quantize_together(
         curvature: statistics of the input; None for layers without (they are then rounded to
             nearest, and LoRC falls back to the plain decomposition).
     """
+    with tensor_cores():
+        return _quantize_together(weights, curvature, recipe)
+
+
+def _quantize_together(
+    weights: Sequence[Tensor], curvature: Curvature | None, recipe: Recipe
+) -> list[QuantizedWeight]:
     coded = [_encode(weight.float(), curvature, recipe) for weight in weights]
     metric = None if curvature is None or recipe.low_rank == "svd" else curvature.hessian
     rank = recipe.rank
@@ -97,11 +105,11 @@ def _encode(W: Tensor, curvature: Curvature | None, recipe: Recipe) -> _Coded:
     )
 
     if curvature is not None and recipe.solver == "gptq":
-        Q = gptq(target, curvature, chosen.marks, chosen.round)
+        Q = gptq(target, curvature, chosen)
     else:
         Q = scales.dequantize(scales.quantize(target, chosen), chosen)
     if H is not None:
-        Q = descend(target, Q, H, chosen.marks, chosen.round, recipe.sweeps)
+        Q = descend(target, Q, H, chosen, recipe.sweeps)
     return _Coded(W, target, Q, chosen)
 
 
@@ -117,7 +125,7 @@ def _compensate(
         if metric is not None:
             for _ in range(recipe.low_rank_rounds):
                 rest = target - factors.product()
-                Q = descend(rest, Q, metric, chosen.marks, chosen.round, SWEEPS_PER_ROUND)
+                Q = descend(rest, Q, metric, chosen, SWEEPS_PER_ROUND)
                 factors = lorc.encode(*lorc.fit(target - Q, metric, rank), recipe.factors)
 
     doubt = None

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from zqfp_convert.numerics import codebook, fp8
 from zqfp_convert.numerics.codebook import Codebook
+from zqfp_convert.numerics.kernels.casts import on
 from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.kernels.portable import layout, unpack
-from zqfp_convert.runtime.kernels.portable.casts import on
 
 ROWS = 64  # of a program's tile, beside one block of columns
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.numerics import codebook, fp8
+from zqfp_convert.numerics.kernels.casts import on
 from zqfp_convert.runtime import expanded, operators
 from zqfp_convert.runtime.kernels.portable import layout
-from zqfp_convert.runtime.kernels.portable.casts import on
 from zqfp_convert.runtime.kernels.portable.expand import expand
 from zqfp_convert.runtime.kernels.portable.multiply import multiply
 from zqfp_convert.runtime.kernels.portable.quantize import quantize

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from zqfp_convert.numerics import codebook, fp8
 from zqfp_convert.numerics.codebook import Codebook
+from zqfp_convert.numerics.kernels.casts import dot_e4m3, narrow, on
 from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.kernels.portable import layout, tiles, unpack
-from zqfp_convert.runtime.kernels.portable.casts import dot_e4m3, narrow, on
 from zqfp_convert.runtime.kernels.portable.tiles import Tiles
 
 PROCESSORS = 132  # assumed where there is no GPU to ask

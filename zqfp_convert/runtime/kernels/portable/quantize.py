@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from zqfp_convert.numerics import fp8
+from zqfp_convert.numerics.kernels.casts import INTERPRETED, decode_e4m3, encode_e4m3, on
 from zqfp_convert.runtime.kernels.portable import layout
-from zqfp_convert.runtime.kernels.portable.casts import INTERPRETED, decode_e4m3, encode_e4m3, on
 
 LARGEST_TILE = 16384  # columns of a token that one program holds in registers
 BY_TOKEN = 1024  # products z that are computed one to a program; with more the tensor cores do it

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from zqfp_convert.numerics import fp8
 from zqfp_convert.numerics.codebook import E2M1, Codebook
-from zqfp_convert.runtime.kernels.portable.casts import INTERPRETED
+from zqfp_convert.numerics.kernels.casts import INTERPRETED
 
 # Four packed bytes ($2) to four low ($0) and four high ($1) E4M3 bytes. The eight magnitudes for
 # a shift fill two registers from which `prmt` picks four bytes by four neighbouring nibbles; these

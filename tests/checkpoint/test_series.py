@@ -1,0 +1,60 @@
+"""Files are written in a thread, in order, one at a time."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from zqfp_convert.checkpoint.partial import Partial
+from zqfp_convert.checkpoint.series import Series
+
+FILES = [f"checkpoint/{number}.safetensors" for number in range(4)]
+
+
+def tensors(number: int) -> dict[str, torch.Tensor]:
+    return {"x": torch.full((2, 3), float(number))}
+
+
+def test_in_order_and_beside_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    real = Partial.save
+
+    def save(self: Partial, *rest: object) -> None:
+        assert go.wait(10)
+        real(self, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Partial, "save", save)
+    with Partial(tmp_path / "out", {}) as partial:
+        with Series(partial, FILES) as series:
+            series.add(tensors(0), {"about": 0})  # comes back before it is written
+            assert not partial.is_whole(FILES[0])
+            go.set()
+            for number in range(1, 4):
+                series.add(tensors(number), {"about": number})
+                assert partial.is_whole(FILES[number - 1])  # the one before is
+            assert series.done == 4
+            for number in range(4):
+                assert series.about(number) == {"about": number}
+                assert torch.equal(series.load(number)["x"], tensors(number)["x"])
+        assert Series(partial, FILES).done == 4
+        (partial.folder / FILES[1]).unlink()
+        assert Series(partial, FILES).done == 1
+
+
+def test_an_error_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(self: Partial, *rest: object) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(Partial, "save", save)
+    with Partial(tmp_path / "out", {}) as partial:
+        with pytest.raises(OSError, match="no"), Series(partial, FILES) as series:
+            series.add(tensors(0))
+            series.add(tensors(1))
+        with pytest.raises(OSError, match="no"), Series(partial, FILES) as series:
+            series.add(tensors(0))  # the last one's error comes with the end of the context
+        with pytest.raises(KeyboardInterrupt), Series(partial, FILES) as series:
+            series.add(tensors(0))
+            raise KeyboardInterrupt  # goes before it

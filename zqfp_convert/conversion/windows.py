@@ -1,0 +1,81 @@
+"""The windows of text that a conversion calibrates and tunes on, kept in the partial output."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from zqfp_convert.calibration import text
+from zqfp_convert.checkpoint.partial import Partial
+from zqfp_convert.conversion.block import fill
+from zqfp_convert.conversion.result import Progress
+from zqfp_convert.model.tokenizer import tokenizer_of
+from zqfp_convert.plan import Plan
+
+FILE = "text.safetensors"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids, each int64 `[samples, seq_len]`.
+
+    Attributes:
+        calibration: to calibrate on.
+        written: that the model has written to tune on, where text ends.
+        more: of the same text, to tune on.
+    """
+
+    calibration: Tensor
+    written: Tensor
+    more: Tensor
+
+    @property
+    def every(self) -> list[Tensor]:
+        """All of them; what is held back to judge tuning by comes last: not calibrated on."""
+        return [self.calibration, self.written, self.more]
+
+    @property
+    def sha256(self) -> str:
+        """Of the windows to calibrate on."""
+        return hashlib.sha256(self.calibration.numpy().tobytes()).hexdigest()
+
+
+def find_windows(plan: Plan, partial: Partial, report: Progress) -> Windows:
+    """Those that an earlier run has kept, or new ones, which are kept."""
+    if partial.is_whole(FILE):
+        return Windows(**{name: ids.clone() for name, ids in partial.load(FILE).items()})
+    calibration, more, written = _text(plan, report)
+    partial.save(FILE, {"calibration": calibration, "more": more, "written": written})
+    return Windows(calibration, written, more)
+
+
+def _text(plan: Plan, report: Progress) -> tuple[Tensor, Tensor, Tensor]:
+    """Windows to calibrate on, more of the same text to tune on, and self-written ones."""
+    recipe = plan.recipe
+    length, count = recipe.seq_len, recipe.samples
+    extra = max(0, recipe.tune_samples - count) if recipe.tune > 0 else 0
+    if plan.text is None:
+        report("writing calibration text", 0, plan.weights)
+        written = text.generate(_whole(plan), count + extra, length, recipe.seed)
+        return written[:count], written[:0], written[count:]
+    report("reading calibration text", 0, plan.weights)
+    tokenizer = tokenizer_of(plan.source.folder)
+    found, more = text.windows_and_more(plan.text, tokenizer, count, length, recipe.seed, extra)
+    missing = recipe.tune_samples - len(found) - len(more) if recipe.tune > 0 else 0
+    if missing <= 0:
+        return found, more, found[:0]
+    report("writing text to tune on", 0, plan.weights)
+    return found, more, text.generate(_whole(plan), missing, length, recipe.seed)
+
+
+@torch.no_grad()
+def _whole(plan: Plan) -> PreTrainedModel:
+    """The original model."""
+    whole = plan.skeleton()
+    fill(plan, whole, "", list(plan.names.to_model))
+    whole.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
+    return whole
