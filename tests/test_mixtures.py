@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 import zqfp_convert
 from zqfp_convert.checkpoint.coverage import coverage
 from zqfp_convert.cli.main import app
+from zqfp_convert.errors import OptionError, Stopped
 from zqfp_convert.evaluate.evaluation import evaluate
 from zqfp_convert.runtime.linear import QuantizedLinear
 from zqfp_convert.verify import verify
@@ -197,6 +198,21 @@ def test_tuned_as_a_whole(made: Made, tmp_path: Path) -> None:
     assert_same(have, want)
 
 
+def test_goes_on_where_it_was_stopped(made: Made, tmp_path: Path) -> None:
+    """Finished experts are run from what lies on disk, in this run and in the next one alike."""
+
+    def stop(text: str, done: int, total: int) -> None:
+        if text.startswith("block 2"):
+            raise KeyboardInterrupt
+
+    source, out = made.source("gpt_oss"), tmp_path / "out"
+    with pytest.raises(Stopped):
+        zqfp_convert.convert(source, out, recipe="best", progress=stop, **QUICK)
+    zqfp_convert.convert(source, out, recipe="best", **QUICK)
+    for path in made.packed("gpt_oss", "best").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 def test_evaluates(made: Made, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
@@ -207,7 +223,7 @@ def test_evaluates(made: Made, tmp_path: Path) -> None:
 
 
 def test_rotations_are_refused(made: Made, tmp_path: Path) -> None:
-    with pytest.raises(zqfp_convert.errors.OptionError, match="MixtralForCausalLM"):
+    with pytest.raises(OptionError, match="MixtralForCausalLM"):
         zqfp_convert.convert(
             made.source("mixtral"), tmp_path / "out", **{**QUICK, "rotation": "residual"}
         )

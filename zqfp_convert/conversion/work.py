@@ -306,11 +306,11 @@ class Work:
         student = _student(block)
         teacher = block if recipe.asymmetry > 0 else None
         quantized: dict[str, PackedLayer] = {}
-        experts = {
+        experts = [
             path
             for path in mixtures(student)
             if any(place.startswith(path + ".") for place in layers)
-        }
+        ]
         plain = [place for place in layers if not place.startswith(tuple(f"{e}." for e in experts))]
         traced = [*plain, *experts] if layers else []
         for stage in trace(student, traced, calls(0), states.student.hidden[0]) if traced else []:
