@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zqfp_convert.calibration.balancing import Balanced
 from zqfp_convert.calibration.experts import Moments, arrivals
 from zqfp_convert.calibration.folding import Change
-from zqfp_convert.calibration.simulated import SimulatedLinear
+from zqfp_convert.calibration.simulated import SimulatedExpertLinear, SimulatedLinear
 from zqfp_convert.calibration.stages import statistics, trace
 from zqfp_convert.calibration.stream import Call
 from zqfp_convert.checkpoint import layout
@@ -38,7 +38,7 @@ from zqfp_convert.model.blocks import (
     put,
     weight_matrix,
 )
-from zqfp_convert.model.experts import mixtures
+from zqfp_convert.model.experts import ExpertLinear, mixtures
 from zqfp_convert.model.head import Head
 from zqfp_convert.model.tokenizer import check_tokens
 from zqfp_convert.numerics import codebook
@@ -309,11 +309,11 @@ class Work:
         student = _student(block)
         teacher = block if recipe.asymmetry > 0 else None
         quantized: dict[str, PackedLayer] = {}
-        experts = {
+        experts = [
             path
             for path in mixtures(student)
             if any(place.startswith(path + ".") for place in layers)
-        }
+        ]
         plain = [place for place in layers if not place.startswith(tuple(f"{e}." for e in experts))]
         traced = [*plain, *experts] if layers else []
         stages = trace(student, traced, calls(0), states.student.hidden[0]) if traced else []
@@ -470,8 +470,12 @@ class Work:
     def _simulate(self, student: nn.Module, layer: PlannedLayer, packed: PackedLayer) -> None:
         """Let a linear of a block do what its packed tensors, as they lie on disk, will do."""
         linear = get_linear(student, layer.place)
-        weight = packed.to(self.plan.device).approximation().to(linear.weight.dtype)
-        put(student, layer.place, SimulatedLinear(weight, bias_of(linear)))
+        here, bias = packed.to(self.plan.device), bias_of(linear)
+        if isinstance(linear, ExpertLinear):
+            put(student, layer.place, SimulatedExpertLinear(here, bias))
+            return
+        weight = here.approximation().to(linear.weight.dtype)
+        put(student, layer.place, SimulatedLinear(weight, bias))
 
 
 def _student(block: nn.Module) -> nn.Module:
