@@ -33,6 +33,10 @@ class OutputError(ZqfpError):
     """The output folder cannot be written: it exists, or there is too little room."""
 
 
+class ProcessError(ZqfpError):
+    """Another process of the same work has failed, or is gone."""
+
+
 class Stopped(KeyboardInterrupt):
     """Ctrl-C during work that can be gone on with; its text says how."""
 

@@ -27,6 +27,7 @@ from zqfp_convert.model.experts import routers
 from zqfp_convert.model.names import NameMap
 from zqfp_convert.model.tokenizer import tokenizer_of
 from zqfp_convert.original import match
+from zqfp_convert.parallel import ALONE, World
 from zqfp_convert.quantize import lorc, ranks
 from zqfp_convert.recipe import Recipe
 
@@ -66,6 +67,7 @@ class Plan:
         tunes_roundings: whether tuning moves roundings too; where memory does not suffice for that,
             row scales, low-rank factors and norms alone.
         host_memory, device_memory: estimated peaks in bytes, beside the program itself.
+        processes, host_processes: that share out the samples, everywhere and on this host.
     """
 
     source: Source
@@ -86,6 +88,8 @@ class Plan:
     tunes_roundings: bool
     host_memory: int
     device_memory: int
+    processes: int = 1
+    host_processes: int = 1
     rotation: Rotation | None = None
 
     @property
@@ -160,8 +164,11 @@ def make_plan(
     device: str | torch.device | None = None,
     overwrite: bool = False,
     revision: str | None = None,
+    world: World = ALONE,
 ) -> Plan:
     """Check everything that can be checked before work begins, and say what will be done.
+
+    The memory is that of one process of a `world` on its GPU, and of all of them on their host.
 
     Raises:
         ZqfpError: whatever stands in the way; nothing has been written.
@@ -221,6 +228,8 @@ def make_plan(
         tunes_roundings=recipe.tune > 0,
         host_memory=0,
         device_memory=0,
+        processes=world.size,
+        host_processes=world.local_size,
     )
     plan = _estimated(plan)
     if recipe.tune > 0 and _short_of(plan) is not None:
@@ -401,9 +410,11 @@ def _memory(plan: Plan) -> tuple[int, int]:
         streams = 2 if recipe.asymmetry > 0 or recipe.tune > 0 else 1
         window = recipe.seq_len * hidden * width
         tuned_on = max(recipe.samples, recipe.tune_samples) if recipe.tune > 0 else recipe.samples
-        stream = tuned_on * window
+        behind = tuned_on * window  # the original, when it is tuned
+        samples = -(-recipe.samples // plan.processes)
+        stream = -(-tuned_on // plan.processes) * window
         widest = max(layer.columns for layer in every)
-        work += streams * max(block_numbers) * width + recipe.samples * window
+        work += streams * max(block_numbers) * width + samples * window
         work += stream if streams == 2 else 0
         work += 7 * 4 * widest**2
         experts = [
@@ -411,7 +422,7 @@ def _memory(plan: Plan) -> tuple[int, int]:
             for block in plan.blocks.modules
         ]
         work += max(experts)
-        host += streams * recipe.samples * window if any(experts) else 0  # what reaches them
+        host += streams * samples * window if any(experts) else 0  # what reaches them
         work += 6 * TOKENS_AT_ONCE[plan.device.type] * widest * 4
         outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
         work += outside
@@ -433,9 +444,10 @@ def _memory(plan: Plan) -> tuple[int, int]:
                 rest=outside + (sum(block_numbers) - plan.weights) * width,
             )
             work = max(work, tuning)
-            host += stream + sum(layer.packed_bytes for layer in every)
+            host += behind // plan.host_processes + sum(layer.packed_bytes for layer in every)
         work = max(work, whole)
-    return (host + work, 0) if plan.device.type == "cpu" else (host, work)
+    together = plan.host_processes
+    return (together * (host + work), 0) if plan.device.type == "cpu" else (together * host, work)
 
 
 def _cache_bytes(plan: Plan, width: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from zqfp_convert.calibration.stages import Calls
 from zqfp_convert.calibration.stream import Call, Stream, inputs_of
 from zqfp_convert.model.blocks import get_linear, is_transposed, weight_matrix
 from zqfp_convert.numerics import fp8
+from zqfp_convert.parallel import ALONE, World
 
 FAR = 3  # powers of two between a column and the median one, from which on something is done
 TOKENS = 2048  # that the error is measured on
@@ -49,6 +51,7 @@ def balance_norms(
     calls: Calls,
     dtype: torch.dtype,
     rounded: Callable[[Tensor], Tensor],
+    world: World = ALONE,
 ) -> list[Balanced]:
     """Balance every norm of a block whose consumers are all linears of `quantized`, if it pays.
 
@@ -56,6 +59,7 @@ def balance_norms(
 
     Args:
         rounded: a weight `[N, K]` as the format would have it, rounded to nearest.
+        world: processes that have streams of their own, and balance the same.
     """
     norms = norms_of(block, "Norm", "weight")
     if not norms:
@@ -67,7 +71,10 @@ def balance_norms(
         if not found[name]:
             continue
         columns = _columns(block, norm, found[name], dtype)
-        if columns is None or not _pays(block, found[name], columns, call, hidden, rounded):
+        if columns is None:
+            continue
+        judged = partial(_pays, block, found[name], columns, call, hidden, rounded)
+        if not world.agree(judged):
             continue
         gains = {
             f"{name}.{leaf}": value / columns.to(value.dtype)
@@ -79,7 +86,7 @@ def balance_norms(
             factor = columns[:, None] if is_transposed(linear) else columns
             weight = linear.get_parameter("weight").data
             weights[f"{path}.weight"] = weight * factor.to(weight.dtype)
-        if not same_function(block, gains | weights, (call, hidden)):
+        if not world.every(partial(same_function, block, gains | weights, (call, hidden))):
             continue
         put(block, gains | weights)
         changes = [Change(key, value.to(dtype), "norm_changed") for key, value in gains.items()]

@@ -14,16 +14,22 @@ from zqfp_convert.calibration.folding import Change, consumers, norms_of, put, s
 from zqfp_convert.calibration.stages import Calls
 from zqfp_convert.calibration.stream import Call, Stream
 from zqfp_convert.model.blocks import bias_of, get_linear, weight_matrix
+from zqfp_convert.parallel import ALONE, World
 
 
 def center_norms(
-    block: nn.Module, quantized: set[str], stream: Stream, calls: Calls, dtype: torch.dtype
+    block: nn.Module,
+    quantized: set[str],
+    stream: Stream,
+    calls: Calls,
+    dtype: torch.dtype,
+    world: World = ALONE,
 ) -> list[Change]:
     """Fold every LayerNorm of a block whose consumers are all linears of `quantized`.
 
     The block is changed in place. Norm biases stay values of `dtype`, that of the file, and the
     mean is what they lose by the change, so nothing is rounded away; linear biases are to be
-    written in float32.
+    written in float32. Processes of a `world` have streams of their own, and fold the same.
 
     Returns:
         What has to be written otherwise than the source has it.
@@ -32,17 +38,17 @@ def center_norms(
     if not norms:
         return []
     found = consumers(block, norms, quantized, calls(0), stream.hidden[0])
-    means = _means(block, norms, stream, calls)
+    means = _means(block, norms, stream, calls, world)
     changes: list[Change] = []
     for name in norms:
         if found[name]:
             proof = calls(0), stream.hidden[0]
-            changes += _fold(block, name, found[name], means[name], dtype, proof)
+            changes += _fold(block, name, found[name], means[name], dtype, proof, world)
     return changes
 
 
 def _means(
-    block: nn.Module, norms: dict[str, nn.Module], stream: Stream, calls: Calls
+    block: nn.Module, norms: dict[str, nn.Module], stream: Stream, calls: Calls, world: World
 ) -> dict[str, Tensor]:
     """The mean output of each norm over all tokens, float64 `[width]`."""
     sums: dict[str, Tensor] = {}
@@ -56,12 +62,14 @@ def _means(
         module.register_forward_hook(lambda m, a, out, name=name: add(name, out))
         for name, module in norms.items()
     ]
-    for index, hidden in enumerate(stream.hidden):
-        calls(index).run(block, hidden)
-        count += hidden.shape[0] * hidden.shape[1]
+    with world.attempt():
+        for index, hidden in enumerate(stream.hidden):
+            calls(index).run(block, hidden)
+            count += hidden.shape[0] * hidden.shape[1]
     for handle in handles:
         handle.remove()
-    return {name: total / count for name, total in sums.items()}
+    count = round(world.total(count))
+    return {name: world.sum_(total) / count for name, total in sums.items()}
 
 
 def _fold(
@@ -71,6 +79,7 @@ def _fold(
     mean: Tensor,
     dtype: torch.dtype,
     proof: tuple[Call, Tensor],
+    world: World,
 ) -> list[Change]:
     norm = block.get_submodule(name)
     old = norm.get_parameter("bias").data
@@ -83,7 +92,7 @@ def _fold(
         moved = weight_matrix(linear).double() @ taken
         biases[path] = moved if before is None else moved + before.double()
     values = {f"{path}.bias": bias for path, bias in biases.items()}
-    if not same_function(block, {f"{name}.bias": new} | values, proof):
+    if not world.every(lambda: same_function(block, {f"{name}.bias": new} | values, proof)):
         return []
     changes = [Change(f"{name}.bias", new.to(dtype), "norm_changed")]
     for path, bias in biases.items():

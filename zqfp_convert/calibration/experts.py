@@ -16,6 +16,7 @@ from zqfp_convert.calibration.stages import Calls, check_finite
 from zqfp_convert.calibration.stream import Call, Stream, inputs_of, stop_at
 from zqfp_convert.model.experts import DOWN, GATE, UP, Experts, mixtures
 from zqfp_convert.numerics import fp8
+from zqfp_convert.parallel import ALONE, World
 from zqfp_convert.quantize.hessian import HessianSum
 
 STAGES = ((GATE, UP), (DOWN,))  # the linears of an expert; those with one input together
@@ -77,10 +78,12 @@ def moments(
     student: nn.Module,
     teacher: nn.Module | None,
     batches: list[Arrivals],
+    world: World = ALONE,
 ) -> Iterator[tuple[int, Moments | None]]:
     """Second moments of the input that the linears of a stage share, for each expert wanted.
 
     Experts are taken in groups, as many as there is memory for. None: no token is routed to it.
+    Processes of a `world` have batches of their own, and get what all have seen.
 
     Raises:
         SourceError: the activations hold NaN or infinity.
@@ -94,7 +97,9 @@ def moments(
         weight = ours[left[0]].get_submodule(stage[-1]).get_parameter("weight")
         size = together(weight.shape[1], weight.device, cross=theirs is not None)
         group, left = left[:size], left[size:]
-        sums = _sums(stage[-1], group, ours, theirs, batches)
+        with world.attempt():
+            sums = _sums(stage[-1], group, ours, theirs, batches)
+        _sum_over(world, sums, weight, cross=theirs is not None)
         for expert in group:
             yield expert, _means(f"{path}.{expert}.{stage[-1]}", sums.pop(expert))
 
@@ -170,6 +175,21 @@ def _sums(
             total.inputs.add(seen, before)
             total.rounding += (exact - seen).float().square().sum(0)
     return sums
+
+
+def _sum_over(world: World, sums: dict[int, _Sums | None], weight: Tensor, *, cross: bool) -> None:
+    """Add what other processes have seen; `weight` is one of those whose inputs these are."""
+    if world.size == 1:
+        return
+    seen = {expert for own in world.gather([e for e, one in sums.items() if one]) for expert in own}
+    columns, device = weight.shape[1], weight.device
+    for expert, own in sums.items():
+        if expert in seen:
+            if own is None:
+                inputs = HessianSum(columns, cross=cross, device=device)
+                own = sums[expert] = _Sums(inputs, torch.zeros(columns, device=device))
+            own.inputs.sum_over(world)
+            world.sum_(own.rounding)
 
 
 def _means(name: str, sums: _Sums | None) -> Moments | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zqfp_convert.calibration.stream import Call, Stream, inputs_of, stop_at
 from zqfp_convert.errors import SourceError
 from zqfp_convert.numerics import fp8
+from zqfp_convert.parallel import ALONE, World
 from zqfp_convert.quantize.hessian import HessianSum
 
 Calls = Callable[[int], Call]
@@ -39,6 +40,7 @@ def statistics(
     calls: Calls,
     *,
     last: bool = False,
+    world: World = ALONE,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """H and C of the input that the linears of a stage share, and what FP8 costs each feature.
 
@@ -46,7 +48,8 @@ def statistics(
     the block with all earlier stages quantized, on hidden states that came through the quantized
     blocks before; the teacher the original block on the original's hidden states. Without a teacher
     there is no C. With the `last` stage of a block the teacher's batches move through the block,
-    which is run anyway.
+    which is run anyway. Processes of a `world` have batches of their own, and get what all have
+    seen.
 
     Raises:
         SourceError: the activations hold NaN or infinity.
@@ -55,20 +58,24 @@ def statistics(
     features = student.get_submodule(name).get_parameter("weight")
     total: HessianSum | None = None
     rounding = torch.zeros(1, device=features.device)
-    for index, hidden in enumerate(student_stream.hidden):
-        call = calls(index)
-        exact = _input(student, name, call, hidden)
-        seen = fp8.simulate(exact)
-        lost = torch.linalg.vector_norm((exact - seen).flatten(0, -2), dim=0, dtype=torch.float32)
-        rounding = rounding + lost.square()
-        original = None
-        if teacher is not None and teacher_stream is not None:
-            original = _original(teacher, name, call, teacher_stream, index, last=last)
-        if total is None:
-            cross = teacher is not None
-            total = HessianSum(seen.shape[-1], cross=cross, device=features.device)
-        total.add(seen, original)
+    with world.attempt():
+        for index, hidden in enumerate(student_stream.hidden):
+            call = calls(index)
+            exact = _input(student, name, call, hidden)
+            seen = fp8.simulate(exact)
+            missing = (exact - seen).flatten(0, -2)
+            lost = torch.linalg.vector_norm(missing, dim=0, dtype=torch.float32)
+            rounding = rounding + lost.square()
+            original = None
+            if teacher is not None and teacher_stream is not None:
+                original = _original(teacher, name, call, teacher_stream, index, last=last)
+            if total is None:
+                cross = teacher is not None
+                total = HessianSum(seen.shape[-1], cross=cross, device=features.device)
+            total.add(seen, original)
     assert total is not None
+    total.sum_over(world)
+    rounding = world.sum_(rounding)
     hessian, cross_moment = total.mean()
     check_finite(name, hessian, cross_moment)
     return hessian, cross_moment, rounding / total.tokens

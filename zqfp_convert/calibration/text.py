@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from zqfp_convert.errors import OptionError
+from zqfp_convert.parallel import ALONE, World
 
 GENERATED_AT_ONCE = 32
 FILE_TYPES = (".txt", ".jsonl")
@@ -125,12 +126,15 @@ def windows_and_more(
     return at(chosen), at(others)
 
 
-def generate(model: PreTrainedModel, samples: int, seq_len: int, seed: int) -> Tensor:
+def generate(
+    model: PreTrainedModel, samples: int, seq_len: int, seed: int, world: World = ALONE
+) -> Tensor:
     """Windows that the model writes itself, int64 `[samples, seq_len]`, on the CPU.
 
     Each starts with the begin-of-text token (a random one where the model has none) and goes on by
     sampling from the model's own distribution, past ends of text. Deterministic for a seed on one
-    machine; the global random state is left as it was.
+    machine; the global random state is left as it was. Processes of a `world` take turns; all get
+    everything.
     """
     config = model.config.get_text_config()
     first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
@@ -148,10 +152,11 @@ def generate(model: PreTrainedModel, samples: int, seq_len: int, seed: int) -> T
     )
     habits, model.generation_config = model.generation_config, settings  # else they are mixed in
     devices = [model.device] if model.device.type == "cuda" else []
-    parts = []
+    parts: dict[int, Tensor] = {}
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
-        torch.manual_seed(seed)
-        for start in range(0, samples, GENERATED_AT_ONCE):
+        every = range(0, samples, GENERATED_AT_ONCE)
+        for start in every[world.rank :: world.size]:
+            torch.manual_seed((seed + start) % 2**63)  # whoever writes these, writes the same
             count = min(GENERATED_AT_ONCE, samples - start)
             if first is not None and first < vocabulary:
                 prompt = torch.full((count, 1), first)
@@ -159,9 +164,10 @@ def generate(model: PreTrainedModel, samples: int, seq_len: int, seed: int) -> T
                 prompt = torch.randint(vocabulary, (count, 1))
             prompt = prompt.to(model.device)
             mask = torch.ones_like(prompt)  # else a first token that is also the padding is hidden
-            parts.append(model.generate(prompt, attention_mask=mask).cpu())
+            parts[start] = model.generate(prompt, attention_mask=mask).cpu()
     model.generation_config = habits
-    return torch.cat(parts).clone()
+    found = {start: part for own in world.gather(parts) for start, part in own.items()}
+    return torch.cat([found[start] for start in sorted(found)]).clone()
 
 
 def _text_of(line: str, file: Path, number: int) -> str:

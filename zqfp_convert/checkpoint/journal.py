@@ -74,6 +74,29 @@ class Journal:
         os.close(self._handle)
 
 
+class Followed:
+    """What the journal of another process, which this one follows, holds.
+
+    Attributes:
+        path: of the file.
+        records: those that the other process has written, too.
+    """
+
+    def __init__(self, path: Path, records: list[Record]) -> None:
+        self.path, self.records = path, records
+
+    def append(self, record: Record) -> None:
+        """Take note of what the other one writes."""
+        self.records.append(record)
+
+    def clear(self) -> None:
+        """Forget all records."""
+        self.records = []
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def _open_locked(path: Path) -> int:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)

@@ -7,7 +7,9 @@ the journal records is on the disk, so a run that was killed at any moment can b
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,14 +19,16 @@ from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.disk import sha256, sync, writing
-from zqfp_convert.checkpoint.journal import Journal, Locked
+from zqfp_convert.checkpoint.journal import Followed, Journal, Locked
 from zqfp_convert.checkpoint.shards import Shards, read_header, read_json
-from zqfp_convert.errors import OutputError, ZqfpError
+from zqfp_convert.errors import OutputError, ProcessError, ZqfpError
+from zqfp_convert.parallel import ALONE, World
 
 SUFFIX = ".partial"
 JOURNAL = "journal"
 CHECKPOINT = "checkpoint"  # what becomes OUT
 REPLACED = "replaced"  # the checkpoint that was OUT before, while the new one takes its name
+SEEN_AFTER = 60.0  # seconds, which network file systems may take to show a folder
 MOST_DIFFERENCES = 6  # that an error names
 
 
@@ -36,9 +40,13 @@ class Partial:
     little memory, a fault of the program. Else, and when the checkpoint has its final name, the
     folder goes.
 
+    Of several processes the first keeps the journal, and the others know what it holds; all of them
+    call all methods, save where they say otherwise, and see the same folder.
+
     Attributes:
         out: where the checkpoint will be.
         folder: where it is until then.
+        world: the processes.
     """
 
     def __init__(
@@ -48,6 +56,7 @@ class Partial:
         *,
         overwrite: bool = False,
         resume: bool = True,
+        world: World = ALONE,
     ) -> None:
         """Begin a partial output, or go on with the one that is there.
 
@@ -56,14 +65,29 @@ class Partial:
             conversion: what decides over the bytes: JSON values that have to be the same to go on.
             overwrite: whether `out` may be a checkpoint of ours.
             resume: if false, what an earlier run left is thrown away.
+            world: the processes that do it together.
 
         Raises:
             OutputError: `out` exists (without `overwrite`), or is not a checkpoint of ours (with);
-                another run works there; or the earlier run was of another conversion.
+                another run works there; the earlier run was of another conversion; or another
+                host does not see the folder.
         """
-        check_free(out, overwrite=overwrite)
-        self.out, self.folder = out, partial_folder(out)
+        self.out, self.folder, self.world = out, partial_folder(out), world
         self._finished = False
+        self._journal: Journal | Followed
+        self._files: dict[str, dict[str, Any]]
+        if world.leads:
+            self._open(dict(conversion or {}), overwrite=overwrite, resume=resume)
+        records = world.broadcast(self._journal.records if world.leads else [])
+        if not world.leads:
+            self._journal = Followed(self.folder / JOURNAL, records)
+            self._files = {r["file"]: r for r in records if "file" in r}
+            self._check_shared()
+
+    def _open(self, conversion: dict[str, Any], *, overwrite: bool, resume: bool) -> None:
+        """Lock the journal, and begin or go on."""
+        out = self.out
+        check_free(out, overwrite=overwrite)
         with writing(out):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -78,9 +102,9 @@ class Partial:
         try:
             self._files = {r["file"]: r for r in self._journal.records if "file" in r}
             if resume and self._files and (self.folder / CHECKPOINT).is_dir():
-                self._refuse_differences(dict(conversion or {}))
+                self._refuse_differences(conversion)
             else:
-                self._begin(dict(conversion or {}))
+                self._begin(conversion)
                 check_free(out, overwrite=overwrite)
         except BaseException:
             self._journal.close()
@@ -95,10 +119,10 @@ class Partial:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        again = isinstance(error, ZqfpError) and not isinstance(error, OutputError)
+        again = isinstance(error, ZqfpError) and not isinstance(error, (OutputError, ProcessError))
         keep = error is not None and bool(self._files) and not again and not self._finished
         try:
-            if not keep:
+            if not keep and self.world.leads:
                 self._remove_all()
         finally:
             self._journal.close()
@@ -115,6 +139,7 @@ class Partial:
     def decided(self, name: str, value: Any) -> Any:
         """The first decision of that name; `value`, which is noted, where there is none."""
         if not (earlier := self.noted(name)):
+            value = self.world.broadcast(value)
             self.note(name, value)
             return value
         return earlier[0]
@@ -126,6 +151,12 @@ class Partial:
 
         `about` are JSON values that go into the record.
         """
+        self.take(self.world.lead(lambda: self.write(file, tensors, about)))
+
+    def write(
+        self, file: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Write tensors into a file, through to the disk; its record. One process does."""
         path = self.folder / file
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with writing(self.out):
@@ -134,18 +165,30 @@ class Partial:
             path.chmod(self._journal.path.stat().st_mode)  # the user's mask, as other files
             sync(path)
             sync(path.parent)
-            record = {
+            return {
                 "file": file,
                 "size": path.stat().st_size,
                 "sha256": sha256(path),
                 "tensors": {name: tensor.nbytes for name, tensor in contiguous.items()},
                 "about": dict(about or {}),
             }
+
+    def take(self, record: dict[str, Any]) -> None:
+        """Record a file that is on the disk."""
+        with writing(self.out):
             self._journal.append(record)
-        self._files[file] = record
+        self._files[record["file"]] = record
+
+    def whole(self, files: Sequence[str]) -> int:
+        """How many files, from the first on, are recorded and still are what they were then."""
+        broken = (number for number, file in enumerate(files) if not self._is_whole(file))
+        return self.world.lead(lambda: next(broken, len(files)))
 
     def is_whole(self, file: str) -> bool:
         """Whether a file is recorded, and still is what it was then."""
+        return self.whole([file]) == 1
+
+    def _is_whole(self, file: str) -> bool:
         record, path = self._files.get(file), self.folder / file
         return (
             record is not None
@@ -166,7 +209,7 @@ class Partial:
     def give_name(self) -> None:
         """Make the checkpoint appear as OUT; the partial folder goes with the end of the context.
 
-        What is overwritten is there until then.
+        What is overwritten is there until then. The first process does.
         """
         replaced = self.folder / REPLACED
         with writing(self.out):
@@ -181,6 +224,19 @@ class Partial:
                 raise
             self._finished = True
             sync(self.out.parent)
+
+    def _check_shared(self) -> None:
+        """Refuse a host that does not see what the first process writes."""
+        until = time.monotonic() + SEEN_AFTER
+        while not self._journal.path.is_file():
+            if time.monotonic() > until:
+                raise OutputError(
+                    str(self.folder),
+                    f"not there on {socket.gethostname()}, although another process works in it",
+                    needed="an output folder that all hosts share",
+                    do="Give an OUT on a file system that every host has mounted at this place.",
+                )
+            time.sleep(0.2)
 
     def _begin(self, conversion: dict[str, Any]) -> None:
         with writing(self.out):

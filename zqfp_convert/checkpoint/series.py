@@ -15,17 +15,24 @@ from zqfp_convert.checkpoint.partial import Partial
 class Series:
     """Files that come in order; use as a context, which waits for the last one to be written.
 
+    Processes of a world take turns at writing them; what one has written all record before the next
+    one is begun.
+
     Attributes:
         done: how many of them are whole, from the first on, or being written.
     """
 
-    def __init__(self, partial: Partial, files: Sequence[str]) -> None:
-        """`files` are all of them, relative to the partial folder."""
+    def __init__(self, partial: Partial, files: Sequence[str], *, shared: bool = True) -> None:
+        """`files` are all of them, relative to the partial folder.
+
+        Without `shared` the first process, which alone has the tensors then, writes them all.
+        """
         self.partial, self.files = partial, files
-        whole = (number for number, file in enumerate(files) if not partial.is_whole(file))
-        self.done = next(whole, len(files))
+        self._turns = partial.world.size if shared else 1
+        self.done = partial.whole(files)
         self._thread = ThreadPoolExecutor(1, "write")
-        self._writing: Future[None] | None = None
+        self._waiting = False
+        self._writing: Future[Any] | None = None
 
     def __enter__(self) -> Series:
         return self
@@ -48,7 +55,12 @@ class Series:
         """
         self.wait()
         file = self.files[self.done]
-        self._writing = self._thread.submit(self.partial.save, file, tensors, about)
+        world = self.partial.world
+        if world.size == 1:  # recorded by the thread, at once
+            self._writing = self._thread.submit(self.partial.save, file, tensors, about)
+        elif self.writes_next:
+            self._writing = self._thread.submit(self.partial.write, file, tensors, about)
+        self._waiting = True
         self.done += 1
 
     def wait(self) -> None:
@@ -57,9 +69,22 @@ class Series:
         Raises:
             OutputError: the last one could not be written.
         """
-        if self._writing is not None:
-            last, self._writing = self._writing, None
-            last.result()
+        if not self._waiting:
+            return
+        self._waiting = False
+        last, self._writing = self._writing, None
+        record: Any = None if last is None else last.result()
+        if self.partial.world.size > 1:
+            self.partial.take(self.partial.world.broadcast(record, self._writer(-1)))
+
+    @property
+    def writes_next(self) -> bool:
+        """Whether it is this process's turn to write the next file."""
+        return self._writer() == self.partial.world.rank
+
+    def _writer(self, step: int = 0) -> int:
+        """Whose turn the next file is, or the one so many steps on."""
+        return (self.done + step) % self._turns
 
     def load(self, number: int) -> dict[str, Tensor]:
         """The tensors of a file that is done."""

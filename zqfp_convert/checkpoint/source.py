@@ -17,6 +17,7 @@ from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.dequantized import METHODS, DequantizedShards
 from zqfp_convert.checkpoint.shards import Shards, read_json
 from zqfp_convert.errors import SourceError
+from zqfp_convert.parallel import ALONE, World
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_WEIGHTS = (
@@ -82,8 +83,8 @@ class Source:
         """Python files of the model's author: carried over, never run."""
         return [path for path in self.other_files() if path.suffix == ".py"]
 
-    def check_finite(self) -> str:
-        """Read every tensor once and refuse NaN and infinity.
+    def check_finite(self, world: World = ALONE) -> str:
+        """Read every tensor once and refuse NaN and infinity; processes share the tensors.
 
         Returns:
             What tells these weights from others, whatever files they lie in.
@@ -104,9 +105,11 @@ class Source:
             return True, checksum
 
         names = sorted(self.shards.tensors)
+        mine = names[world.part(len(names))]
         with ThreadPoolExecutor(4) as pool:
-            found = zip(names, pool.map(finite, names), strict=True)
-            for name, (is_finite, checksum) in found:
+            found = dict(zip(mine, pool.map(finite, mine), strict=True))
+        for own in world.gather(found):
+            for name, (is_finite, checksum) in own.items():
                 digest.update(f"{name} {checksum}\n".encode())
                 if not is_finite:
                     raise SourceError(

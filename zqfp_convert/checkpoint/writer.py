@@ -24,15 +24,24 @@ from zqfp_convert.checkpoint.series import Series
 class Writer:
     """A checkpoint being written; use as a context, within that of its partial output.
 
+    Of several processes each writes some shards, and the first the other files.
+
     Attributes:
         shards: those written so far, by an earlier run too.
     """
 
-    def __init__(self, partial: Partial, shards: int, *, anew: bool = False) -> None:
-        """A checkpoint of `shards` shards; `anew`: those of an earlier run do not count."""
+    def __init__(
+        self, partial: Partial, shards: int, *, anew: bool = False, shared: bool = True
+    ) -> None:
+        """A checkpoint of `shards` shards; `anew`: those of an earlier run do not count.
+
+        Without `shared` the first process has and writes them all.
+        """
         self.partial, self._folder = partial, partial.folder / CHECKPOINT
         self._names = [layout.shard_file(number + 1, shards) for number in range(shards)]
-        self.shards = Series(partial, [f"{CHECKPOINT}/{name}" for name in self._names])
+        self.shards = Series(
+            partial, [f"{CHECKPOINT}/{name}" for name in self._names], shared=shared
+        )
         if anew:
             self.shards.done = 0
         self._files: list[str] = []
@@ -55,7 +64,7 @@ class Writer:
 
     def copy(self, source: Path, files: Iterable[Path]) -> None:
         """Carry files over, given relative to the folder `source`."""
-        for file in files:
+        for file in files if self.partial.world.leads else ():
             target = self._folder / file
             with writing(self.partial.out):
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +87,8 @@ class Writer:
     ) -> None:
         """Write configuration, index and manifest, and give the folder its final name."""
         self.shards.wait()
+        if not self.partial.world.leads:
+            return
         assert self.shards.done == len(self._names)
         records = [self.partial.record(file) for file in self.shards.files]
         sizes: dict[str, int] = {}

@@ -190,7 +190,9 @@ def command(
     debug: console.Debug = False,
 ) -> None:
     """Convert MODEL into a packed FP4 checkpoint in OUT (the command's name may be left out)."""
-    with console.errors(debug, as_json):
+    from zqfp_convert import parallel
+
+    with console.errors(debug, as_json), parallel.join(device) as world:
         from zqfp_convert.conversion import run
         from zqfp_convert.errors import Stopped
         from zqfp_convert.plan import make_plan
@@ -221,28 +223,31 @@ def command(
             out,
             recipe=chosen,
             calibration=calibration,
-            device=device,
+            device=world.device,
             overwrite=overwrite,
             revision=revision,
+            world=world,
         )
-        silent = quiet or as_json
+        silent = quiet or as_json or not world.leads
         if dry_run:
-            if as_json:
+            if world.leads and as_json:
                 console.print_json(plan.to_json())
-            else:
+            elif world.leads:
                 _show_plan(plan, every_layer=True)
             return
         if not silent:
             _show_plan(plan, every_layer=False)
         try:
             with console.progress(silent) as report:
-                result = run(plan, report, resume=resume)
+                result = run(plan, report, resume=resume, world=world)
         except Stopped as stopped:
+            if world.size > 1:
+                raise
             again = ["zqfp-convert", *(word for word in sys.argv[1:] if word != "--no-resume")]
             raise Stopped(f"{stopped} Go on with:\n  {shlex.join(again)}") from None
-        if as_json:
+        if world.leads and as_json:
             console.print_json(result.to_json())
-        elif not quiet:
+        elif not silent:
             _show_result(result)
 
 

@@ -14,6 +14,7 @@ from zqfp_convert.calibration.stages import Calls
 from zqfp_convert.calibration.stream import Stream
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.device import compute_dtype
+from zqfp_convert.parallel import ALONE, World
 from zqfp_convert.plan import Plan
 from zqfp_convert.quantize.weight import quantize_weight
 
@@ -41,7 +42,12 @@ def fill_outside(plan: Plan) -> None:
 
 
 def fold(
-    plan: Plan, index: int, block: nn.Module, stream: Stream, calls: Calls
+    plan: Plan,
+    index: int,
+    block: nn.Module,
+    stream: Stream,
+    calls: Calls,
+    world: World = ALONE,
 ) -> tuple[list[Balanced], list[Change]]:
     """Balance and centre the norms of a block, in place, as the recipe says."""
     places = {layer.place for layer in plan.layers[index]}
@@ -49,11 +55,11 @@ def fold(
     changes: list[Change] = []
     if plan.recipe.balance_norms and places:
         balanced = balance_norms(
-            block, places, stream, calls, plan.dtype, lambda weight: rounded(plan, weight)
+            block, places, stream, calls, plan.dtype, lambda weight: rounded(plan, weight), world
         )
         changes += [change for one in balanced for change in one.changes]
     if plan.recipe.center_norms and places:
-        changes += center_norms(block, places, stream, calls, plan.dtype)
+        changes += center_norms(block, places, stream, calls, plan.dtype, world)
     return balanced, changes
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from zqfp_convert.calibration.experts import STAGES, Arrivals, Moments, moments, pool
 from zqfp_convert.model.experts import Experts
+from zqfp_convert.parallel import ALONE, World
 
 Solve = Callable[[list[list[str]], Moments], None]
 
@@ -34,6 +35,8 @@ def quantize_experts(
     teacher: nn.Module | None,
     batches: list[Arrivals],
     solve: Solve,
+    world: World = ALONE,
+    share: Callable[[list[str]], None] = lambda places: None,
 ) -> dict[str, Seen]:
     """Quantize those experts' matrices, of the ones of that name in a block, that are `places`.
 
@@ -45,6 +48,8 @@ def quantize_experts(
         batches: what reaches the experts.
         solve: quantizes linears by their names, those of each list together, which share an input;
             the moments are those of every such input.
+        world: processes with batches of their own, that take turns at solving the experts.
+        share: gives all processes what each has solved of a stage, given all its linears.
 
     Returns:
         What each matrix has seen; those that could not be solved, for no expert saw a token, lack.
@@ -61,16 +66,22 @@ def quantize_experts(
                 members[expert] = found
         total: Moments | None = None
         waiting: dict[int, int] = {}  # tokens of experts with too few
-        for expert, own in moments(path, stage, members, student, teacher, batches):
+        turn = 0
+        for expert, own in moments(path, stage, members, student, teacher, batches, world):
             tokens = 0 if own is None else own.tokens
             total = total if own is None else pool(total, own)
             if own is None or tokens < len(own.hessian):
                 waiting[expert] = tokens
                 continue
             seen |= dict.fromkeys(members[expert], Seen(tokens, pooled=False))
-            solve([members[expert]], own)
+            if turn % world.size == world.rank:
+                solve([members[expert]], own)
+            turn += 1
         if total is not None and waiting:
             for expert, tokens in waiting.items():
                 seen |= dict.fromkeys(members[expert], Seen(tokens, pooled=True))
-            solve([members[expert] for expert in waiting], total)
+            mine = list(waiting)[world.rank :: world.size]
+            if mine:
+                solve([members[expert] for expert in mine], total)
+        share([place for named in members.values() for place in named if place in seen])
     return seen

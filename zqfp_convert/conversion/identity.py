@@ -14,10 +14,11 @@ from zqfp_convert.model.device import describe
 from zqfp_convert.plan import Plan
 
 
-def identity(plan: Plan) -> dict[str, Any]:
+def identity(plan: Plan, processes: int) -> dict[str, Any]:
     """As plain JSON values, with words for keys that an error can name.
 
-    Of the weights only what their headers say; what they hold takes reading them all.
+    Of the weights only what their headers say; what they hold takes reading them all. The number
+    of processes decides over the order of sums.
     """
     folder, text = plan.source.folder, plan.text
     calibration = plan.calibration
@@ -28,6 +29,7 @@ def identity(plan: Plan) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": describe(plan.device),
+        "processes": processes,
         "recipe": plan.recipe.to_json(),
         "calibration": calibration,
         "model": {layout.CONFIG_FILE: sha256(folder / layout.CONFIG_FILE)}

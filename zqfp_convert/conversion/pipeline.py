@@ -14,7 +14,7 @@ import torch
 
 from zqfp_convert import __version__
 from zqfp_convert.checkpoint import layout
-from zqfp_convert.checkpoint.partial import Partial, partial_folder
+from zqfp_convert.checkpoint.partial import Partial, differences, partial_folder
 from zqfp_convert.checkpoint.series import Series
 from zqfp_convert.checkpoint.writer import Writer
 from zqfp_convert.conversion.identity import identity
@@ -26,6 +26,7 @@ from zqfp_convert.errors import SourceError, Stopped
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.device import reproducible
 from zqfp_convert.numerics import codebook
+from zqfp_convert.parallel import ALONE, World
 from zqfp_convert.plan import Plan, make_plan
 from zqfp_convert.recipe import Recipe
 
@@ -41,6 +42,7 @@ def convert(
     resume: bool = True,
     revision: str | None = None,
     progress: Progress | None = None,
+    world: World = ALONE,
     **choices: Any,
 ) -> Conversion:
     """Convert a Hugging Face causal language model into a packed FP4 checkpoint.
@@ -58,11 +60,13 @@ def convert(
         overwrite: replace `out` if it is a checkpoint of ours.
         resume: go on with what an earlier run into `out` has left; else throw that away.
         revision: of a repository on the Hub.
-        progress: called as work goes on.
+        progress: called as work goes on; of several processes in the first alone.
+        world: processes that all call this, with the same arguments; see `parallel.join`.
         choices: fields of `Recipe` to set, such as `group_size=64`.
 
     Raises:
         ZqfpError: with what stands in the way; `out` has not been made, or is what it was before.
+        ProcessError: another process has failed; what is done can be gone on with.
         Stopped: (a KeyboardInterrupt) by Ctrl-C, with work done that can be gone on with.
     """
     named = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe)
@@ -71,20 +75,30 @@ def convert(
         out,
         recipe=named.changed(**choices),
         calibration=calibration,
-        device=device,
+        device=world.device if device is None else device,
         overwrite=overwrite,
         revision=revision,
+        world=world,
     )
-    return run(plan, progress, resume=resume)
+    return run(plan, progress, resume=resume, world=world)
 
 
-def run(plan: Plan, progress: Progress | None = None, *, resume: bool = True) -> Conversion:
+def run(
+    plan: Plan, progress: Progress | None = None, *, resume: bool = True, world: World = ALONE
+) -> Conversion:
     """Carry out a plan, once. Raises what `convert` raises."""
     try:
-        with Partial(plan.out, identity(plan), overwrite=plan.overwrite, resume=resume) as partial:
+        conversion = identity(plan, world.size)
+        _check_same(conversion, world)
+        overwrite, silent = plan.overwrite, progress is None or not world.leads
+        with Partial(
+            plan.out, conversion, overwrite=overwrite, resume=resume, world=world
+        ) as partial:
             threads = partial.decided("threads", torch.get_num_threads())
             with reproducible(threads):
-                return _run(plan, partial, progress or (lambda text, done, total: None))
+                report = (lambda text, done, total: None) if silent else progress
+                assert report is not None
+                return _run(plan, partial, report)
     except KeyboardInterrupt:
         if partial_folder(plan.out).exists():
             raise Stopped(
@@ -106,28 +120,30 @@ def run(plan: Plan, progress: Progress | None = None, *, resume: bool = True) ->
 
 @torch.no_grad()
 def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
-    began = time.monotonic()
+    began, world = time.monotonic(), partial.world
     report("checking weights", 0, plan.weights)
-    weights = plan.source.check_finite()
+    weights = plan.source.check_finite(world)
     if partial.decided("weights", weights) != weights:
         raise partial.refuse("the model's weights are not what they were when it was begun")
     roundings = partial.decided("roundings", plan.tunes_roundings)  # depends on free memory
-    work = Work(replace(plan, tunes_roundings=roundings), report, partial)
+    work = Work(replace(plan, tunes_roundings=roundings), report, partial, world)
     calibration = work.calibrate() if plan.recipe.needs_calibration else None
     plan = work.plan  # of the rotated model, maybe
     tunes = plan.recipe.tune > 0
     tuned = _tuned(work) if tunes else None
     others = len(plan.other_shards)
     # Tuning is not gone on with in its middle: it and the writing of what it gives start again.
-    with Writer(partial, others + len(plan.layers), anew=tunes) as writer:
+    count = others + len(plan.layers)
+    with Writer(partial, count, anew=tunes, shared=not tunes) as writer:
         for names in plan.other_shards[writer.shards.done :]:
-            tensors = plan.source.shards.read(names)
+            mine = writer.shards.writes_next
+            tensors = plan.source.shards.read(names) if mine else {}
             writer.add_shard(tensors if tuned is None else tuned.of(tensors))
-        if tuned is None:
+        if not tunes:
             for block, about in work.blocks(writer.shards, others):
                 writer.add_shard(block, about)
         else:
-            for block in tuned.blocks():
+            for block in [{}] * len(plan.layers) if tuned is None else tuned.blocks():
                 writer.add_shard(block)
         report("writing", plan.weights, plan.weights)
         writer.copy(plan.source.folder, plan.source.other_files())
@@ -137,7 +153,7 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
         config = {**plan.source.config, layout.CONFIG_KEY: quantization}
         bits = 8 * writer.packed_bytes() / plan.weights
         writer.finish(config, work.entries, work.changed)
-    after = sum(path.stat().st_size for path in plan.out.glob("*.safetensors"))
+    after = world.lead(lambda: sum(path.stat().st_size for path in plan.out.glob("*.safetensors")))
     skeleton.empty(plan.model)  # of a rotated plan only what was made stays
     seconds = time.monotonic() - began
     outcome: Outcome | None = None if tuned is None else tuned.outcome
@@ -146,7 +162,20 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
     )
 
 
-def _tuned(work: Work) -> Tuned:
+def _check_same(conversion: dict[str, Any], world: World) -> None:
+    """Refuse processes that are about to do different things."""
+    world.gather(None)  # all have looked at the output before anything is written there
+    found = list(differences(world.broadcast(conversion), conversion))
+    if found:
+        raise SourceError(
+            f"process {world.rank} of {world.size}",
+            f"another conversion than that of process 0: {'; '.join(found[:3])}",
+            needed="the same model, text, versions and kind of device in all processes",
+            do="Give all hosts the same.",
+        )
+
+
+def _tuned(work: Work) -> Tuned | None:
     """All blocks quantized, each kept in a file of its own, and tuned together."""
     names = [f"untuned/{index + 1:05d}.safetensors" for index in range(len(work.plan.layers))]
     with Series(work.partial, names) as files:

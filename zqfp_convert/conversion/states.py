@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from zqfp_convert.calibration.stream import Call, Entrance, Stream, batches_of
 from zqfp_convert.model.blocks import Blocks
+from zqfp_convert.parallel import ALONE, World
 
 
 class States:
-    """The calibration streams.
+    """The calibration streams; of several processes each has those of its share of the windows.
 
     Attributes:
         entrance: how blocks are called.
@@ -29,24 +30,32 @@ class States:
         device: torch.device,
         *,
         original: bool,
+        world: World = ALONE,
     ) -> None:
         """Enter the first block with windows of several texts, each int64 `[samples, seq_len]`.
 
         Calibration is on the first text; the original alone runs on the others.
         """
-        self.size = size
+        self.size, self._world = size, world
+        self._whole = texts
+        texts = [text[world.part(len(text))] for text in texts]
         batches = [batches_of(text, size * text.shape[1], device) for text in texts]
         self.entrance = Entrance(blocks, [batch for text in batches for batch in text])
-        entering = self.entrance.first()
+        with world.attempt():
+            entering = self.entrance.first()
         self.student = Stream(entering[: len(batches[0])])
         self.teacher = Stream(entering) if original else None
         self._between = False
 
     @property
     def moved(self) -> bool:
-        """Whether an `advance` was left half-way, so that these are the states of no block."""
+        """Whether an `advance` was left half-way, so that these are the states of no block.
+
+        In any process, and all have to ask.
+        """
         teacher = 0 if self.teacher is None else self.teacher.moved
-        return self._between or self.student.moved > 0 or teacher > 0
+        here = self._between or self.student.moved > 0 or teacher > 0
+        return not self._world.every(lambda: not here)
 
     def calls(self, block: int) -> Callable[[int], Call]:
         """The arguments of a block's call, by the batch's index."""
@@ -54,11 +63,13 @@ class States:
 
     def advance(self, student: nn.Module, teacher: nn.Module, calls: Callable[[int], Call]) -> None:
         """Move through a block, quantized and original."""
-        self.student.advance(student, calls)
-        if self.teacher is not None:
-            self._between = True
-            self.teacher.advance(teacher, calls)
-            self._between = False
+        self._between = self._world.size > 1  # others may get to the end of it
+        with self._world.attempt():
+            self.student.advance(student, calls)
+            if self.teacher is not None:
+                self._between = True
+                self.teacher.advance(teacher, calls)
+        self._between = False
 
     def split(self, size: int) -> None:
         """Go on with batches of at most so many windows."""
@@ -71,4 +82,24 @@ class States:
     def checksums(self) -> list[int]:
         """What tells these states, to the bit, from nearly all others."""
         streams = [self.student] if self.teacher is None else [self.student, self.teacher]
-        return [stream.checksum() for stream in streams]
+        here = [stream.checksum() for stream in streams]
+        return [checksum for each in self._world.gather(here) for checksum in each]
+
+    def original(self) -> Tensor | None:
+        """The original's hidden states of all windows, on the CPU of the leading process alone."""
+        assert self.teacher is not None
+        world, left = self._world, list(self.teacher.hidden)
+        texts = []
+        for text in self._whole:
+            count, mine = len(text[world.part(len(text))]), list[Tensor]()
+            while sum(len(hidden) for hidden in mine) < count:
+                mine.append(left.pop(0))
+            for source, shapes in enumerate(world.gather([tuple(h.shape) for h in mine])):
+                for at, shape in enumerate(shapes):
+                    like = self.teacher.hidden[0]
+                    own = source == world.rank
+                    hidden = mine[at].contiguous() if own else like.new_empty(shape)
+                    world.send_(hidden, source)
+                    if world.leads:
+                        texts.append(hidden.cpu())
+        return torch.cat(texts) if world.leads else None

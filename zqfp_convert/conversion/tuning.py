@@ -54,18 +54,22 @@ def stored(files: Series, index: int) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(START)}
 
 
-def tune(work: Work, files: Series) -> Tuned:
+def tune(work: Work, files: Series) -> Tuned | None:
     """Tune all blocks, given as files, together.
 
-    Of the original only what its last block gave is there, and its weights one by one.
+    Of the original only what its last block gave is there, and its weights one by one. Of several
+    processes the first tunes, on its device; the others get None, and wait.
     """
     plan, states, windows = work.plan, work.states, work.windows
     assert states is not None
     assert windows is not None
     assert states.teacher is not None
-    original = torch.cat([hidden.cpu() for hidden in states.teacher.hidden])
+    original = states.original()
     work.states = states = None
     skeleton.empty(plan.model)
+    if original is None:
+        work.tunable.clear()
+        return None
     model = plan.skeleton()
     parts = find_blocks(model)
     for names in plan.other_shards:

@@ -14,6 +14,7 @@ from zqfp_convert.checkpoint.partial import Partial
 from zqfp_convert.conversion.block import fill
 from zqfp_convert.conversion.result import Progress
 from zqfp_convert.model.tokenizer import tokenizer_of
+from zqfp_convert.parallel import World
 from zqfp_convert.plan import Plan
 
 FILE = "text.safetensors"
@@ -45,31 +46,38 @@ class Windows:
 
 
 def find_windows(plan: Plan, partial: Partial, report: Progress) -> Windows:
-    """Those that an earlier run has kept, or new ones, which are kept."""
+    """Those that an earlier run has kept, or new ones, which are kept.
+
+    Of several processes the first reads a text; all of them write one.
+    """
     if partial.is_whole(FILE):
         return Windows(**{name: ids.clone() for name, ids in partial.load(FILE).items()})
-    calibration, more, written = _text(plan, report)
+    calibration, more, written = _text(plan, report, partial.world)
     partial.save(FILE, {"calibration": calibration, "more": more, "written": written})
     return Windows(calibration, written, more)
 
 
-def _text(plan: Plan, report: Progress) -> tuple[Tensor, Tensor, Tensor]:
+def _text(plan: Plan, report: Progress, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """Windows to calibrate on, more of the same text to tune on, and self-written ones."""
     recipe = plan.recipe
     length, count = recipe.seq_len, recipe.samples
     extra = max(0, recipe.tune_samples - count) if recipe.tune > 0 else 0
     if plan.text is None:
         report("writing calibration text", 0, plan.weights)
-        written = text.generate(_whole(plan), count + extra, length, recipe.seed)
+        written = text.generate(_whole(plan), count + extra, length, recipe.seed, world)
         return written[:count], written[:0], written[count:]
     report("reading calibration text", 0, plan.weights)
-    tokenizer = tokenizer_of(plan.source.folder)
-    found, more = text.windows_and_more(plan.text, tokenizer, count, length, recipe.seed, extra)
+    source, where = plan.text, plan.source.folder
+    found, more = world.lead(
+        lambda: text.windows_and_more(
+            source, tokenizer_of(where), count, length, recipe.seed, extra
+        )
+    )
     missing = recipe.tune_samples - len(found) - len(more) if recipe.tune > 0 else 0
     if missing <= 0:
         return found, more, found[:0]
     report("writing text to tune on", 0, plan.weights)
-    return found, more, text.generate(_whole(plan), missing, length, recipe.seed)
+    return found, more, text.generate(_whole(plan), missing, length, recipe.seed, world)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from zqfp_convert.conversion.result import Progress
 from zqfp_convert.conversion.states import States
 from zqfp_convert.conversion.windows import Windows, find_windows
 from zqfp_convert.distill.tunable import TunableLinear
+from zqfp_convert.errors import OptionError
 from zqfp_convert.model.blocks import (
     bias_of,
     get_linear,
@@ -42,6 +43,7 @@ from zqfp_convert.model.experts import ExpertLinear, mixtures
 from zqfp_convert.model.head import Head
 from zqfp_convert.model.tokenizer import check_tokens
 from zqfp_convert.numerics import codebook
+from zqfp_convert.parallel import ALONE, OutOfMemory, World
 from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer, rotated
 from zqfp_convert.quantize.hessian import Curvature, activation_error, prepare
 from zqfp_convert.quantize.lorc import Factors
@@ -62,6 +64,7 @@ class Work:
     plan: Plan
     report: Progress
     partial: Partial
+    world: World = ALONE
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: dict[str, str] = field(default_factory=dict)
     done: int = 0  # weights that have been quantized
@@ -76,13 +79,14 @@ class Work:
         self.windows = windows = find_windows(plan, self.partial, self.report)
         calibration = windows.calibration
         check_tokens(plan.model, plan.source.folder, calibration)
+        _check_enough(len(calibration), self.world.size)
         self.plan = plan = self._rotated(calibration)
         if plan.rotation is not None:
             packed = {layer.disk + layout.WEIGHT for block in plan.layers for layer in block}
             self.changed |= dict.fromkeys(sorted(plan.rotation.changed - packed), "rotated")
         if not self.partial.noted(BATCH):
             at_once = max(1, TOKENS_AT_ONCE[plan.device.type] // calibration.shape[1])
-            at_most = max(len(text) for text in windows.every)
+            at_most = max(-(-len(text) // self.world.size) for text in windows.every)
             self.partial.note(BATCH, {"block": 0, "windows": min(at_once, at_most)})
         about: dict[str, Any] = {
             "source": plan.calibration,
@@ -134,10 +138,14 @@ class Work:
         """The plan with or without a rotation, as chosen now or by an earlier run."""
         chosen = self.partial.noted("rotation")
         if not chosen:
-            plan = choose_rotation(self.plan, windows, self.report)
+            plan = self.plan
+            if self.world.leads:
+                plan = choose_rotation(plan, windows, self.report)
             found = None if plan.rotation is None else plan.rotation.to_json()
-            self.partial.note("rotation", found)
-            return plan
+            chosen = [self.world.broadcast(found)]
+            self.partial.note("rotation", chosen[0])
+            if self.world.leads:
+                return plan
         if chosen[0] is None:
             return replace(self.plan, recipe=self.plan.recipe.changed(rotation="none"))
         return rotated(self.plan, Rotation.from_json(chosen[0]))
@@ -154,6 +162,7 @@ class Work:
             self.partial.noted(BATCH)[0]["windows"],
             plan.device,
             original=recipe.asymmetry > 0 or recipe.tune > 0,
+            world=self.world,
         )
 
     def _split(self, index: int) -> None:
@@ -191,9 +200,11 @@ class Work:
         while True:
             try:
                 return self._block(index, dict(tensors))
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 if self.states is None or self.states.size == 1:
                     raise
+                if self.world.size > 1 and not isinstance(error, OutOfMemory):
+                    raise  # of the solvers, to which the batch does not matter
             # Out of the handler, which keeps alive what the failed try has computed.
             self._shrink(index, files, first)
 
@@ -237,7 +248,7 @@ class Work:
                 layer.place: packed_layer(layer, solved)
                 for layer in layers
                 for solved in self._solve(
-                    index, [layer], [self._matrix(layer, module, tensors)], None
+                    index, [layer], [self._matrix(layer, module, tensors)], None, self.world
                 )
             }
         else:
@@ -289,11 +300,11 @@ class Work:
             states.entrance.try_first(block)
             if plan.recipe.tune > 0:  # before hours of work
                 head = Head(plan.model, plan.blocks, returns_tuple=states.entrance.returns_tuple)
-                head.check(
-                    states.student.hidden[0][:1], self.windows.calibration[:1].to(plan.device)
-                )
+                mine = self.world.part(len(self.windows.calibration)).start
+                window = self.windows.calibration[mine : mine + 1]
+                head.check(states.student.hidden[0][:1], window.to(plan.device))
         calls = states.calls(index)
-        balanced, changes = fold(plan, index, block, states.student, calls)
+        balanced, changes = fold(plan, index, block, states.student, calls, self.world)
         disk = {layer.place: layer.disk for layer in plan.layers[index]}
         self.columns |= {disk[place]: one.columns for one in balanced for place in one.linears}
         return block, calls, balanced, changes
@@ -316,12 +327,20 @@ class Work:
         ]
         plain = [place for place in layers if not place.startswith(tuple(f"{e}." for e in experts))]
         traced = [*plain, *experts] if layers else []
-        stages = trace(student, traced, calls(0), states.student.hidden[0]) if traced else []
+        stages = self.world.agree(
+            lambda: trace(student, traced, calls(0), states.student.hidden[0]) if traced else []
+        )
         for stage in stages:
             for path in [place for place in stage if place in experts]:
-                batches = arrivals(path, student, states.student, teacher, states.teacher, calls)
-                solve = partial(self._solve_stages, index, student, layers, quantized)
-                seen = quantize_experts(path, layers, student, teacher, batches, solve)
+                with self.world.attempt():
+                    batches = arrivals(
+                        path, student, states.student, teacher, states.teacher, calls
+                    )
+                solve = partial(self._solve_stages, index, student, layers, quantized, ALONE)
+                share = partial(self._share, student, layers, quantized)
+                seen = quantize_experts(
+                    path, layers, student, teacher, batches, solve, self.world, share
+                )
                 for place, found in seen.items():
                     entry = self.entries[layers[place].disk]
                     entry["tokens"], entry["pooled"] = found.tokens, found.pooled
@@ -335,13 +354,16 @@ class Work:
                     states.teacher,
                     calls,
                     last=stage is stages[-1],
+                    world=self.world,
                 )
                 moments = Moments(*shared_input, 0)
                 del shared_input  # two of the largest matrices there are
-                self._solve_stages(index, student, layers, quantized, [linears], moments)
+                self._solve_stages(
+                    index, student, layers, quantized, self.world, [linears], moments
+                )
         for place in [place for place in layers if place not in quantized]:  # no token went there
             weight = weight_matrix(get_linear(block, place))
-            (solved,) = self._solve(index, [layers[place]], [weight], None)
+            (solved,) = self._solve(index, [layers[place]], [weight], None, self.world)
             quantized[place] = self._put(student, layers[place], solved)
         states.advance(student, block, calls)
         for one in balanced:
@@ -356,16 +378,21 @@ class Work:
         student: nn.Module,
         layers: dict[str, PlannedLayer],
         quantized: dict[str, PackedLayer],
+        world: World,
         stages: list[list[str]],
         moments: Moments,
     ) -> None:
-        """Quantize the linears of stages of which the inputs have these moments; put them in."""
+        """Quantize the linears of stages of which the inputs have these moments; put them in.
+
+        The processes of `world` do it together.
+        """
         recipe = self.plan.recipe
         curvature = prepare(
             moments.hessian,
             moments.cross,
             damping=recipe.damping,
             activation_order=recipe.activation_order,
+            world=world,
         )
         if recipe.rank != "auto":  # one at a time takes less memory, but finds no rank for all
             stages = [[place] for stage in stages for place in stage]
@@ -373,12 +400,37 @@ class Work:
             members = [layers[place] for place in together]
             linears = [get_linear(student, place) for place in together]
             weights = [weight_matrix(linear) for linear in linears]
-            found = self._solve(index, members, weights, curvature)
+            found = self._solve(index, members, weights, curvature, world)
             for place, linear, solved in zip(together, linears, found, strict=True):
-                weight = weight_matrix(linear).float()
-                lost = activation_error(weight, moments.rounding, moments.hessian)
+                weight = weight_matrix(linear)
+                lost = activation_error(weight, moments.rounding, moments.hessian, world)
                 self.entries[layers[place].disk]["activation_error"] = lost
                 quantized[place] = self._put(student, layers[place], solved)
+
+    def _share(
+        self,
+        student: nn.Module,
+        layers: dict[str, PlannedLayer],
+        quantized: dict[str, PackedLayer],
+        places: list[str],
+    ) -> None:
+        """Get what other processes have quantized of linears; all put in all, in the same order."""
+        if self.world.size == 1:
+            return
+        own = [place for place in places if place in quantized]
+        device = self.plan.device
+        packed = {n: t for place in own for n, t in quantized[place].tensors().items()}
+        tensors = self.world.merge(packed, device)
+        entries = self.world.gather({p: self.entries.pop(layers[p].disk) for p in own})
+        for place in places:
+            layer = layers[place]
+            self.entries[layer.disk] = next(each[place] for each in entries if place in each)
+            if place in own:
+                continue
+            self.done += layer.weights
+            found = self._unpacked(layer, tensors)
+            self._simulate(student, layer, found)
+            quantized[place] = found.to(torch.device("cpu"))
 
     def _solve(
         self,
@@ -386,12 +438,13 @@ class Work:
         layers: list[PlannedLayer],
         weights: list[Tensor],
         curvature: Curvature | None,
+        world: World,
     ) -> list[QuantizedWeight]:
         """Quantize layers that get the same input."""
         total, places = len(self.plan.layers), ", ".join(layer.place for layer in layers)
         self.report(f"block {index + 1}/{total}  {places}", self.done, self.plan.weights)
         here = [weight.to(self.plan.device) for weight in weights]
-        quantized = quantize_together(here, curvature, self.plan.recipe)
+        quantized = quantize_together(here, curvature, self.plan.recipe, world)
         for layer, solved in zip(layers, quantized, strict=True):
             self._note(layer, solved, curvature)
         return quantized
@@ -476,6 +529,17 @@ class Work:
             return
         weight = here.approximation().to(linear.weight.dtype)
         put(student, layer.place, SimulatedLinear(weight, bias))
+
+
+def _check_enough(windows: int, processes: int) -> None:
+    """Refuse more processes than there are windows."""
+    if windows < processes:
+        raise OptionError(
+            "calibration",
+            f"{windows} windows of text for {processes} processes",
+            needed="a window for each process",
+            do="Give more text, more --samples, a shorter --seq-len, or start fewer processes.",
+        )
 
 
 def _student(block: nn.Module) -> nn.Module:

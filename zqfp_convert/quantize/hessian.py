@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zqfp_convert.parallel import ALONE, World
+
 PANELS, PANEL = 8, 512  # how many H is summed up in at most, and the fewest rows of one
 SLICE = 2048  # columns that are solved for at a time, to bound the memory
 
@@ -38,6 +40,13 @@ class HessianSum:
         if self._cross is not None:
             assert original is not None
             _add_product(self._cross, original.reshape(-1, original.shape[-1]), seen)
+
+    def sum_over(self, world: World) -> None:
+        """Add what other processes have seen."""
+        for total in (self._hessian, self._cross):
+            if total is not None:
+                world.sum_(total)
+        self.tokens = round(world.total(self.tokens))
 
     def mean(self) -> tuple[Tensor, Tensor | None]:
         """H and C (or None), each float32 `[K, K]`; the sums are given up."""
@@ -87,7 +96,12 @@ class Curvature:
 
 
 def prepare(
-    hessian: Tensor, cross: Tensor | None, *, damping: float, activation_order: bool
+    hessian: Tensor,
+    cross: Tensor | None,
+    *,
+    damping: float,
+    activation_order: bool,
+    world: World = ALONE,
 ) -> Curvature:
     """Factorize a Hessian `[K, K]` for the solvers; `cross` becomes the drift, in place.
 
@@ -95,6 +109,8 @@ def prepare(
     with J the reversal of the order and `J H J = L L^T`, `inverse(H) = U^T U` for
     `U = J inverse(L) J`, upper triangular. A factorization that fails is retried with ten times
     the damping.
+
+    Processes of a `world` that all have the same H and C share out the rows of the drift.
     """
     diagonal = hessian.diagonal()
     if activation_order:
@@ -105,9 +121,12 @@ def prepare(
     lower, used, retries = _damped_cholesky(hessian[reverse[:, None], reverse], damping)
     if cross is not None:
         cross.sub_(hessian)
-        for at in range(0, len(cross), SLICE):
-            rows = cross[at : at + SLICE]
+        share = world.share(len(cross))
+        own = cross[share.here]
+        for at in range(0, len(own), SLICE):
+            rows = own[at : at + SLICE]
             rows[:, reverse] = torch.cholesky_solve(rows[:, reverse].t(), lower).t()
+        share.complete_(cross)
     return Curvature(hessian, order, _inverse_factor(lower), cross, used, retries)
 
 
@@ -133,13 +152,20 @@ def aim_at_original(weight: Tensor, drift: Tensor, asymmetry: float) -> Tensor:
     return weight + asymmetry * (weight @ drift)
 
 
-def relative_error(error: Tensor, weight: Tensor, hessian: Tensor | None) -> float:
-    """`sqrt(tr(E H E^T) / tr(W H W^T))` for E, W `[N, K]`; H = I when absent; 0 for W = 0."""
-    whole = energy(weight, hessian)
-    return (energy(error, hessian) / whole) ** 0.5 if whole > 0 else 0.0
+def relative_error(
+    error: Tensor, weight: Tensor, hessian: Tensor | None, world: World = ALONE
+) -> float:
+    """`sqrt(tr(E H E^T) / tr(W H W^T))` for E, W `[N, K]`; H = I when absent; 0 for W = 0.
+
+    Processes of a `world` have some rows of E and W each.
+    """
+    whole = energy(weight, hessian, world)
+    return (energy(error, hessian, world) / whole) ** 0.5 if whole > 0 else 0.0
 
 
-def activation_error(weight: Tensor, rounding: Tensor, hessian: Tensor) -> float:
+def activation_error(
+    weight: Tensor, rounding: Tensor, hessian: Tensor, world: World = ALONE
+) -> float:
     """What quantizing the activations alone costs the outputs, relative like `relative_error`.
 
     `sqrt(sum_k E[(x_k - x^_k)^2] |w_k|^2 / tr(W H W^T))`: roundings of different features are taken
@@ -149,16 +175,20 @@ def activation_error(weight: Tensor, rounding: Tensor, hessian: Tensor) -> float
         weight: `[N, K]`.
         rounding: `E[(x - x^)^2]`, `[K]`.
         hessian: `[K, K]`.
+        world: processes that all have these; each takes some rows of the weight.
     """
-    whole = energy(weight, hessian)
-    lost = float((weight.float().square().sum(0) * rounding).sum(dtype=torch.float64))
+    share = world.share(len(weight))
+    weight = weight[share.here].float()
+    whole = energy(weight, hessian, share.world)
+    lost = float((weight.square().sum(0) * rounding).sum(dtype=torch.float64))
+    lost = share.world.total(lost)
     return (lost / whole) ** 0.5 if whole > 0 else 0.0
 
 
-def energy(matrix: Tensor, hessian: Tensor | None) -> float:
-    """`tr(M H M^T)` for M `[N, K]`; H = I when absent."""
+def energy(matrix: Tensor, hessian: Tensor | None, world: World = ALONE) -> float:
+    """`tr(M H M^T)` for M `[N, K]`, of which processes have some rows each; H = I when absent."""
     weighted = matrix if hessian is None else matrix @ hessian
-    return float((weighted * matrix).sum(dtype=torch.float64).clamp_min(0.0))
+    return max(world.total(float((weighted * matrix).sum(dtype=torch.float64))), 0.0)
 
 
 def _damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, float, int]:

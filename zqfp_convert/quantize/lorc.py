@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zqfp_convert.numerics import fp8
+from zqfp_convert.parallel import ALONE, Share
 from zqfp_convert.recipe import FactorFormat
 
 OVERSAMPLING = 8
@@ -32,48 +33,53 @@ class Factors:
     B: Tensor
     scale: Tensor | None
 
-    def product(self) -> Tensor:
-        """`B diag(scale) A` as float32 `[N, K]`."""
-        return self.B.float() @ self.inner()
+    def product(self, rows: slice = slice(None)) -> Tensor:
+        """`B diag(scale) A` as float32 `[N, K]`, or some rows of it."""
+        return self.B[rows].float() @ self.inner()
 
     def inner(self) -> Tensor:
         """`diag(scale) A` as float32 `[r, K]`."""
         return self.A.float() if self.scale is None else self.A.float() * self.scale[:, None]
 
 
-def fit(error: Tensor, hessian: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+def fit(
+    error: Tensor, hessian: Tensor | None, rank: int, share: Share | None = None
+) -> tuple[Tensor, Tensor]:
     """The factors `B [N, r]`, `A [r, K]` that minimise `|(E - B A) H^(1/2)|` (Frobenius norm).
 
     `B` = the leading eigenvectors of `E H E^T`, `A = B^T E`: with `M = E H^(1/2)` the best
     approximation of rank r is `B B^T M`, and the root cancels. H = I when `hessian` is None, which
     is the truncated singular value decomposition of E. The eigenvectors come from subspace
     iteration with a fixed seed (Halko et al., arXiv:0909.4061, algorithm 4.4).
+
+    With a `share` the error is its rows; every process gets all of B and A.
     """
-    rows, columns = error.shape
-    width = min(rank + OVERSAMPLING, rows, columns)
+    share = share or ALONE.share(len(error))
+    sum_ = share.world.sum_
+    width = min(rank + OVERSAMPLING, share.total, error.shape[1])
     generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(rows, width, generator=generator).to(error)
+    basis = torch.randn(share.total, width, generator=generator)[share.here].to(error)
     for _ in range(ITERATIONS):
-        back = error.t() @ _orthonormal(basis)  # [K, width]
+        back = sum_(error.t() @ _orthonormal(basis, share))  # [K, width]
         basis = error @ (back if hessian is None else hessian @ back)
-    basis = _orthonormal(basis)
-    inner = basis.t() @ error  # [width, K]
+    basis = _orthonormal(basis, share)
+    inner = sum_(basis.t() @ error)  # [width, K]
     gram = (inner if hessian is None else inner @ hessian) @ inner.t()
     vectors = torch.linalg.eigh((gram + gram.t()) / 2).eigenvectors  # ascending
     B = basis @ vectors[:, -rank:].flip(1)
-    return B, B.t() @ error
+    return share.gather(B), sum_(B.t() @ error)
 
 
-def _orthonormal(basis: Tensor) -> Tensor:
+def _orthonormal(basis: Tensor, share: Share) -> Tensor:
     """An orthonormal basis `[N, w]` of what the columns of a float32 matrix, w << N, span.
 
     By the Cholesky factorization of its Gram matrix, in float64, which on a GPU takes a fraction of
     the time of Householder's reflections; these are for columns that depend on one another.
     """
     wide = basis.double()
-    lower, failed = torch.linalg.cholesky_ex(wide.t() @ wide)
+    lower, failed = torch.linalg.cholesky_ex(share.world.sum_(wide.t() @ wide))
     found: Tensor = (
-        torch.linalg.qr(basis).Q
+        torch.linalg.qr(share.gather(basis)).Q[share.here]
         if bool(failed)
         else torch.linalg.solve_triangular(lower.t(), wide, upper=True, left=False)
     )

@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from zqfp_convert.parallel import ALONE, Share
 from zqfp_convert.quantize import lorc
 from zqfp_convert.quantize.hessian import energy
 from zqfp_convert.recipe import FactorFormat
@@ -26,7 +27,10 @@ def at_most(rank: int | Literal["auto"], rows: int, columns: int) -> int:
 
 
 def worthwhile(
-    errors: Iterable[tuple[Tensor, Tensor]], hessian: Tensor | None, form: FactorFormat
+    errors: Iterable[tuple[Tensor, Tensor]],
+    hessian: Tensor | None,
+    form: FactorFormat,
+    shares: Sequence[Share] | None = None,
 ) -> int:
     """The rank, for all layers of one input, with the least energy at equal bits: `D 4^b`.
 
@@ -38,17 +42,19 @@ def worthwhile(
         errors: for each layer what its codes miss `[N, K]`, and its weight `[N, K]`.
         hessian: of the input they share, `[K, K]`; the identity when absent.
         form: of the factors.
+        shares: of the rows of each layer, if that is what there is of both.
 
     Returns:
         A multiple of 8, 0 to 32; a layer with fewer rows or columns has these as its rank.
     """
     ranks = range(0, MOST + STEP, STEP)
     left, bits, weights = [0.0] * len(ranks), [0] * len(ranks), 0
-    for error, weight in errors:
-        whole = energy(weight, hessian) or 1.0
-        rows, columns = weight.shape
+    for at, (error, weight) in enumerate(errors):
+        share = ALONE.share(len(error)) if shares is None else shares[at]
+        whole = energy(weight, hessian, share.world) or 1.0
+        rows, columns = share.total, weight.shape[1]
         weights += rows * columns
-        for i, one in enumerate(energies_left(error, hessian, ranks, form)):
+        for i, one in enumerate(energies_left(error, hessian, ranks, form, share)):
             left[i] += one / whole
             bits[i] += 8 * lorc.size(ranks[i], rows, columns, form)
     best = min(range(len(ranks)), key=lambda i: left[i] * 4 ** (bits[i] / weights))
@@ -56,21 +62,26 @@ def worthwhile(
 
 
 def energies_left(
-    error: Tensor, hessian: Tensor | None, ranks: Sequence[int], form: FactorFormat
+    error: Tensor,
+    hessian: Tensor | None,
+    ranks: Sequence[int],
+    form: FactorFormat,
+    share: Share | None = None,
 ) -> list[float]:
     """`tr((E - F) H (E - F)^T)` with the first ranks, so many as asked, of the best factors F.
 
     The factors are rounded as they would be on disk, so no rank promises more than it keeps. With
     P = B^T E H A^T and G = (B^T B) * (A H A^T), element by element, the energy at rank r is
     `tr(E H E^T)` less twice the trace of the first r rows and columns of P, plus the sum of those
-    of G.
+    of G. With a `share` the error is its rows.
     """
-    B, A = lorc.fit(error, hessian, min(max(ranks), *error.shape))
-    factors = lorc.encode(B, A, form)
+    share = share or ALONE.share(len(error))
+    rank = min(max(ranks), share.total, error.shape[1])
+    factors = lorc.encode(*lorc.fit(error, hessian, rank, share), form)
     B, A = factors.B.float(), factors.inner()
     seen = A.t() if hessian is None else hessian @ A.t()  # [K, r]
-    gained = (B.t() @ (error @ seen)).double().diagonal()
+    gained = share.world.sum_((B[share.here].t() @ (error @ seen)).double().diagonal())
     cost = (B.t() @ B).double() * (A @ seen).double()
-    whole = energy(error, hessian)
+    whole = energy(error, hessian, share.world)
     left = [whole - 2 * float(gained[:r].sum()) + float(cost[:r, :r].sum()) for r in ranks]
     return [max(one, 0.0) for one in left]

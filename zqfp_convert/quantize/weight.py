@@ -6,12 +6,13 @@ This is the file to read first. It knows nothing of models and files.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from zqfp_convert.numerics import codebook, scales
 from zqfp_convert.numerics.scales import Scales
+from zqfp_convert.parallel import ALONE, Share, World
 from zqfp_convert.quantize import lorc, ranks
 from zqfp_convert.quantize.descent import descend, optimum
 from zqfp_convert.quantize.gptq import gptq
@@ -56,7 +57,10 @@ def quantize_weight(weight: Tensor, curvature: Curvature | None, recipe: Recipe)
 
 
 def quantize_together(
-    weights: Sequence[Tensor], curvature: Curvature | None, recipe: Recipe
+    weights: Sequence[Tensor],
+    curvature: Curvature | None,
+    recipe: Recipe,
+    world: World = ALONE,
 ) -> list[QuantizedWeight]:
     """Quantize weights `[N, K]` of one input by the recipe, all with one rank if that is `auto`.
 
@@ -64,34 +68,41 @@ def quantize_together(
         weights: any floating dtype, finite.
         curvature: statistics of the input; None for layers without (they are then rounded to
             nearest, and LoRC falls back to the plain decomposition).
+        world: processes that all have these; each takes some rows of each weight, for rows meet in
+            the low-rank factors alone.
     """
     with tensor_cores():
-        return _quantize_together(weights, curvature, recipe)
+        return _quantize_together(weights, curvature, recipe, world)
 
 
 def _quantize_together(
-    weights: Sequence[Tensor], curvature: Curvature | None, recipe: Recipe
+    weights: Sequence[Tensor], curvature: Curvature | None, recipe: Recipe, world: World
 ) -> list[QuantizedWeight]:
-    coded = [_encode(weight.float(), curvature, recipe) for weight in weights]
+    coded = [_encode(weight, curvature, recipe, world.share(len(weight))) for weight in weights]
     metric = None if curvature is None or recipe.low_rank == "svd" else curvature.hessian
     rank = recipe.rank
     if rank == "auto":
         errors = ((one.target - one.quantized, one.weight) for one in coded)
-        rank = ranks.worthwhile(errors, metric, recipe.factors)
+        rank = ranks.worthwhile(errors, metric, recipe.factors, [one.share for one in coded])
     return [_compensate(one, curvature, metric, rank, recipe) for one in coded]
 
 
 @dataclass(frozen=True)
 class _Coded:
-    """A weight on its way: what to aim at, and its codes' values, both `[N, K]`, under scales."""
+    """A weight on its way, or the rows of a share of it: `[n, K]` out of `[N, K]`.
+
+    `target` is what to aim at, `quantized` its codes' values under `scales`.
+    """
 
     weight: Tensor
     target: Tensor
     quantized: Tensor
     scales: Scales
+    share: Share
 
 
-def _encode(W: Tensor, curvature: Curvature | None, recipe: Recipe) -> _Coded:
+def _encode(weight: Tensor, curvature: Curvature | None, recipe: Recipe, share: Share) -> _Coded:
+    W = weight[share.here].float()
     H = None if curvature is None else curvature.hessian
     target = W
     if curvature is not None and curvature.drift is not None and recipe.asymmetry > 0:
@@ -110,7 +121,7 @@ def _encode(W: Tensor, curvature: Curvature | None, recipe: Recipe) -> _Coded:
         Q = scales.dequantize(scales.quantize(target, chosen), chosen)
     if H is not None:
         Q = descend(target, Q, H, chosen, recipe.sweeps)
-    return _Coded(W, target, Q, chosen)
+    return _Coded(W, target, Q, chosen, share)
 
 
 def _compensate(
@@ -118,28 +129,40 @@ def _compensate(
 ) -> QuantizedWeight:
     W, target, Q, chosen = coded.weight, coded.target, coded.quantized, coded.scales
     H = None if curvature is None else curvature.hessian
-    factors = None
-    rank = min(rank, *W.shape)
+    factors, share = None, coded.share
+    here, world = share.here, share.world
+    rank = min(rank, share.total, W.shape[1])
     if rank > 0:
-        factors = lorc.encode(*lorc.fit(target - Q, metric, rank), recipe.factors)
+        factors = lorc.encode(*lorc.fit(target - Q, metric, rank, share), recipe.factors)
         if metric is not None:
             for _ in range(recipe.low_rank_rounds):
-                rest = target - factors.product()
+                rest = target - factors.product(here)
                 Q = descend(rest, Q, metric, chosen, SWEEPS_PER_ROUND)
-                factors = lorc.encode(*lorc.fit(target - Q, metric, rank), recipe.factors)
+                factors = lorc.encode(*lorc.fit(target - Q, metric, rank, share), recipe.factors)
 
     doubt = None
     if recipe.tune > 0:
-        rest = target if factors is None else target - factors.product()
+        rest = target if factors is None else target - factors.product(here)
         doubt = rest if H is None else optimum(rest, Q, H)
     codes = scales.quantize(Q, chosen)
     chosen = scales.canonical(codes, chosen)
-    error = W - Q if factors is None else W - Q - factors.product()
+    error = W - Q if factors is None else W - Q - factors.product(here)
     return QuantizedWeight(
-        codes,
-        chosen,
+        share.gather(codes),
+        _whole(chosen, share),
         factors,
-        relative_error(error, W, None),
-        None if H is None else relative_error(error, W, H),
-        doubt,
+        relative_error(error, W, None, world),
+        None if H is None else relative_error(error, W, H, world),
+        None if doubt is None else share.gather(doubt),
+    )
+
+
+def _whole(chosen: Scales, share: Share) -> Scales:
+    """The scales of all rows."""
+    return replace(
+        chosen,
+        factor=share.gather(chosen.factor),
+        exponent=share.gather(chosen.exponent),
+        raised=round(share.world.total(chosen.raised)),
+        choice=None if chosen.choice is None else share.gather(chosen.choice),
     )

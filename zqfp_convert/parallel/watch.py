@@ -1,0 +1,155 @@
+"""Sees when another process of the same work has failed or is gone, and ends this one then.
+
+A process that waits for another on a GPU cannot be woken up, so a thread beside it looks. What it
+ends is safe: whatever counts is in a journal on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from zqfp_convert.errors import ProcessError
+
+BEAT = 0.5  # seconds between two signs of life
+GONE = 120.0  # seconds without one; a thread may have to wait while another one writes a file
+GRACE = 5.0  # seconds that a process has to find out by itself that another one has failed
+EXIT_CODE = 2
+
+
+class Watch:
+    """Tells the other processes of a failure here, and ends this one for a failure there.
+
+    A context around the work. The first process to fail raises its error, which is for it to
+    print. Others raise `ProcessError` where they are to say it, and end silently
+    elsewhere.
+    """
+
+    def __init__(self, rank: int, size: int, local_rank: int) -> None:
+        self._rank, self._size, self._local_rank = rank, size, local_rank
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        distributed: Any = dist
+        store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = distributed.PrefixStore(f"zqfp-convert/{attempt}", store)
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._left.set()
+            self._thread.join()
+            return
+        first = not isinstance(error, ProcessError) and self._tell(error)
+        self._left.set()
+        if first:
+            time.sleep(3 * BEAT)  # the store may go with this process
+        elif not (isinstance(error, ProcessError) and self._speaks(self._told())):
+            _end()
+
+    def lost(self, error: str) -> ProcessError:
+        """What has become of a process that could not be met."""
+        before, began = self._beats(), time.monotonic()
+        while (told := self._told()) is None and time.monotonic() - began < 4 * BEAT:
+            time.sleep(BEAT)
+        if told is not None:
+            return _error(told, self._size)
+        beats = self._beats()
+        silent = [rank for rank, beat in enumerate(beats) if beat == before[rank] != -2]
+        rank = next((one for one in silent if one != self._rank), None)
+        text = "does not answer any more" if rank is not None else error.splitlines()[0][:200]
+        return _error({"rank": rank, "error": text, "host": ""}, self._size)
+
+    def _tell(self, error: BaseException) -> bool:
+        """Tell the others what has happened here; whether nothing had happened elsewhere."""
+        text = str(error) or type(error).__name__
+        told = {"rank": self._rank, "error": text, "host": socket.gethostname()}
+        try:
+            first: bool = self._store.add("failures", 1) == 1
+            if first:
+                self._store.set("failed", json.dumps(told))
+        except RuntimeError:  # the store has gone, with whoever failed before
+            return False
+        return first
+
+    def _told(self) -> dict[str, Any] | None:
+        try:
+            if not self._store.check(["failed"]):
+                return None
+            found: dict[str, Any] = json.loads(self._store.get("failed"))
+        except RuntimeError:
+            return {"rank": 0, "error": "its process, or torchrun's, is gone", "host": ""}
+        return found
+
+    def _speaks(self, told: dict[str, Any] | None) -> bool:
+        """Whether it is for this process to say that another one has failed."""
+        elsewhere = told is None or told["host"] != socket.gethostname()
+        return self._rank == 0 or (self._local_rank == 0 and elsewhere)
+
+    def _beats(self) -> list[int]:
+        """Everybody's last sign of life; -2 for those that have not given one yet."""
+        keys = [f"beat{rank}" for rank in range(self._size)]
+        try:
+            return [int(self._store.get(key)) if self._store.check([key]) else -2 for key in keys]
+        except RuntimeError:
+            return [-1] * self._size
+
+    def _look(self) -> None:
+        seen = [-2] * self._size
+        since = [time.monotonic()] * self._size
+        count = 0
+        while not self._left.wait(BEAT):
+            count += 1
+            told = self._told()
+            with suppress(RuntimeError):  # `_told` says so the next time
+                self._store.set(f"beat{self._rank}", str(count))
+            if told is None and count % 10 == 0:
+                now = time.monotonic()
+                for rank, beat in enumerate(self._beats()):
+                    if beat != seen[rank] or rank == self._rank:
+                        seen[rank], since[rank] = beat, now
+                    elif now - since[rank] > GONE:
+                        text = f"has not given a sign of life for {GONE:.0f} seconds"
+                        told = {"rank": rank, "error": text, "host": ""}
+            if told is None or self._left.wait(GRACE):
+                continue
+            if self._speaks(told):
+                print(f"Error: {_error(told, self._size)}", file=sys.stderr)  # noqa: T201
+            _end()
+
+
+def _error(told: dict[str, Any], size: int) -> ProcessError:
+    which = "one" if told["rank"] is None else str(told["rank"])
+    host = f" on {told['host']}" if told["host"] else ""
+    return ProcessError(
+        f"process {which} of {size}{host}",
+        told["error"],
+        needed="all processes to the end",
+        do="See what that process has said; the same command goes on from what is done.",
+    )
+
+
+def _end() -> None:
+    """End this process at once: its other threads may wait for what will never come."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_CODE)
