@@ -7,28 +7,25 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
 from zqfp_convert.errors import ZqfpError
 from zqfp_convert.parallel import World, join
 
+stores: list[TCPStore] = []  # as torchrun has one beside the processes
 FAILED = 7  # the exit code for errors that are no user's
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def start(count: int, work: Callable[[World], None], log: Path) -> list[int]:
     """Start processes; what they print goes to `log` with the rank as its suffix."""
-    port = free_port()
+    stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    port = stores[-1].port
     found = []
     for rank in range(count):
         process = os.fork()
@@ -53,6 +50,7 @@ def _run(rank: int, count: int, port: int, work: Callable[[World], None], log: P
             "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
         with join("cpu") as world:
             work(world)

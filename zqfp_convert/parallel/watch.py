@@ -120,8 +120,9 @@ class Watch:
         while not self._left.wait(BEAT):
             count += 1
             told = self._told()
-            with suppress(RuntimeError):  # `_told` says so the next time
-                self._store.set(f"beat{self._rank}", str(count))
+            if told is None:
+                with suppress(RuntimeError):  # `_told` says so the next time
+                    self._store.set(f"beat{self._rank}", str(count))
             if told is None and count % 10 == 0:
                 now = time.monotonic()
                 for rank, beat in enumerate(self._beats()):
