@@ -40,9 +40,7 @@ def meet(world: World) -> None:
     assert world.share(8 * size - 1).here == slice(0, 8 * size - 1)  # too few to be handed out
     own = {f"of {rank}": torch.full((rank,), rank, dtype=torch.int16)}
     merged = world.merge(own, torch.device("cpu"))
-    assert [(n, t.tolist()) for n, t in merged.items()] == [
-        (f"of {r}", [r] * r) for r in everybody
-    ]
+    assert [(n, t.tolist()) for n, t in merged.items()] == [(f"of {r}", [r] * r) for r in everybody]
     with pytest.raises(OutOfMemory, match=f"process 1 of {size}: none left"), world.attempt():
         if rank == 1:
             raise torch.OutOfMemoryError("none left")
