@@ -61,10 +61,12 @@ class Watch:
             return
         first = not isinstance(error, ProcessError) and self._tell(error)
         self._left.set()
-        if first:
-            time.sleep(3 * BEAT)  # the store may go with this process
-        elif not (isinstance(error, ProcessError) and self._speaks(self._told())):
-            _end()
+        if first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(3 * BEAT)  # the store goes with the first process
+        if first or (isinstance(error, ProcessError) and self._speaks(self._told())):
+            return
+        time.sleep(GRACE)  # torchrun ends the others with this one: first they say why
+        _end()
 
     def lost(self, error: str) -> ProcessError:
         """What has become of a process that could not be met."""
