@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.dequantized import METHODS, DequantizedShards
 from zqfp_convert.checkpoint.shards import Shards, read_json
 from zqfp_convert.errors import SourceError
-from zqfp_convert.parallel import ALONE, World
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OTHER_WEIGHTS = (
@@ -83,16 +83,15 @@ class Source:
         """Python files of the model's author: carried over, never run."""
         return [path for path in self.other_files() if path.suffix == ".py"]
 
-    def check_finite(self, world: World = ALONE) -> str:
-        """Read every tensor once and refuse NaN and infinity; processes share the tensors.
+    def check_finite(self, names: Iterable[str] | None = None) -> dict[str, int]:
+        """Read tensors, all or those named, once and refuse NaN and infinity.
 
         Returns:
-            What tells these weights from others, whatever files they lie in.
+            A checksum of each, by their names.
 
         Raises:
             SourceError: naming the first tensor that holds one.
         """
-        digest = hashlib.sha256()
 
         def finite(name: str) -> tuple[bool, int]:
             flat = self.shards.read([name])[name].reshape(-1)
@@ -104,13 +103,12 @@ class Source:
                 checksum = zlib.crc32(part.view(torch.uint8).numpy().data, checksum)
             return True, checksum
 
-        names = sorted(self.shards.tensors)
-        mine = names[world.part(len(names))]
+        names = sorted(self.shards.tensors) if names is None else list(names)
+        checksums: dict[str, int] = {}
         with ThreadPoolExecutor(4) as pool:
-            found = dict(zip(mine, pool.map(finite, mine), strict=True))
-        for own in world.gather(found):
-            for name, (is_finite, checksum) in own.items():
-                digest.update(f"{name} {checksum}\n".encode())
+            found = zip(names, pool.map(finite, names), strict=True)
+            for name, (is_finite, checksum) in found:
+                checksums[name] = checksum
                 if not is_finite:
                     raise SourceError(
                         name,
@@ -118,7 +116,13 @@ class Source:
                         needed="finite weights",
                         do="The model is damaged: download it again, or ask its authors.",
                     )
-        return digest.hexdigest()
+        return checksums
+
+
+def fingerprint(checksums: Mapping[str, int]) -> str:
+    """What tells weights of these checksums from others, whatever files they lie in."""
+    lines = (f"{name} {checksum}\n" for name, checksum in sorted(checksums.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _quantization(

@@ -6,6 +6,9 @@ This is the road of the data; the method itself is `quantize/weight.py`.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from zqfp_convert import __version__
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.partial import Partial, differences, partial_folder
 from zqfp_convert.checkpoint.series import Series
+from zqfp_convert.checkpoint.source import fingerprint
 from zqfp_convert.checkpoint.writer import Writer
 from zqfp_convert.conversion.identity import identity
 from zqfp_convert.conversion.result import Conversion, Progress
@@ -121,13 +125,10 @@ def run(
 @torch.no_grad()
 def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
     began, world = time.monotonic(), partial.world
-    report("checking weights", 0, plan.weights)
-    weights = plan.source.check_finite(world)
-    if partial.decided("weights", weights) != weights:
-        raise partial.refuse("the model's weights are not what they were when it was begun")
     roundings = partial.decided("roundings", plan.tunes_roundings)  # depends on free memory
     work = Work(replace(plan, tunes_roundings=roundings), report, partial, world)
-    calibration = work.calibrate() if plan.recipe.needs_calibration else None
+    with _weights_checked(plan, partial, report):
+        calibration = work.calibrate() if plan.recipe.needs_calibration else None
     plan = work.plan  # of the rotated model, maybe
     tunes = plan.recipe.tune > 0
     tuned = _tuned(work) if tunes else None
@@ -173,6 +174,25 @@ def _check_same(conversion: dict[str, Any], world: World) -> None:
             needed="the same model, text, versions and kind of device in all processes",
             do="Give all hosts the same.",
         )
+
+
+@contextmanager
+def _weights_checked(plan: Plan, partial: Partial, report: Progress) -> Iterator[None]:
+    """Runs the body while all weights are read and checked; what is wrong with them goes first.
+
+    Processes share the tensors.
+    """
+    report("checking weights", 0, plan.weights)
+    world, names = partial.world, sorted(plan.source.shards.tensors)
+    with ThreadPoolExecutor(1, "check") as thread:
+        checking = thread.submit(plan.source.check_finite, names[world.part(len(names))])
+        try:
+            yield
+        finally:
+            checksums = checking.result()
+    weights = fingerprint({k: v for own in world.gather(checksums) for k, v in own.items()})
+    if partial.decided("weights", weights) != weights:
+        raise partial.refuse("the model's weights are not what they were when it was begun")
 
 
 def _tuned(work: Work) -> Tuned | None:

@@ -24,6 +24,7 @@ from zqfp_convert.checkpoint.partial import Partial
 from zqfp_convert.checkpoint.rotated import Rotation
 from zqfp_convert.checkpoint.series import Series
 from zqfp_convert.conversion.ahead import read_ahead
+from zqfp_convert.conversion.batches import windows_at_once
 from zqfp_convert.conversion.block import fill, fill_outside, fold
 from zqfp_convert.conversion.experts import quantize_experts
 from zqfp_convert.conversion.rehearsal import choose_rotation
@@ -44,7 +45,7 @@ from zqfp_convert.model.head import Head
 from zqfp_convert.model.tokenizer import check_tokens
 from zqfp_convert.numerics import codebook
 from zqfp_convert.parallel import ALONE, OutOfMemory, World
-from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer, rotated
+from zqfp_convert.plan import Plan, PlannedLayer, rotated
 from zqfp_convert.quantize.hessian import Curvature, activation_error, prepare
 from zqfp_convert.quantize.lorc import Factors
 from zqfp_convert.quantize.weight import QuantizedWeight, quantize_together
@@ -85,9 +86,9 @@ class Work:
             packed = {layer.disk + layout.WEIGHT for block in plan.layers for layer in block}
             self.changed |= dict.fromkeys(sorted(plan.rotation.changed - packed), "rotated")
         if not self.partial.noted(BATCH):
-            at_once = max(1, TOKENS_AT_ONCE[plan.device.type] // calibration.shape[1])
-            at_most = max(-(-len(text) // self.world.size) for text in windows.every)
-            self.partial.note(BATCH, {"block": 0, "windows": min(at_once, at_most)})
+            mine = calibration[self.world.part(len(calibration))]
+            size = self.world.agree(lambda: windows_at_once(plan, mine))
+            self.partial.note(BATCH, {"block": 0, "windows": size})
         about: dict[str, Any] = {
             "source": plan.calibration,
             "samples": calibration.shape[0],
@@ -120,7 +121,7 @@ class Work:
         if start == count and not plan.recipe.tune:
             return
         if calibrated:
-            fill_outside(plan)
+            fill_outside(plan, head=plan.recipe.tune > 0)
             self._enter()
         passed = range(start) if calibrated else range(0)
         wanted = [*passed, *range(start, count)]
@@ -392,15 +393,16 @@ class Work:
             moments.cross,
             damping=recipe.damping,
             activation_order=recipe.activation_order,
-            world=world,
         )
+        moments.cross = None  # the mismatch now, which is given up as soon as it can be
         if recipe.rank != "auto":  # one at a time takes less memory, but finds no rank for all
             stages = [[place] for stage in stages for place in stage]
         for together in stages:
             members = [layers[place] for place in together]
             linears = [get_linear(student, place) for place in together]
             weights = [weight_matrix(linear) for linear in linears]
-            found = self._solve(index, members, weights, curvature, world)
+            spend = together is stages[-1]
+            found = self._solve(index, members, weights, curvature, world, spend=spend)
             for place, linear, solved in zip(together, linears, found, strict=True):
                 weight = weight_matrix(linear)
                 lost = activation_error(weight, moments.rounding, moments.hessian, world)
@@ -439,12 +441,14 @@ class Work:
         weights: list[Tensor],
         curvature: Curvature | None,
         world: World,
+        *,
+        spend: bool = False,
     ) -> list[QuantizedWeight]:
-        """Quantize layers that get the same input."""
+        """Quantize layers that get the same input; `spend` as in `quantize_together`."""
         total, places = len(self.plan.layers), ", ".join(layer.place for layer in layers)
         self.report(f"block {index + 1}/{total}  {places}", self.done, self.plan.weights)
         here = [weight.to(self.plan.device) for weight in weights]
-        quantized = quantize_together(here, curvature, self.plan.recipe, world)
+        quantized = quantize_together(here, curvature, self.plan.recipe, world, spend=spend)
         for layer, solved in zip(layers, quantized, strict=True):
             self._note(layer, solved, curvature)
         return quantized

@@ -36,9 +36,7 @@ def gptq(weight: Tensor, curvature: Curvature, grid: Grid) -> Tensor:
             _pay(block, errors[:, start:left], U[start:left, left:right])
             here = slice(left, right)
             settle(block, errors[:, here], U[here, here], order[here], grid)
-    result = torch.empty_like(W)
-    result[:, order] = W
-    return result
+    return W.index_select(1, torch.argsort(order))
 
 
 def _pay(columns: Tensor, errors: Tensor, shares: Tensor) -> None:

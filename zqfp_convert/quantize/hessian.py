@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zqfp_convert.parallel import ALONE, World
+from zqfp_convert.quantize.tensor_cores import tensor_cores
 
 PANELS, PANEL = 8, 512  # how many H is summed up in at most, and the fewest rows of one
 SLICE = 2048  # columns that are solved for at a time, to bound the memory
@@ -72,7 +73,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.float().t(), right.float())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Curvature:
     """What the solvers need to know of a layer's inputs.
 
@@ -82,7 +83,8 @@ class Curvature:
         factor: unit upper triangular `[K, K]`, in that order: the rows of the Cholesky factor U
             of the inverse of the damped Hessian (`inverse = U^T U`), each over its diagonal
             element. Row j says how the rounding error of column j is paid for by later columns.
-        drift: `(C - H) (H + damping I)^-1`, `[K, K]`, or None without C.
+        pivots: `[K]`, the squares of these diagonal elements.
+        mismatch: `C - H`, `[K, K]`, or None without C.
         damping: the share of the mean diagonal that was added, after any retries.
         retries: how often the factorization had to be retried with ten times the damping.
     """
@@ -90,66 +92,86 @@ class Curvature:
     hessian: Tensor
     order: Tensor
     factor: Tensor
-    drift: Tensor | None
+    pivots: Tensor
+    mismatch: Tensor | None
     damping: float
     retries: int
 
 
 def prepare(
-    hessian: Tensor,
-    cross: Tensor | None,
-    *,
-    damping: float,
-    activation_order: bool,
-    world: World = ALONE,
+    hessian: Tensor, cross: Tensor | None, *, damping: float, activation_order: bool
 ) -> Curvature:
-    """Factorize a Hessian `[K, K]` for the solvers; `cross` becomes the drift, in place.
+    """Factorize a Hessian `[K, K]` for the solvers; `cross` becomes the mismatch, in place.
 
     The factor of the inverse comes from one Cholesky factorization and one triangular inverse:
     with J the reversal of the order and `J H J = L L^T`, `inverse(H) = U^T U` for
     `U = J inverse(L) J`, upper triangular. A factorization that fails is retried with ten times
-    the damping.
-
-    Processes of a `world` that all have the same H and C share out the rows of the drift.
+    the damping. All of it happens in one matrix.
     """
     diagonal = hessian.diagonal()
     if activation_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
     else:
         order = torch.arange(len(diagonal), device=hessian.device)
-    reverse = order.flip(0)
-    lower, used, retries = _damped_cholesky(hessian[reverse[:, None], reverse], damping)
-    if cross is not None:
-        cross.sub_(hessian)
-        share = world.share(len(cross))
-        own = cross[share.here]
-        for at in range(0, len(own), SLICE):
-            rows = own[at : at + SLICE]
-            rows[:, reverse] = torch.cholesky_solve(rows[:, reverse].t(), lower).t()
-        share.complete_(cross)
-    return Curvature(hessian, order, _inverse_factor(lower), cross, used, retries)
+    factor, used, retries = _damped_cholesky(hessian, order.flip(0), damping)
+    _invert(factor)
+    _turn(factor)
+    pivots = factor.diagonal().clone()
+    factor /= pivots[:, None]
+    mismatch = None if cross is None else cross.sub_(hessian)
+    return Curvature(hessian, order, factor, pivots.square_(), mismatch, used, retries)
 
 
-def _inverse_factor(lower: Tensor) -> Tensor:
-    """The flipped inverse of a lower triangular matrix, each row over its diagonal element."""
-    size = len(lower)
-    factor = torch.zeros(size, size, device=lower.device)
-    for left in range(0, size, SLICE):  # columns of the inverse are zeros down to their own row
-        right = min(left + SLICE, size)
-        unit = torch.zeros(size - left, right - left, device=lower.device)
-        unit.fill_diagonal_(1.0)
-        columns = torch.linalg.solve_triangular(lower[left:, left:], unit, upper=False)
-        factor[: size - left, size - right : size - left] = columns.flip(0, 1)
-    return factor.div_(factor.diagonal().clone()[:, None])
+def _damped_cholesky(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float, int]:
+    """The lower factor of the matrix in that order, the damping that did, how many did not."""
+    mean = float(hessian.diagonal().mean()) or 1.0  # a layer that saw only zeros
+    used = damping
+    for retries in range(8):
+        matrix = hessian[order[:, None], order]
+        matrix.diagonal().add_(used * mean)
+        columns = matrix.t()  # as LAPACK wants it, so that nothing is copied
+        failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(columns, upper=True, out=(columns, failed))
+        if not bool(failed):
+            return matrix, used, retries
+        used *= 10
+    raise AssertionError("a Hessian stayed indefinite under any damping: it holds NaN or infinity")
 
 
-def aim_at_original(weight: Tensor, drift: Tensor, asymmetry: float) -> Tensor:
-    """The target `W* = W + beta W (C - H)(H + damping I)^-1`, `[N, K]`.
+def _invert(lower: Tensor) -> None:
+    """Invert a lower triangular matrix `[K, K]` in place, some rows after the others."""
+    for start in range(0, len(lower), SLICE):
+        rows = slice(start, min(start + SLICE, len(lower)))
+        corner = lower[rows, rows]
+        unit = torch.eye(len(corner), device=lower.device)
+        corner.copy_(torch.linalg.solve_triangular(corner.contiguous(), unit, upper=False))
+        if start:
+            lower[rows, :start] = -(corner @ (lower[rows, :start] @ lower[:start, :start]))
+
+
+def _turn(matrix: Tensor) -> None:
+    """Turn a square matrix upside down and left to right in place."""
+    size = len(matrix)
+    for start in range(0, (size + 1) // 2, SLICE):
+        end = min(start + SLICE, (size + 1) // 2)
+        above, below = matrix[start:end], matrix[size - end : size - start]
+        turned = above.flip(0, 1)
+        above.copy_(below.flip(0, 1))
+        below.copy_(turned)
+
+
+def aim_at_original(weight: Tensor, curvature: Curvature, asymmetry: float) -> Tensor:
+    """The target `W* = W + beta W (C - H)(H + damping I)^-1`, `[N, K]`; W itself without C.
 
     With beta = 1 it is the weight whose outputs on the inputs at hand come nearest, in the least
     squares sense, to what the original weight gives on the original inputs.
     """
-    return weight + asymmetry * (weight @ drift)
+    if curvature.mismatch is None or asymmetry == 0:
+        return weight
+    U, order = curvature.factor, curvature.order
+    pull = (weight @ curvature.mismatch).index_select(1, order)
+    pull = ((pull @ U.t()) * curvature.pivots) @ U
+    return weight + asymmetry * pull.index_select(1, torch.argsort(order))
 
 
 def relative_error(
@@ -187,18 +209,6 @@ def activation_error(
 
 def energy(matrix: Tensor, hessian: Tensor | None, world: World = ALONE) -> float:
     """`tr(M H M^T)` for M `[N, K]`, of which processes have some rows each; H = I when absent."""
-    weighted = matrix if hessian is None else matrix @ hessian
+    with tensor_cores():
+        weighted = matrix if hessian is None else matrix @ hessian
     return max(world.total(float((weighted * matrix).sum(dtype=torch.float64))), 0.0)
-
-
-def _damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, float, int]:
-    mean = float(matrix.diagonal().mean()) or 1.0  # a layer that saw only zeros
-    used = damping
-    for retries in range(8):
-        damped = matrix.clone()
-        damped.diagonal().add_(used * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not bool(failed):
-            return lower, used, retries
-        used *= 10
-    raise AssertionError("a Hessian stayed indefinite under any damping: it holds NaN or infinity")

@@ -61,6 +61,8 @@ def quantize_together(
     curvature: Curvature | None,
     recipe: Recipe,
     world: World = ALONE,
+    *,
+    spend: bool = False,
 ) -> list[QuantizedWeight]:
     """Quantize weights `[N, K]` of one input by the recipe, all with one rank if that is `auto`.
 
@@ -70,20 +72,35 @@ def quantize_together(
             nearest, and LoRC falls back to the plain decomposition).
         world: processes that all have these; each takes some rows of each weight, for rows meet in
             the low-rank factors alone.
+        spend: the curvature's mismatch is given up once the targets are known; it takes as much
+            memory as the Hessian.
     """
     with tensor_cores():
-        return _quantize_together(weights, curvature, recipe, world)
+        shares = [world.share(len(weight)) for weight in weights]
+        weights = [weight[share.here] for weight, share in zip(weights, shares, strict=True)]
+        targets = [weight.float() for weight in weights]
+        if curvature is not None:
+            targets = [aim_at_original(W, curvature, recipe.asymmetry) for W in targets]
+            curvature.mismatch = None if spend else curvature.mismatch
+        return _quantize_together(weights, targets, shares, curvature, recipe)
 
 
 def _quantize_together(
-    weights: Sequence[Tensor], curvature: Curvature | None, recipe: Recipe, world: World
+    weights: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    shares: Sequence[Share],
+    curvature: Curvature | None,
+    recipe: Recipe,
 ) -> list[QuantizedWeight]:
-    coded = [_encode(weight, curvature, recipe, world.share(len(weight))) for weight in weights]
+    coded = [
+        _encode(weight, target, share, curvature, recipe)
+        for weight, target, share in zip(weights, targets, shares, strict=True)
+    ]
     metric = None if curvature is None or recipe.low_rank == "svd" else curvature.hessian
     rank = recipe.rank
     if rank == "auto":
-        errors = ((one.target - one.quantized, one.weight) for one in coded)
-        rank = ranks.worthwhile(errors, metric, recipe.factors, [one.share for one in coded])
+        errors = ((one.target - one.quantized, one.weight.float()) for one in coded)
+        rank = ranks.worthwhile(errors, metric, recipe.factors, shares)
     return [_compensate(one, curvature, metric, rank, recipe) for one in coded]
 
 
@@ -91,7 +108,7 @@ def _quantize_together(
 class _Coded:
     """A weight on its way, or the rows of a share of it: `[n, K]` out of `[N, K]`.
 
-    `target` is what to aim at, `quantized` its codes' values under `scales`.
+    `target` is what to aim at, `quantized` the values of its codes under `scales`.
     """
 
     weight: Tensor
@@ -101,14 +118,11 @@ class _Coded:
     share: Share
 
 
-def _encode(weight: Tensor, curvature: Curvature | None, recipe: Recipe, share: Share) -> _Coded:
-    W = weight[share.here].float()
+def _encode(
+    weight: Tensor, target: Tensor, share: Share, curvature: Curvature | None, recipe: Recipe
+) -> _Coded:
     H = None if curvature is None else curvature.hessian
-    target = W
-    if curvature is not None and curvature.drift is not None and recipe.asymmetry > 0:
-        target = aim_at_original(W, curvature.drift, recipe.asymmetry)
-
-    group_size = W.shape[1] if recipe.group_size == "row" else recipe.group_size
+    group_size = target.shape[1] if recipe.group_size == "row" else recipe.group_size
     importance = None if H is None else H.diagonal()
     books = codebook.PAIR if recipe.codebooks == "pair" else (codebook.E2M1,)
     chosen = scales.choose(
@@ -121,17 +135,17 @@ def _encode(weight: Tensor, curvature: Curvature | None, recipe: Recipe, share: 
         Q = scales.dequantize(scales.quantize(target, chosen), chosen)
     if H is not None:
         Q = descend(target, Q, H, chosen, recipe.sweeps)
-    return _Coded(W, target, Q, chosen, share)
+    return _Coded(weight, target, Q, chosen, share)
 
 
 def _compensate(
     coded: _Coded, curvature: Curvature | None, metric: Tensor | None, rank: int, recipe: Recipe
 ) -> QuantizedWeight:
-    W, target, Q, chosen = coded.weight, coded.target, coded.quantized, coded.scales
+    target, Q, chosen = coded.target, coded.quantized, coded.scales
     H = None if curvature is None else curvature.hessian
     factors, share = None, coded.share
     here, world = share.here, share.world
-    rank = min(rank, share.total, W.shape[1])
+    rank = min(rank, share.total, target.shape[1])
     if rank > 0:
         factors = lorc.encode(*lorc.fit(target - Q, metric, rank, share), recipe.factors)
         if metric is not None:
@@ -146,6 +160,7 @@ def _compensate(
         doubt = rest if H is None else optimum(rest, Q, H)
     codes = scales.quantize(Q, chosen)
     chosen = scales.canonical(codes, chosen)
+    W = coded.weight.float()
     error = W - Q if factors is None else W - Q - factors.product(here)
     return QuantizedWeight(
         share.gather(codes),

@@ -98,24 +98,32 @@ def _settle(
                 pulls *= size
             tile -= tl.dot(moved, pulls, input_precision="ieee")
         made = tl.zeros((ROWS, STEPS), tl.float32)
+        # What a step needs was asked for one step before, and the column's number two before, so
+        # that nothing waits for memory.
+        last = width - 1
+        pull = tl.load(coupling + start * coupling_stride + start + c, start + c < width, other=0.0)
+        mark = tl.load(marks + tl.load(columns + start) // GROUP, inside, other=1.0)
+        column = tl.load(columns + tl.minimum(start + 1, last))
         for j in range(min(STEPS, width - start)):
+            next_row = coupling + tl.minimum(start + j + 1, last) * coupling_stride
+            next_pull = tl.load(next_row + start + c, start + c < width, other=0.0)
+            next_mark = tl.load(marks + column // GROUP, inside, other=1.0)
+            column = tl.load(columns + tl.minimum(start + j + 2, last))
             here = (c == j)[None, :]
             value = tl.sum(tl.where(here, tile, 0.0), 1)
-            mark = tl.load(marks + tl.load(columns + start + j) // GROUP, inside, other=1.0)
             scale = tl.abs(mark)
-            magnitude = (
-                magnitude_of(tl.div_rn(tl.abs(value), scale), mark < 0, ABOVE, RISES, PAIR) * scale
-            )
+            magnitude = magnitude_of(tl.abs(value) / scale, mark < 0, ABOVE, RISES, PAIR) * scale
             rounded = tl.where(value < 0, -magnitude, magnitude)
             if DESCENT:  # noqa: SIM108 (a constant: one of the two is compiled)
                 move = rounded - tl.sum(tl.where(here, stood, 0.0), 1)
             else:
                 move = value - rounded
-            later = (c > j) & (start + c < width)
-            pull = tl.load(coupling + (start + j) * coupling_stride + start + c, later, other=0.0)
-            pull = pull[None, :] * size if DESCENT else pull[None, :]
-            tile = tl.where(here, rounded[:, None], tile - move[:, None] * pull)
+            pulls = tl.where(c > j, pull, 0.0)[None, :]
+            if DESCENT:
+                pulls *= size
+            tile = tl.where(here, rounded[:, None], tile - move[:, None] * pulls)
             made = tl.where(here, move[:, None], made)
+            pull, mark = next_pull, next_mark
         tl.store(block + (start + c)[None, :], tile, mask)
         tl.store(moves + (start + c)[None, :], made, mask)
         tl.debug_barrier()  # other threads of this program read the moves next
