@@ -25,6 +25,7 @@ def settle(
     """As `columns.settle`, on a grid of codebooks; the rows of all matrices are contiguous."""
     rows, width = block.shape
     assert block.stride(1) == moves.stride(1) == coupling.stride(1) == 1
+    marks = grid.marks(columns)
     above, rises = bounds(grid.books)
     with on(block):
         _settle[(triton.cdiv(rows, ROWS),)](
@@ -32,15 +33,13 @@ def settle(
             moves,
             coupling,
             block if step is None else step,
-            grid.marked,
-            columns,
+            marks,
             rows,
             width,
-            grid.marked.shape[1],
             block.stride(0),
             moves.stride(0),
             coupling.stride(0),
-            GROUP=grid.group_size,
+            marks.stride(0),
             ROWS=ROWS,
             STEPS=STEPS,
             DESCENT=step is not None,
@@ -58,14 +57,12 @@ def _settle(
     coupling: tl.tensor,
     step: tl.tensor,
     marks: tl.tensor,
-    columns: tl.tensor,
     rows: tl.tensor,
     width: tl.tensor,
-    groups: tl.tensor,
     block_stride: tl.tensor,
     moves_stride: tl.tensor,
     coupling_stride: tl.tensor,
-    GROUP: tl.constexpr,
+    marks_stride: tl.tensor,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
     DESCENT: tl.constexpr,
@@ -77,7 +74,7 @@ def _settle(
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = n < rows
     c = tl.arange(0, STEPS)
-    marks += n[:, None] * groups
+    marks += n[:, None] * marks_stride
     block += n[:, None] * block_stride
     moves += n[:, None] * moves_stride
     for start in range(0, width, STEPS):
@@ -98,13 +95,16 @@ def _settle(
                 earlier_pulls *= size
             tile -= tl.dot(moved, earlier_pulls, input_precision="tf32x3")
         made = tl.zeros((ROWS, STEPS), tl.float32)
-        # All that the steps need is in registers: a load would have them wait.
-        group = tl.load(columns + start + c, start + c < width, other=0) // GROUP
-        signed = tl.load(marks + group[None, :], mask, other=1.0)
-        here = (start + c)[:, None]
+        # Through memory, as products lie in other registers than the steps below need them in: each
+        # of these would move its operands. And all that they need is there, so that none waits.
+        tl.store(block + (start + c)[None, :], tile, mask)
+        tl.debug_barrier()
+        tile = tl.load(block + (start + c)[None, :], mask, other=0.0)
+        signed = tl.load(marks + (start + c)[None, :], mask, other=1.0)
+        above = (start + c)[:, None]
         pulls = tl.load(
-            coupling + here * coupling_stride + (start + c)[None, :],
-            (here < width) & (start + c < width)[None, :] & (c[:, None] < c[None, :]),
+            coupling + above * coupling_stride + (start + c)[None, :],
+            (above < width) & (start + c < width)[None, :] & (c[:, None] < c[None, :]),
             other=0.0,
         )
         if DESCENT:
