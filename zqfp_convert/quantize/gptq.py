@@ -35,7 +35,7 @@ def gptq(weight: Tensor, curvature: Curvature, grid: Grid) -> Tensor:
             block = W[:, left:right]
             _pay(block, errors[:, start:left], U[start:left, left:right])
             here = slice(left, right)
-            settle(block, errors[:, here], U[here, here], order[here], grid)
+            settle(block, errors[:, here], U[here, here].contiguous(), order[here], grid)
     return W.index_select(1, torch.argsort(order))
 
 

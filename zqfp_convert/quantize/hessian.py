@@ -113,9 +113,10 @@ def prepare(
         order = torch.argsort(diagonal, descending=True, stable=True)
     else:
         order = torch.arange(len(diagonal), device=hessian.device)
-    factor, used, retries = _damped_cholesky(hessian, order.flip(0), damping)
-    _invert(factor)
-    _turn(factor)
+    matrix, used, retries = _damped_cholesky(hessian, order.flip(0), damping)
+    _invert(matrix)
+    _turn(matrix)
+    factor = matrix.t()
     pivots = factor.diagonal().clone()
     factor /= pivots[:, None]
     mismatch = None if cross is None else cross.sub_(hessian)
@@ -123,7 +124,7 @@ def prepare(
 
 
 def _damped_cholesky(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float, int]:
-    """The lower factor of the matrix in that order, the damping that did, how many did not."""
+    """The upper factor L^T of the matrix in that order, the damping that did, how many did not."""
     mean = float(hessian.diagonal().mean()) or 1.0  # a layer that saw only zeros
     used = damping
     for retries in range(8):
@@ -131,22 +132,24 @@ def _damped_cholesky(hessian: Tensor, order: Tensor, damping: float) -> tuple[Te
         matrix.diagonal().add_(used * mean)
         columns = matrix.t()  # as LAPACK wants it, so that nothing is copied
         failed = torch.empty((), dtype=torch.int32, device=matrix.device)
-        torch.linalg.cholesky_ex(columns, upper=True, out=(columns, failed))
+        torch.linalg.cholesky_ex(columns, out=(columns, failed))
         if not bool(failed):
             return matrix, used, retries
         used *= 10
     raise AssertionError("a Hessian stayed indefinite under any damping: it holds NaN or infinity")
 
 
-def _invert(lower: Tensor) -> None:
-    """Invert a lower triangular matrix `[K, K]` in place, some rows after the others."""
-    for start in range(0, len(lower), SLICE):
-        rows = slice(start, min(start + SLICE, len(lower)))
-        corner = lower[rows, rows]
-        unit = torch.eye(len(corner), device=lower.device)
-        corner.copy_(torch.linalg.solve_triangular(corner.contiguous(), unit, upper=False))
-        if start:
-            lower[rows, :start] = -(corner @ (lower[rows, :start] @ lower[:start, :start]))
+def _invert(upper: Tensor) -> None:
+    """Invert an upper triangular matrix `[K, K]` in place, from the last rows up."""
+    size = len(upper)
+    for end in range(size, 0, -SLICE):
+        start = max(0, end - SLICE)
+        rows = slice(start, end)
+        corner = upper[rows, rows]
+        unit = torch.eye(len(corner), device=upper.device)
+        corner.copy_(torch.linalg.solve_triangular(corner.contiguous(), unit, upper=True))
+        if end < size:
+            upper[rows, end:] = -(corner @ (upper[rows, end:] @ upper[end:, end:]))
 
 
 def _turn(matrix: Tensor) -> None:

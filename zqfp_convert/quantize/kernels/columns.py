@@ -11,7 +11,7 @@ from zqfp_convert.numerics.kernels.casts import on
 from zqfp_convert.numerics.scales import Scales
 
 ROWS = 16  # of one program
-STEPS = 32  # columns that a program holds at a time
+STEPS = 16  # columns that a program holds at a time
 
 
 def settle(
@@ -25,6 +25,7 @@ def settle(
     """As `columns.settle`, on a grid of codebooks; the rows of all matrices are contiguous."""
     rows, width = block.shape
     assert block.stride(1) == moves.stride(1) == coupling.stride(1) == 1
+    marks = grid.marks(columns)
     above, rises = bounds(grid.books)
     with on(block):
         _settle[(triton.cdiv(rows, ROWS),)](
@@ -32,15 +33,13 @@ def settle(
             moves,
             coupling,
             block if step is None else step,
-            grid.marked,
-            columns,
+            marks,
             rows,
             width,
-            grid.marked.shape[1],
             block.stride(0),
             moves.stride(0),
             coupling.stride(0),
-            GROUP=grid.group_size,
+            marks.stride(0),
             ROWS=ROWS,
             STEPS=STEPS,
             DESCENT=step is not None,
@@ -58,14 +57,12 @@ def _settle(
     coupling: tl.tensor,
     step: tl.tensor,
     marks: tl.tensor,
-    columns: tl.tensor,
     rows: tl.tensor,
     width: tl.tensor,
-    groups: tl.tensor,
     block_stride: tl.tensor,
     moves_stride: tl.tensor,
     coupling_stride: tl.tensor,
-    GROUP: tl.constexpr,
+    marks_stride: tl.tensor,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
     DESCENT: tl.constexpr,
@@ -77,7 +74,7 @@ def _settle(
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = n < rows
     c = tl.arange(0, STEPS)
-    marks += n * groups
+    marks += n[:, None] * marks_stride
     block += n[:, None] * block_stride
     moves += n[:, None] * moves_stride
     for start in range(0, width, STEPS):
@@ -89,28 +86,34 @@ def _settle(
             tile += tl.load(moves + (start + c)[None, :], mask, other=0.0) * size
         for earlier in range(0, start, STEPS):
             moved = tl.load(moves + (earlier + c)[None, :], inside[:, None], other=0.0)
-            pulls = tl.load(
+            earlier_pulls = tl.load(
                 coupling + (earlier + c)[:, None] * coupling_stride + (start + c)[None, :],
                 (start + c < width)[None, :],
                 other=0.0,
             )
             if DESCENT:
-                pulls *= size
-            tile -= tl.dot(moved, pulls, input_precision="ieee")
+                earlier_pulls *= size
+            tile -= tl.dot(moved, earlier_pulls, input_precision="tf32x3")
         made = tl.zeros((ROWS, STEPS), tl.float32)
-        # What a step needs was asked for one step before, and the column's number two before, so
-        # that nothing waits for memory.
-        last = width - 1
-        pull = tl.load(coupling + start * coupling_stride + start + c, start + c < width, other=0.0)
-        mark = tl.load(marks + tl.load(columns + start) // GROUP, inside, other=1.0)
-        column = tl.load(columns + tl.minimum(start + 1, last))
+        # Through memory, as products lie in other registers than the steps below need them in: each
+        # of these would move its operands. And all that they need is there, so that none waits.
+        tl.store(block + (start + c)[None, :], tile, mask)
+        tl.debug_barrier()
+        tile = tl.load(block + (start + c)[None, :], mask, other=0.0)
+        signed = tl.load(marks + (start + c)[None, :], mask, other=1.0)
+        above = (start + c)[:, None]
+        pulls = tl.load(
+            coupling + above * coupling_stride + (start + c)[None, :],
+            (above < width) & (start + c < width)[None, :] & (c[:, None] < c[None, :]),
+            other=0.0,
+        )
+        if DESCENT:
+            pulls *= size
         for j in range(min(STEPS, width - start)):
-            next_row = coupling + tl.minimum(start + j + 1, last) * coupling_stride
-            next_pull = tl.load(next_row + start + c, start + c < width, other=0.0)
-            next_mark = tl.load(marks + column // GROUP, inside, other=1.0)
-            column = tl.load(columns + tl.minimum(start + j + 2, last))
             here = (c == j)[None, :]
             value = tl.sum(tl.where(here, tile, 0.0), 1)
+            mark = tl.sum(tl.where(here, signed, 0.0), 1)
+            pull = tl.sum(tl.where((c == j)[:, None], pulls, 0.0), 0)
             scale = tl.abs(mark)
             magnitude = magnitude_of(tl.abs(value) / scale, mark < 0, ABOVE, RISES, PAIR) * scale
             rounded = tl.where(value < 0, -magnitude, magnitude)
@@ -118,12 +121,8 @@ def _settle(
                 move = rounded - tl.sum(tl.where(here, stood, 0.0), 1)
             else:
                 move = value - rounded
-            pulls = tl.where(c > j, pull, 0.0)[None, :]
-            if DESCENT:
-                pulls *= size
-            tile = tl.where(here, rounded[:, None], tile - move[:, None] * pulls)
+            tile = tl.where(here, rounded[:, None], tile - move[:, None] * pull[None, :])
             made = tl.where(here, move[:, None], made)
-            pull, mark = next_pull, next_mark
         tl.store(block + (start + c)[None, :], tile, mask)
         tl.store(moves + (start + c)[None, :], made, mask)
         tl.debug_barrier()  # other threads of this program read the moves next

@@ -1,0 +1,62 @@
+"""The kernels compile for a Hopper GPU: the interpreter lets pass what the compiler refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from zqfp_convert.numerics import kernels
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="no Triton")
+
+COMPILE = """
+import json
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from zqfp_convert.numerics import codebook
+from zqfp_convert.numerics.kernels.books import bounds
+from zqfp_convert.numerics.kernels.search import _costs
+from zqfp_convert.numerics.kernels.simulate import _simulate
+from zqfp_convert.quantize.kernels.columns import ROWS, STEPS, _settle
+
+def assembly(function, pointers, constants, warps):
+    names = [name for name in function.arg_names if name not in constants]
+    types = {name: pointers.get(name, "fp32" if "clipped" in name else "i32") for name in names}
+    places = {name: function.arg_names.index(name) for name in function.arg_names}
+    whole = [name for name in names if types[name] != "fp32"]
+    aligned = {(places[name],): [["tt.divisibility", 16]] for name in whole}
+    values = {(places[name],): value for name, value in constants.items()}
+    source = ASTSource(function, types | dict.fromkeys(constants, "constexpr"), values, aligned)
+    return compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps}).asm["ttgir"]
+
+above, rises = bounds(codebook.PAIR)
+books = {"ABOVE": above, "RISES": rises, "PAIR": True}
+floats = dict.fromkeys(["block", "moves", "coupling", "step", "marks"], "*fp32")
+found = {}
+for descent in (False, True):
+    constants = {"ROWS": ROWS, "STEPS": STEPS, "DESCENT": descent, **books}
+    found[f"settle {descent}"] = assembly(_settle, floats, constants, 1)
+pointers = dict.fromkeys(["groups", "importance", "mantissas", "costs"], "*fp32")
+pointers |= {"exponents": "*i32", "seconds": "*u8"}
+found["costs"] = assembly(_costs, pointers, {"GROUPS": 16, "WIDTH": 128, **books}, 4)
+pointers = {"x": "*bf16", "out": "*bf16"}
+found["simulate"] = assembly(_simulate, pointers, {"TILE": 4096}, 8)
+print(json.dumps(found))
+"""
+
+
+def test_kernels_compile_and_settling_moves_nothing_between_registers() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for kind in ("settle False", "settle True"):
+        steps = found[kind].rsplit("scf.for", 1)[1].split("scf.yield")[0]
+        assert '"tt.reduce"' in steps  # it is the loop over columns
+        assert "convert_layout" not in steps
