@@ -87,7 +87,8 @@ def check_finite(name: str, hessian: Tensor, cross: Tensor | None) -> None:
     Raises:
         SourceError: the activations hold NaN or infinity.
     """
-    if not all(bool(one.isfinite().all()) for one in (hessian, cross) if one is not None):
+    given = [one for one in (hessian, cross) if one is not None]
+    if not all(bool(one.sum(dtype=torch.float64).isfinite()) for one in given):  # in no new matrix
         raise SourceError(
             name,
             "NaN or infinity among its calibration activations",

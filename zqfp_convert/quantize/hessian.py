@@ -128,7 +128,7 @@ def _damped_cholesky(hessian: Tensor, order: Tensor, damping: float) -> tuple[Te
     mean = float(hessian.diagonal().mean()) or 1.0  # a layer that saw only zeros
     used = damping
     for retries in range(8):
-        matrix = hessian[order[:, None], order]
+        matrix = hessian.index_select(0, order).index_select(1, order)
         matrix.diagonal().add_(used * mean)
         columns = matrix.t()  # as LAPACK wants it, so that nothing is copied
         failed = torch.empty((), dtype=torch.int32, device=matrix.device)
