@@ -8,16 +8,22 @@ It shares no code with the package.
 
 from __future__ import annotations
 
-import shutil
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers as hf
 from dequantized import manifest, read_tensors
-from mixtures import QuantizedInputs, dense_weight, fused
+from fused_experts import joined, layouts
+from mixtures import QuantizedInputs, dense_weight
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+PACKED = tuple(
+    ".weight_packed .weight_scale .weight_row_scale .weight_codebook .lorc_A .lorc_B .lorc_scale"
+    " .input_offset".split()
+)
 
 
 def original(folder: Path) -> hf.PreTrainedModel:
@@ -29,14 +35,30 @@ def original(folder: Path) -> hf.PreTrainedModel:
 def reference(source: Path, packed: Path, scratch: Path) -> Callable[[Tensor], Tensor]:
     """The logits `[batch, tokens, vocabulary]` of token ids that a packed model has to give."""
     tensors, before = read_tensors(packed), read_tensors(source)
+    notes = manifest(packed)
     layers = {
-        name: dense_weight(packed, tensors, name, entry["shape"][1])
-        for name, entry in manifest(packed)["layers"].items()
+        f"{name}.weight": dense_weight(packed, tensors, name, entry["shape"][1])
+        for name, entry in notes["layers"].items()
     }
-    numbers = {name: torch.full_like(w, 1.0 + i) for i, (name, w) in enumerate(layers.items())}
-    nothing = {name: torch.zeros_like(value) for name, value in before.items()}
-    marked = _loaded(source, _weights(numbers, nothing, nothing), scratch / "marked")
+    own = {name: t for name, t in tensors.items() if not name.endswith(PACKED)}
+    kept = {n: t for n, t in own.items() if n in before or notes["changed"].get(n) == "rotated"}
+    fused = layouts(own | layers, before)
+
+    def checkpoint(weights: dict[str, Tensor], rest: dict[str, Tensor]) -> dict[str, Tensor]:
+        whole = {name: rest[name] for name in kept}
+        whole |= {name: weight for name, weight in weights.items() if name in before}
+        for name, (owner, layout) in fused.items():
+            made = joined(rest | weights, owner, layout, before[name])
+            assert made is not None
+            whole[name] = made
+        assert whole.keys() >= before.keys(), before.keys() - whole.keys()
+        return whole
+
     names, places = list(layers), {}
+    numbers = {name: torch.full_like(w, 1.0 + i) for i, (name, w) in enumerate(layers.items())}
+    nothing = {name: torch.zeros_like(value) for name, value in own.items()}
+    shapes = {n: v.reshape(before[n].shape) if n in before else v for n, v in numbers.items()}
+    marked = _loaded(packed, checkpoint(shapes, nothing), scratch / "marked")
     for place, marks in marked.named_parameters():
         found = float(marks.detach().max())
         if 1 <= found <= len(names) and found % 1 == 0:
@@ -44,11 +66,12 @@ def reference(source: Path, packed: Path, scratch: Path) -> Callable[[Tensor], T
     owners = {place: marked.get_submodule(place.rpartition(".")[0]) for place in places}
     transposed = {places[p] for p, owner in owners.items() if type(owner).__name__ == "Conv1D"}
     turned = {name: w.T if name in transposed else w for name, w in layers.items()}
-    model = _loaded(source, _weights(turned, tensors, before), scratch / "dequantized")
+    model = _loaded(packed, checkpoint(turned, own), scratch / "dequantized")
     for place, name in places.items():
-        if manifest(packed)["changed"].get(f"{name}.bias") == "bias_added":
-            bias = nn.Parameter(tensors[f"{name}.bias"], requires_grad=False)
-            model.get_submodule(place.rpartition(".")[0]).bias = bias
+        bias = name.removesuffix("weight") + "bias"
+        if notes["changed"].get(bias) == "bias_added":
+            value = nn.Parameter(tensors[bias], requires_grad=False)
+            model.get_submodule(place.rpartition(".")[0]).bias = value
     quantized = [model.get_parameter(place) for place in places]
 
     def logits(ids: Tensor) -> Tensor:
@@ -58,24 +81,11 @@ def reference(source: Path, packed: Path, scratch: Path) -> Callable[[Tensor], T
     return logits
 
 
-def _weights(
-    layers: dict[str, Tensor], tensors: dict[str, Tensor], before: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """All tensors of the source, those of the layers replaced, the rest as in `tensors`."""
-    weights = {name: tensors.get(name, value) for name, value in before.items()}
-    for name, weight in layers.items():
-        if f"{name}.weight" in before:
-            weights[f"{name}.weight"] = weight.reshape(before[f"{name}.weight"].shape)
-    if not all(f"{name}.weight" in before for name in layers):
-        parts = {f"{name}.weight": weight for name, weight in layers.items()} | tensors
-        weights |= fused(parts, before)
-    return {name: tensor.contiguous() for name, tensor in weights.items()}
-
-
-def _loaded(source: Path, weights: dict[str, Tensor], folder: Path) -> hf.PreTrainedModel:
+def _loaded(packed: Path, weights: dict[str, Tensor], folder: Path) -> hf.PreTrainedModel:
     folder.mkdir(parents=True)
-    for file in source.glob("*.json"):
-        if not file.name.endswith(".index.json"):
-            shutil.copy(file, folder)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((packed / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
     return original(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,11 +15,13 @@ from zqfp_convert.errors import SourceError
 from zqfp_convert.model.experts import Experts, mixtures
 
 Linear: TypeAlias = "nn.Linear | Conv1D"
+Returns: TypeAlias = "Mapping[type[nn.Module], tuple[object, ...] | None]"
+MOST_UNKNOWN = 0.25  # of a block's numbers, in matrices that are in no linear
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The decoder's list of like blocks.
+    """The decoder's list of blocks, of one kind or of several (attention here, recurrence there).
 
     Attributes:
         decoder: the module whose forward runs from token ids to the last block's output.
@@ -37,7 +39,9 @@ class Blocks:
 
 
 def find_blocks(model: PreTrainedModel) -> Blocks:
-    """The outermost list of like modules that holds most of the decoder's linear weights.
+    """The outermost list of modules that holds most of the decoder's linear weights.
+
+    Towers for pictures and sound, which start from something else than tokens, do not count.
 
     Raises:
         SourceError: there is none, or its blocks hold experts of a kind that is not known.
@@ -46,18 +50,25 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
     if decoder is None or not isinstance(decoder, nn.Module):
         decoder = model
     best: tuple[int, str, nn.ModuleList] | None = None
+    towers = tuple(
+        f"{path}."
+        for path, module in decoder.named_modules()
+        if path and getattr(module, "main_input_name", "input_ids") != "input_ids"
+    )
     for path, module in decoder.named_modules():
         if not isinstance(module, nn.ModuleList) or isinstance(module, Experts) or not len(module):
             continue
         size = sum(weight_matrix(w).numel() for block in module for _, w in linears(block))
         alike = len({type(block) for block in module}) == 1
-        if alike and size and (best is None or size > best[0]):
+        composed = all(any(True for _ in block.children()) for block in module)
+        usable = (alike or composed) and not f"{path}.".startswith(towers)
+        if usable and size and (best is None or size > best[0]):
             best = (size, path, module)
     if best is None:
         raise SourceError(
             type(model).__name__,
-            "no list of like decoder blocks with linear layers",
-            needed="a decoder made of a list of blocks of one kind",
+            "no list of decoder blocks with linear layers",
+            needed="a decoder made of a list of blocks",
             do="This architecture cannot be converted yet.",
         )
     _, path, found = best
@@ -110,6 +121,11 @@ def put(module: nn.Module, name: str, new: nn.Module) -> None:
     setattr(module.get_submodule(path), leaf, new)
 
 
+def other_outputs(output: object) -> tuple[object, ...] | None:
+    """What a block returns beside hidden states; None if it returns nothing but a tensor."""
+    return tuple(output[1:]) if isinstance(output, (tuple, list)) else None
+
+
 def first_tensor(output: object) -> Tensor:
     """The hidden states in what a block returns: a tensor, or a tuple that starts with one."""
     found = output[0] if isinstance(output, (tuple, list)) else output
@@ -133,11 +149,7 @@ def _refuse_experts(model: str, block: nn.Module) -> None:
             continue
         if name not in known and not isinstance(module, nn.Conv1d):
             unknown[name] = sum(p.numel() for p in parameters if p.ndim > 1)
-        fused = any(p.ndim == 3 and min(p.shape) > 1 for p in parameters)
-        listed = isinstance(module, nn.ModuleList) and any(True for _ in linears(module))
-        if (fused and not isinstance(module, nn.Conv1d)) or (listed and name not in known):
-            raise _unknown_experts(model, name)
-    if sum(unknown.values()) > plain:
+    if sum(unknown.values()) > MOST_UNKNOWN * plain:
         raise _unknown_experts(model, max(unknown, key=lambda name: unknown[name]))
 
 
