@@ -19,21 +19,18 @@ from mixtures import (
     reference,
     write_mixture,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import zqfp_convert
 from zqfp_convert.checkpoint.coverage import coverage
 from zqfp_convert.cli.main import app
+from zqfp_convert.errors import OptionError, Stopped
 from zqfp_convert.evaluate.evaluation import evaluate
 from zqfp_convert.runtime.linear import QuantizedLinear
 from zqfp_convert.verify import verify
 
 RECIPES = ("fast", "best")
-every_conversion = pytest.mark.parametrize(
-    ("arch", "recipe"), [(arch, recipe) for arch in architectures() for recipe in RECIPES]
-)
-every_mixture = pytest.mark.parametrize("arch", architectures())
 
 
 class Made:
@@ -69,23 +66,31 @@ def assert_same(have: Tensor, want: Tensor) -> None:
     assert float(error.max()) < 0.5
 
 
-@every_conversion
-@torch.no_grad()
-def test_logits_of_the_dequantized_model(
-    arch: str, recipe: str, made: Made, tmp_path: Path
-) -> None:
-    source, packed = made.source(arch), made.packed(arch, recipe)
-    model = zqfp_convert.load(packed, device="cpu")
-    have = model(token_ids()).logits
-    want = reference(source, packed, tmp_path / "dequantized")(token_ids())
-    assert_same(have, want)
+@pytest.mark.parametrize("arch", architectures())
+def test_the_whole_way(arch: str, made: Made, tmp_path: Path) -> None:
+    """One test for an architecture: what it needs is made once, wherever it runs."""
+    source = made.source(arch)
+    error = {}
+    for recipe in RECIPES:
+        packed = made.packed(arch, recipe)
+        check_names(arch, source, packed)
+        assert verify(packed, source).errors.keys() == manifest(packed)["layers"].keys()
+        model = zqfp_convert.load(packed, device="cpu")
+        check_routers(model)
+        with torch.no_grad():
+            have = model(token_ids(8)).logits
+            want = original(source)(token_ids(8)).logits
+        assert_same(have, reference(source, packed, tmp_path / recipe)(token_ids(8)))
+        error[recipe] = relative(have - want, want)
+    assert 0 < error["best"] < 0.9 * error["fast"], error
+    assert not coverage(manifest(made.packed(arch, "fast"))["layers"])
+    check_coverage(made.packed(arch, "best"))
 
 
-@every_conversion
-def test_names_on_disk(arch: str, recipe: str, made: Made) -> None:
-    before, after = read_tensors(made.source(arch)), read_tensors(made.packed(arch, recipe))
-    layers = manifest(made.packed(arch, recipe))["layers"]
-    experts = {name for name in layers if EXPERT.match(f"{name}.weight")}
+def check_names(arch: str, source: Path, packed: Path) -> None:
+    """Experts are named as on disk, or after the tensor that holds them; all else is as it was."""
+    before, after, notes = read_tensors(source), read_tensors(packed), manifest(packed)
+    experts = {name for name in notes["layers"] if EXPERT.match(f"{name}.weight")}
     numbers = {EXPERT.match(f"{name}.weight").group(2) for name in experts}
     assert numbers == {str(expert) for expert in range(EXPERTS)}
     if arch in FUSED_ON_DISK:
@@ -94,42 +99,19 @@ def test_names_on_disk(arch: str, recipe: str, made: Made) -> None:
         assert not any(name.endswith(("gate_up_proj", "down_proj")) for name in after)
     else:
         assert {f"{name}.weight" for name in experts} == {n for n in before if EXPERT.match(n)}
-    for name in experts:
-        assert f"{name}.weight_packed" in after
-    changed = manifest(made.packed(arch, recipe))["changed"]
-    for name in (before.keys() & after.keys()) - changed.keys():  # routers among them
+    assert {f"{name}.weight_packed" for name in experts} <= after.keys()
+    for name in (before.keys() & after.keys()) - notes["changed"].keys():  # routers among them
         assert torch.equal(before[name], after[name]), name
 
 
-@every_mixture
-def test_routers_stay(arch: str, made: Made) -> None:
-    model = zqfp_convert.load(made.packed(arch, "fast"), device="cpu")
+def check_routers(model: nn.Module) -> None:
     quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     assert len(quantized) > 3 * EXPERTS
     assert all(layer.out_features not in (1, EXPERTS) for layer in quantized)
 
 
-@every_mixture
-@torch.no_grad()
-def test_best_is_closer_to_the_original_than_fast(arch: str, made: Made) -> None:
-    want = original(made.source(arch))(token_ids(8)).logits
-    error = {}
-    for recipe in RECIPES:
-        model = zqfp_convert.load(made.packed(arch, recipe), device="cpu")
-        error[recipe] = relative(model(token_ids(8)).logits - want, want)
-    assert 0 < error["best"] < 0.9 * error["fast"], error
-
-
-@every_mixture
-def test_verifies_against_its_source(arch: str, made: Made) -> None:
-    packed = made.packed(arch, "best")
-    found = verify(packed, made.source(arch))
-    assert found.errors.keys() == manifest(packed)["layers"].keys()
-
-
-@every_mixture
-def test_coverage(arch: str, made: Made) -> None:
-    layers = manifest(made.packed(arch, "best"))["layers"]
+def check_coverage(packed: Path) -> None:
+    layers = manifest(packed)["layers"]
     found = coverage(layers)
     assert found
     for name, one in found.items():
@@ -141,7 +123,6 @@ def test_coverage(arch: str, made: Made) -> None:
         assert ("tokens" in entry) is bool(EXPERT.match(f"{name}.weight"))
         if "tokens" in entry:
             assert entry["pooled"] is (entry["tokens"] < entry["shape"][1])
-    assert not coverage(manifest(made.packed(arch, "fast"))["layers"])
 
 
 def test_generates(made: Made) -> None:
@@ -162,7 +143,7 @@ def test_bfloat16(tmp_path: Path) -> None:
     assert relative(have - want, want) < 0.4
 
 
-def never_chosen(model: torch.nn.Module) -> None:
+def never_chosen(model: nn.Module) -> None:
     model.model.layers[1].mlp.gate.e_score_correction_bias.data[2] = -100.0
 
 
@@ -217,6 +198,21 @@ def test_tuned_as_a_whole(made: Made, tmp_path: Path) -> None:
     assert_same(have, want)
 
 
+def test_goes_on_where_it_was_stopped(made: Made, tmp_path: Path) -> None:
+    """Finished experts are run from what lies on disk, in this run and in the next one alike."""
+
+    def stop(text: str, done: int, total: int) -> None:
+        if text.startswith("block 2"):
+            raise KeyboardInterrupt
+
+    source, out = made.source("gpt_oss"), tmp_path / "out"
+    with pytest.raises(Stopped):
+        zqfp_convert.convert(source, out, recipe="best", progress=stop, **QUICK)
+    zqfp_convert.convert(source, out, recipe="best", **QUICK)
+    for path in made.packed("gpt_oss", "best").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 def test_evaluates(made: Made, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
@@ -227,7 +223,7 @@ def test_evaluates(made: Made, tmp_path: Path) -> None:
 
 
 def test_rotations_are_refused(made: Made, tmp_path: Path) -> None:
-    with pytest.raises(zqfp_convert.errors.OptionError, match="MixtralForCausalLM"):
+    with pytest.raises(OptionError, match="MixtralForCausalLM"):
         zqfp_convert.convert(
             made.source("mixtral"), tmp_path / "out", **{**QUICK, "rotation": "residual"}
         )

@@ -30,6 +30,7 @@ from zqfp_convert.original import match
 from zqfp_convert.quantize import lorc, ranks
 from zqfp_convert.recipe import Recipe
 
+SOLVERS_COPIES = 7  # of a weight: target, values, errors, and what each step makes of them
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # of a calibration batch
 SHARD_BYTES = 2 << 30  # of tensors that belong to no block
 
@@ -374,6 +375,17 @@ def _short_of(plan: Plan) -> tuple[str, str, str] | None:
     return too_little_memory(plan.host_memory, plan.device, plan.device_memory)
 
 
+def solving_bytes(plan: Plan) -> int:
+    """What solving takes beside a layer's Hessian and one more matrix of its size.
+
+    First two more of them, while the Hessian is factorized; then copies of the weight in float32.
+    """
+    every = [layer for block in plan.layers for layer in block]
+    widest = max(layer.columns for layer in every)
+    copies = SOLVERS_COPIES * max(layer.weights for layer in every)
+    return 4 * max(copies, 2 * widest**2 if plan.recipe.needs_calibration else 0)
+
+
 def _memory(plan: Plan) -> tuple[int, int]:
     """Estimated peaks in host and device memory; on the CPU both are one and in the first."""
     shards, model, recipe = plan.source.shards.tensors, plan.model, plan.recipe
@@ -390,7 +402,7 @@ def _memory(plan: Plan) -> tuple[int, int]:
         [sum(shards[name].bytes for name in members) for members in plan.other_shards] or [0]
     )
     every = [layer for block in plan.layers for layer in block]
-    solving = 4 * 8 * max(layer.weights for layer in every)  # float32 copies in the solver
+    solving = solving_bytes(plan)
     if plan.recipe.rank == "auto":  # layers of one input wait for one another
         solving += 4 * 3 * max(sum(layer.weights for layer in block) for block in plan.layers)
     # Twice, as the next block is read and the last shard written while one is computed.
@@ -403,16 +415,18 @@ def _memory(plan: Plan) -> tuple[int, int]:
         tuned_on = max(recipe.samples, recipe.tune_samples) if recipe.tune > 0 else recipe.samples
         stream = tuned_on * window
         widest = max(layer.columns for layer in every)
-        work += streams * max(block_numbers) * width + recipe.samples * window
-        work += stream if streams == 2 else 0
-        work += 7 * 4 * widest**2
+        # A block, what its linears are replaced with, and on a GPU the next one, read ahead.
+        work += (2 if plan.device.type == "cpu" else 3) * max(block_numbers) * width
+        work += recipe.samples * window + (stream if streams == 2 else 0)
+        work += 2 * 4 * widest**2
         experts = [
             sums_bytes(block, plan.device, cross=recipe.asymmetry > 0)
             for block in plan.blocks.modules
         ]
         work += max(experts)
         host += streams * recipe.samples * window if any(experts) else 0  # what reaches them
-        work += 6 * TOKENS_AT_ONCE[plan.device.type] * widest * 4
+        if plan.device.type == "cpu":  # on a GPU `windows_at_once` sees to it that they fit
+            work += 6 * TOKENS_AT_ONCE["cpu"] * widest * 4
         outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
         work += outside
         whole = 0

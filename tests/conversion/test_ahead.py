@@ -10,6 +10,8 @@ import torch
 from zqfp_convert.checkpoint.shards import Shards
 from zqfp_convert.conversion.ahead import read_ahead
 
+CPU = torch.device("cpu")
+
 
 class Spy:
     """Shards that know how far they were read, and by which thread."""
@@ -19,7 +21,7 @@ class Spy:
         self.another = threading.Event()
         self.threads: set[int] = set()
 
-    def read(self, names: list[str]) -> dict[str, torch.Tensor]:
+    def read(self, names: list[str], device: torch.device) -> dict[str, torch.Tensor]:
         if "bad" in names:
             raise OSError("cannot be read")
         self.read_so_far += names
@@ -30,13 +32,13 @@ class Spy:
 
 def ahead(spy: Spy, groups: list[list[str]]) -> list[list[str]]:
     shards: Shards = spy  # type: ignore[assignment]
-    return [list(tensors) for tensors in read_ahead(shards, groups)]
+    return [list(tensors) for tensors in read_ahead(shards, groups, CPU)]
 
 
 def test_the_next_one_is_read_meanwhile() -> None:
     spy = Spy()
     shards: Shards = spy  # type: ignore[assignment]
-    reader = read_ahead(shards, [["a"], ["b"], ["c"]])
+    reader = read_ahead(shards, [["a"], ["b"], ["c"]], CPU)
     assert list(next(reader)) == ["a"]
     while "b" not in spy.read_so_far:
         assert spy.another.wait(10)
@@ -54,7 +56,7 @@ def test_groups_of_all_kinds() -> None:
 def test_an_error_is_raised_where_it_was_needed() -> None:
     spy = Spy()
     shards: Shards = spy  # type: ignore[assignment]
-    reader = read_ahead(shards, [["a"], ["bad"], ["c"]])
+    reader = read_ahead(shards, [["a"], ["bad"], ["c"]], CPU)
     assert list(next(reader)) == ["a"]
     with pytest.raises(OSError, match="cannot be read"):
         next(reader)

@@ -176,3 +176,18 @@ def test_a_fused_tensor_of_another_shape(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="wrong-shape") as raised:
         match(Source(folder), skeleton.build(folder))
     assert "experts" in raised.value.where
+
+
+def test_experts_keep_the_dtype_they_are_stored_in(tmp_path: Path) -> None:
+    folder = write_mixture(tmp_path / "m", "gpt_oss", torch.bfloat16)
+    source, model = Source(folder), skeleton.build(folder)
+    for name, place in match(source, model).to_model.items():
+        skeleton.assign(model, {place: source.shards.read([name])[name]}, torch.float32)
+    experts = [p for each in mixtures(model).values() for p in each.parameters()]
+    assert {p.dtype for p in experts} == {torch.bfloat16}
+    others = {id(p) for p in experts}
+    assert {p.dtype for p in model.parameters() if id(p) not in others} == {torch.float32}
+    logits = model(token_ids()).logits
+    assert logits.dtype == torch.float32
+    want = original(folder).float()(token_ids()).logits
+    assert (logits - want).abs().max() < 1e-4 * want.abs().max()

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from zqfp_convert.numerics import fp8
 from zqfp_convert.quantize.hessian import (
-    Curvature,
     HessianSum,
     activation_error,
     aim_at_original,
@@ -247,13 +246,6 @@ def test_relative_error_where_there_is_nothing() -> None:
     assert relative_error(zero, one, torch.eye(3)) == 0
     rounded_below_zero = torch.diag(torch.tensor([1.0, 1.0, -1e-9]))
     assert relative_error(torch.tensor([[0.0, 0.0, 1.0]]), one[:1], rounded_below_zero) == 0
-
-
-def test_curvature_is_immutable() -> None:
-    curvature = prepare(torch.eye(2), None, damping=0.01, activation_order=False)
-    assert isinstance(curvature, Curvature)
-    with pytest.raises(AttributeError):
-        curvature.damping = 1.0  # type: ignore[misc]
 
 
 def test_the_error_of_activations() -> None:

@@ -37,7 +37,7 @@ class Arrivals:
     rows: list[Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Moments:
     """Second moments of an input, as `stages.statistics` has them, and of how many tokens."""
 

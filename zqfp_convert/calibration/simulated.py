@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.numerics import fp8
 
 
@@ -22,3 +23,20 @@ class SimulatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
         return nn.functional.linear(fp8.simulate(x), self.weight, self.bias)  # type: ignore[arg-type]
+
+
+class SimulatedExpertLinear(nn.Module):
+    """The same for a linear of an expert: dequantized as it is used, for a block has many."""
+
+    def __init__(self, layer: PackedLayer, bias: Tensor | None) -> None:
+        """`layer` lies on the device; `bias` is `[N]`."""
+        super().__init__()
+        self._layer = layer
+        self.bias: Tensor | None
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., K]` to `[..., N]`."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weight = self._layer.approximation().to(x.dtype)
+        return nn.functional.linear(fp8.simulate(x), weight, bias)

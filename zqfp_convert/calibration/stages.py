@@ -37,13 +37,16 @@ def statistics(
     teacher: nn.Module | None,
     teacher_stream: Stream | None,
     calls: Calls,
+    *,
+    last: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """H and C of the input that the linears of a stage share, and what FP8 costs each feature.
 
     That is `E[(x - x^)^2]`, float32 `[K]`, for the input x that is quantized to x^. The student is
     the block with all earlier stages quantized, on hidden states that came through the quantized
     blocks before; the teacher the original block on the original's hidden states. Without a teacher
-    there is no C.
+    there is no C. With the `last` stage of a block the teacher's batches move through the block,
+    which is run anyway.
 
     Raises:
         SourceError: the activations hold NaN or infinity.
@@ -56,10 +59,11 @@ def statistics(
         call = calls(index)
         exact = _input(student, name, call, hidden)
         seen = fp8.simulate(exact)
-        rounding = rounding + (exact - seen).float().square().flatten(0, -2).sum(0)
+        lost = torch.linalg.vector_norm((exact - seen).flatten(0, -2), dim=0, dtype=torch.float32)
+        rounding = rounding + lost.square()
         original = None
         if teacher is not None and teacher_stream is not None:
-            original = _input(teacher, name, call, teacher_stream.hidden[index])
+            original = _original(teacher, name, call, teacher_stream, index, last=last)
         if total is None:
             cross = teacher is not None
             total = HessianSum(seen.shape[-1], cross=cross, device=features.device)
@@ -83,6 +87,18 @@ def check_finite(name: str, hessian: Tensor, cross: Tensor | None) -> None:
             needed="finite activations",
             do="Try --device cpu (float32); if it persists, the model or the text is at fault.",
         )
+
+
+def _original(
+    teacher: nn.Module, name: str, call: Call, stream: Stream, index: int, *, last: bool
+) -> Tensor:
+    if not last:
+        return _input(teacher, name, call, stream.hidden[index])
+    assert stream.moved == index
+    seen: dict[str, Tensor] = {}
+    with inputs_of({name: teacher.get_submodule(name)}, seen):
+        stream.move(teacher, call)
+    return seen[name]
 
 
 def _input(block: nn.Module, name: str, call: Call, hidden: Tensor) -> Tensor:

@@ -33,6 +33,22 @@ class Call:
         """The hidden states `[batch, tokens, width]` that the block makes of others."""
         return first_tensor(block(hidden, *self.args, **self.kwargs))
 
+    def same_as(self, other: Call) -> bool:
+        """Whether the arguments are equal, as far as they are numbers, tensors and tuples."""
+        return _same(self.args, other.args) and _same(self.kwargs, other.kwargs)
+
+
+def _same(one: object, other: object) -> bool:
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, (type(None), bool, int, float, str)) and one == other
+
 
 class Stream:
     """Batches of hidden states at the entrance of one block.
@@ -46,11 +62,15 @@ class Stream:
         self.hidden = hidden
         self.moved = 0
 
+    def move(self, block: nn.Module, call: Call) -> None:
+        """Move the next batch through a block."""
+        self.hidden[self.moved] = call.run(block, self.hidden[self.moved])
+        self.moved += 1
+
     def advance(self, block: nn.Module, calls: Callable[[int], Call]) -> None:
-        """Move all batches through a block."""
-        for index, hidden in enumerate(self.hidden):
-            self.hidden[index] = calls(index).run(block, hidden)
-            self.moved += 1
+        """Move all batches through a block that have not moved yet."""
+        for index in range(self.moved, len(self.hidden)):
+            self.move(block, calls(index))
         self.moved = 0
 
     def split(self, size: int) -> None:
@@ -88,8 +108,22 @@ class Entrance:
         self._batches = [part for batch in self._batches for part in torch.split(batch, size)]
 
     def calls(self, block: int) -> Callable[[int], Call]:
-        """The arguments of a block's call, by the batch's index; learnt anew each time."""
-        return lambda batch: self._record(block, batch)[0]
+        """The arguments of a block's call, by the batch's index.
+
+        Those that are the same for several batches are learnt once and kept.
+        """
+        known: dict[int, Call] = {}
+
+        def call(batch: int) -> Call:
+            if batch not in known:
+                found = self._record(block, batch)[0]
+                same = next((one for one in known.values() if one.same_as(found)), None)
+                if known and same is None:
+                    return found
+                known[batch] = found if same is None else same
+            return known[batch]
+
+        return call
 
     def try_first(self, block: nn.Module) -> None:
         """Run the real first block once, so that stubs return what it does: a tensor or a tuple."""

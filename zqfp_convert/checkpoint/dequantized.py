@@ -70,13 +70,16 @@ class DequantizedShards(Shards):
         """As in `Shards`."""
         return self._base.stored_bytes
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """As in `Shards`."""
         names = list(names)
-        plain = self._base.read([name for name in names if self._is_plain(name)])
+        plain = self._base.read([name for name in names if self._is_plain(name)], device)
+
+        def whole(name: str) -> Tensor:
+            return self._base.read([name], device)[name]
+
         return {
-            name: plain[name] if name in plain else self._dequantized(name, self._whole)
-            for name in names
+            name: plain[name] if name in plain else self._dequantized(name, whole) for name in names
         }
 
     def read_at(self, name: str, index: int) -> Tensor:
@@ -84,14 +87,11 @@ class DequantizedShards(Shards):
         if self._is_plain(name):
             return self._base.read_at(name, index)
         if len(self.tensors[name].shape) == 2:  # a row has no blocks of its own
-            return self._dequantized(name, self._whole)[index]
+            return self.read([name])[name][index]
         return self._dequantized(name, lambda part: self._base.read_at(part, index))
 
     def _is_plain(self, name: str) -> bool:
         return name in self._base.tensors and self._base.tensors[name].dtype not in FP8
-
-    def _whole(self, name: str) -> Tensor:
-        return self._base.read([name])[name]
 
     def _dequantized(self, name: str, read: Any) -> Tensor:
         if name in self._base.tensors:

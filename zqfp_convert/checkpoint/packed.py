@@ -227,12 +227,12 @@ def pack(
     chosen: Scales,
     factors: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> PackedLayer:
-    """Pack codes uint8 `[N, K]`, their scales and LoRC factors (A, B, scale), all to the CPU."""
+    """Pack codes uint8 `[N, K]`, their scales and LoRC factors (A, B, scale)."""
     exponent = (chosen.exponent + layout.E8M0_BIAS).to(torch.uint8)
     A, B, lorc_scale = factors if factors is not None else (None, None, None)
 
-    def home(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().cpu().contiguous()
+    def plain(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().contiguous()
 
     scale = chosen.factor.bfloat16() if chosen.kind == "free" else exponent
     return PackedLayer(
@@ -240,12 +240,12 @@ def pack(
         chosen.kind,
         chosen.group_size,
         codes.shape[1],
-        nibbles.pack(codes).cpu().contiguous(),
-        scale.cpu().contiguous(),
-        home(chosen.factor[:, 0].bfloat16()) if chosen.kind == "m2" else None,
-        home(A),
-        home(B),
-        home(lorc_scale),
+        nibbles.pack(codes).contiguous(),
+        scale.contiguous(),
+        plain(chosen.factor[:, 0].bfloat16()) if chosen.kind == "m2" else None,
+        plain(A),
+        plain(B),
+        plain(lorc_scale),
         books=chosen.books,
-        choice=None if chosen.choice is None else home(bits.pack(chosen.choice)),
+        choice=None if chosen.choice is None else plain(bits.pack(chosen.choice)),
     )

@@ -8,7 +8,7 @@ the weight W that reads `gain * n(h) + bias` gives the same for `n(Q h) + Q (bia
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -99,22 +99,36 @@ class RotatedShards(Shards):
         self._base, self._rotation = base, rotation
         self._norm_of = {bias: norm for norm, bias in rotation.norms.items() if bias is not None}
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """As in `Shards`."""
-        return {name: self._read(name) for name in names}
+        return self.turn(names, {}, device)
 
-    def _read(self, name: str) -> Tensor:
+    def turn(
+        self, names: Iterable[str], stored: Mapping[str, Tensor], device: torch.device | str
+    ) -> dict[str, Tensor]:
+        """As `read`, from tensors of the folder on that device; what lacks there is read."""
+        held = dict(stored)
+
+        def get(name: str) -> Tensor:
+            if name not in held:
+                held.update(self._base.read([name], device))
+            return held[name]
+
+        return {name: self._turned(name, get) for name in names}
+
+    def _turned(self, name: str, get: Callable[[str], Tensor]) -> Tensor:
         found = self._rotation
-        stored = self._stored(name)
+        tied = found.tied_to if name == found.head else None
+        stored = get(name if tied is None else tied)
         if name in found.norms:
             return torch.ones_like(stored)
         if name in self._norm_of:
-            moved = hadamard.rotate(stored.float() / self._stored(self._norm_of[name]).float())
+            moved = hadamard.rotate(stored.float() / get(self._norm_of[name]).float())
             return moved.to(stored.dtype)
         if name in found.biases:
             return hadamard.rotate(stored)
         if name in found.readers or name in found.writers:
-            gain = self._stored(found.readers[name]) if name in found.readers else None
+            gain = get(found.readers[name]) if name in found.readers else None
             if name == found.head:
                 return _rows(stored, gain, stored.dtype)
             weight = stored.t() if name in found.transposed else stored
@@ -123,8 +137,3 @@ class RotatedShards(Shards):
         if name in found.embeddings:
             return _rows(stored, None, stored.dtype)
         return stored
-
-    def _stored(self, name: str) -> Tensor:
-        tied_to = self._rotation.tied_to
-        name = tied_to if tied_to is not None and name == self._rotation.head else name
-        return self._base.read([name])[name]

@@ -93,8 +93,8 @@ class Shards:
         """Of all tensors, as they lie on disk."""
         return sum(info.bytes for info in self.tensors.values())
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, on the CPU, in the dtype they are stored in."""
+    def read(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The named tensors, on a device, in the dtype they are stored in."""
         by_file: dict[str, list[str]] = defaultdict(list)
         for name in names:
             by_file[self.tensors[name].file].append(name)
@@ -102,7 +102,7 @@ class Shards:
         for file, members in by_file.items():
             with safe_open(str(self.folder / file), framework="pt") as shard:
                 for name in members:
-                    result[name] = shard.get_tensor(name)
+                    result[name] = shard.get_tensor(name).to(device)
         return result
 
     def read_at(self, name: str, index: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from zqfp_convert.checkpoint.shards import Shards, TensorInfo
@@ -53,12 +54,12 @@ class SplitShards(Shards):
         """As in `Shards`."""
         return self._base.stored_bytes
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """As in `Shards`."""
         names = list(names)
-        whole = self._base.read([name for name in names if name not in self._slices])
-        return {name: whole[name] if name in whole else self._part(name) for name in names}
+        whole = self._base.read([name for name in names if name not in self._slices], device)
+        return {name: whole[name] if name in whole else self._part(name, device) for name in names}
 
-    def _part(self, name: str) -> Tensor:
+    def _part(self, name: str, device: torch.device | str) -> Tensor:
         part = self._slices[name]
-        return part.take(self._base.read_at(part.whole, part.expert)).contiguous()
+        return part.take(self._base.read_at(part.whole, part.expert).to(device)).contiguous()

@@ -33,10 +33,19 @@ def fill(
         skeleton.assign(module, {place: value.to(plan.device)}, dtype)
 
 
-def fill_outside(plan: Plan) -> None:
-    """Give the plan's model all weights that lie outside its blocks."""
-    others = [name for names in plan.other_shards for name in names]
-    fill(plan, plan.model, "", [name for name in others if name in plan.names.to_model])
+def fill_outside(plan: Plan, *, head: bool = True) -> None:
+    """Give the plan's model all weights that lie outside its blocks.
+
+    Without `head`, only what runs from token ids to the last block.
+    """
+    places = plan.names.to_model
+    others = [name for names in plan.other_shards for name in names if name in places]
+    if not head:
+        owned = {id(parameter) for parameter in plan.blocks.decoder.parameters()}
+        owned |= {id(buffer) for buffer in plan.blocks.decoder.buffers()}
+        held = plan.model.state_dict(keep_vars=True)
+        others = [name for name in others if id(held[places[name]]) in owned]
+    fill(plan, plan.model, "", others)
     plan.model.tie_weights(missing_keys=set(plan.names.unfilled), recompute_mapping=False)
 
 

@@ -1,15 +1,15 @@
 """Whether to rotate the residual stream: both ways are tried, and what is closer is taken.
 
 A rehearsal carries some windows through the original and through a model whose weights are rounded
-to nearest, activations in FP8, block by block. It takes a small part of a conversion's time.
+to nearest, activations in FP8, block by block; so it does with both rotated. Each block is read
+once for all four.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from torch import Tensor
 from zqfp_convert.calibration.rotating import find_rotation
 from zqfp_convert.calibration.simulated import SimulatedLinear
 from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
-from zqfp_convert.checkpoint.rotated import Rotation
+from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
+from zqfp_convert.conversion.ahead import read_ahead
 from zqfp_convert.conversion.block import fill, fill_outside, fold, rounded
 from zqfp_convert.distill.train import kl
 from zqfp_convert.errors import OptionError, OutputError
@@ -35,14 +36,56 @@ SAME = 0.1  # of the KL by quantization: what the rotation itself may cost, roun
 Report = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class _Rehearsed:
-    """Hidden states behind the last block, and what makes logits of them."""
+class _Rehearsal:
+    """A model's hidden states on their way through its blocks, as it is and with rounded weights.
 
-    original: list[Tensor]
-    quantized: list[Tensor]
-    head: Head
-    rotation: Rotation | None
+    Attributes:
+        original, quantized: the two streams.
+        rotation: that the model allows, once the first block is there.
+    """
+
+    def __init__(self, plan: Plan, windows: Tensor) -> None:
+        fill_outside(plan)
+        self._plan = plan
+        batches = batches_of(windows, TOKENS_AT_ONCE[plan.device.type], plan.device)
+        self._entrance = Entrance(plan.blocks, batches)
+        self.original = Stream(self._entrance.first())
+        self.quantized = Stream(list(self.original.hidden))
+
+    def fill(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Give a block its weights, by their names on disk."""
+        plan = self._plan
+        block, prefix = plan.blocks.modules[index], plan.blocks.name(index) + "."
+        fill(plan, block, prefix, plan.block_tensors(index), tensors)
+        if index == 0:
+            self._entrance.try_first(block)
+
+    def find_rotation(self) -> Rotation | None:
+        """That of the residual stream which the model allows, by the first block."""
+        plan = self._plan
+        proof = self._entrance.calls(0)(0), self.original.hidden[0]
+        return find_rotation(plan.model, plan.blocks, plan.names, *proof)
+
+    def step(self, index: int) -> None:
+        """Move both streams through a block, which is empty then."""
+        plan, block = self._plan, self._plan.blocks.modules[index]
+        calls = self._entrance.calls(index)
+        self.original.advance(block, calls)
+        quantized = copy.deepcopy(block)
+        fold(plan, index, quantized, self.quantized, calls)  # may add biases, so not to the block
+        for layer in plan.layers[index]:
+            linear = get_linear(quantized, layer.place)
+            weight = weight_matrix(linear)
+            error = rounded(plan, weight, scales="free", scale_rounding="nearest") - weight.float()
+            simulated = (weight + LEFT * error).to(weight.dtype)
+            put(quantized, layer.place, SimulatedLinear(simulated, bias_of(linear)))
+        self.quantized.advance(quantized, calls)
+        skeleton.empty(block)
+
+    def head(self) -> Head:
+        """What makes logits of the streams behind the last block."""
+        plan = self._plan
+        return Head(plan.model, plan.blocks, returns_tuple=self._entrance.returns_tuple)
 
 
 def choose_rotation(plan: Plan, windows: Tensor, report: Report) -> Plan:
@@ -61,73 +104,63 @@ def choose_rotation(plan: Plan, windows: Tensor, report: Report) -> Plan:
     as_it_is = dataclasses.replace(plan, recipe=plan.recipe.changed(rotation="none"))
     if wanted == "auto" and any(mixtures(block) for block in plan.blocks.modules):
         return as_it_is  # a rotation is not known there, see `find_rotation`: no need to rehearse
-    some = windows[:WINDOWS, :WINDOW]
-    report("rehearsing", 0, plan.weights)
-    plain = _rehearse(plan, some)
-    if plain.rotation is not None:
-        report("rehearsing, rotated", 0, plan.weights)
-        try:
-            turned = rotated(plan, plain.rotation)
-        except OutputError:
-            if wanted == "auto":
-                return as_it_is
-            raise
-        other = _rehearse(turned, some)
-        original = plain.head, plain.original
-        loss = _divergence(original, (plain.head, plain.quantized))
-        allowed = _divergence(original, (other.head, other.original)) < SAME * loss
-        closer = _divergence(original, (other.head, other.quantized)) < WORTH * loss
-        chosen = allowed and (closer or wanted == "residual")
-        skeleton.empty(plan.model if chosen else turned.model)
-        if chosen:
-            return turned
-        if allowed or wanted == "auto":
-            return as_it_is
-        raise OptionError(
-            "rotation",
-            "'residual', and logits that are not the original's any more",
-            needed=f"rounding of rotated weights to {plan.dtype} that costs little",
-            do="Choose --rotation none, or auto; or --device cpu, which computes in float32.",
-        )
-    if wanted == "residual":
+    turned = _rehearse(plan, windows[:WINDOWS, :WINDOW], report)
+    return as_it_is if turned is None else turned
+
+
+@torch.no_grad()
+def _rehearse(plan: Plan, windows: Tensor, report: Report) -> Plan | None:
+    """The rotated plan, or None where it is not to be; raises as `choose_rotation`."""
+    wanted, count = plan.recipe.rotation, len(plan.blocks.modules)
+    plain = _Rehearsal(plan, windows)
+    groups = [plan.block_tensors(index) for index in range(count)]
+    turned, other = plan, plain
+    for index, tensors in enumerate(read_ahead(plan.source.shards, groups, plan.device)):
+        report(f"rehearsing, block {index + 1}/{count}", 0, plan.weights)
+        plain.fill(index, tensors)
+        if index == 0:
+            rotation = plain.find_rotation()
+            if rotation is None:
+                _check_possible(plan)
+                return None
+            try:
+                turned = rotated(plan, rotation)
+            except OutputError:
+                if wanted == "auto":
+                    return None
+                raise
+            other = _Rehearsal(turned, windows)
+        plain.step(index)
+        shards = turned.source.shards
+        assert isinstance(shards, RotatedShards)
+        other.fill(index, shards.turn(groups[index], tensors, plan.device))
+        other.step(index)
+    original = plain.head(), plain.original.hidden
+    turned_head = other.head()
+    loss = _divergence(original, (plain.head(), plain.quantized.hidden))
+    allowed = _divergence(original, (turned_head, other.original.hidden)) < SAME * loss
+    closer = _divergence(original, (turned_head, other.quantized.hidden)) < WORTH * loss
+    chosen = allowed and (closer or wanted == "residual")
+    skeleton.empty(plan.model if chosen else turned.model)
+    if chosen or allowed or wanted == "auto":
+        return turned if chosen else None
+    raise OptionError(
+        "rotation",
+        "'residual', and logits that are not the original's any more",
+        needed=f"rounding of rotated weights to {plan.dtype} that costs little",
+        do="Choose --rotation none, or auto; or --device cpu, which computes in float32.",
+    )
+
+
+def _check_possible(plan: Plan) -> None:
+    """Refuse to go on where a rotation is wanted that the model does not allow."""
+    if plan.recipe.rotation == "residual":
         raise OptionError(
             "rotation",
             f"'residual' for {type(plan.model).__name__}",
             needed="a decoder whose blocks read their residual stream through norms alone",
             do="Choose --rotation none, or auto.",
         )
-    return as_it_is
-
-
-@torch.no_grad()
-def _rehearse(plan: Plan, windows: Tensor) -> _Rehearsed:
-    fill_outside(plan)
-    batches = batches_of(windows, TOKENS_AT_ONCE[plan.device.type], plan.device)
-    entrance = Entrance(plan.blocks, batches)
-    teacher = Stream(entrance.first())
-    student = Stream(list(teacher.hidden))
-    rotation = None
-    for index, block in enumerate(plan.blocks.modules):
-        fill(plan, block, plan.blocks.name(index) + ".", plan.block_tensors(index))
-        if index == 0:
-            entrance.try_first(block)
-        calls = entrance.calls(index)
-        if index == 0 and plan.rotation is None:
-            proof = calls(0), teacher.hidden[0]
-            rotation = find_rotation(plan.model, plan.blocks, plan.names, *proof)
-        teacher.advance(block, calls)
-        quantized = copy.deepcopy(block)
-        fold(plan, index, quantized, student, calls)  # may add biases, so not to the block itself
-        for layer in plan.layers[index]:
-            linear = get_linear(quantized, layer.place)
-            weight = weight_matrix(linear)
-            error = rounded(plan, weight, scales="free", scale_rounding="nearest") - weight.float()
-            simulated = (weight + LEFT * error).to(weight.dtype)
-            put(quantized, layer.place, SimulatedLinear(simulated, bias_of(linear)))
-        student.advance(quantized, calls)
-        skeleton.empty(block)
-    head = Head(plan.model, plan.blocks, returns_tuple=entrance.returns_tuple)
-    return _Rehearsed(teacher.hidden, student.hidden, head, rotation)
 
 
 def _divergence(original: tuple[Head, list[Tensor]], other: tuple[Head, list[Tensor]]) -> float:

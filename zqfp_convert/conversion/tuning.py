@@ -42,7 +42,7 @@ class Tuned:
             tensors = self.of(stored(self.files, index))
             for layer in layers if self.outcome.kept else []:
                 result = work.tunable.pop(layer.disk).result(work.target(index, layer))
-                tensors |= packed_layer(layer, result).tensors()
+                tensors |= packed_layer(layer, result).to(torch.device("cpu")).tensors()
                 entry = work.entries[layer.disk]
                 entry["weight_error"], entry["output_error"] = result.weight_error, None
             yield tensors

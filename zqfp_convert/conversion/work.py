@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zqfp_convert.calibration.balancing import Balanced
 from zqfp_convert.calibration.experts import Moments, arrivals
 from zqfp_convert.calibration.folding import Change
-from zqfp_convert.calibration.simulated import SimulatedLinear
+from zqfp_convert.calibration.simulated import SimulatedExpertLinear, SimulatedLinear
 from zqfp_convert.calibration.stages import statistics, trace
 from zqfp_convert.calibration.stream import Call
 from zqfp_convert.checkpoint import layout
@@ -24,6 +24,7 @@ from zqfp_convert.checkpoint.partial import Partial
 from zqfp_convert.checkpoint.rotated import Rotation
 from zqfp_convert.checkpoint.series import Series
 from zqfp_convert.conversion.ahead import read_ahead
+from zqfp_convert.conversion.batches import windows_at_once
 from zqfp_convert.conversion.block import fill, fill_outside, fold
 from zqfp_convert.conversion.experts import quantize_experts
 from zqfp_convert.conversion.rehearsal import choose_rotation
@@ -38,11 +39,11 @@ from zqfp_convert.model.blocks import (
     put,
     weight_matrix,
 )
-from zqfp_convert.model.experts import mixtures
+from zqfp_convert.model.experts import ExpertLinear, mixtures
 from zqfp_convert.model.head import Head
 from zqfp_convert.model.tokenizer import check_tokens
 from zqfp_convert.numerics import codebook
-from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, PlannedLayer, rotated
+from zqfp_convert.plan import Plan, PlannedLayer, rotated
 from zqfp_convert.quantize.hessian import Curvature, activation_error, prepare
 from zqfp_convert.quantize.lorc import Factors
 from zqfp_convert.quantize.weight import QuantizedWeight, quantize_together
@@ -81,9 +82,8 @@ class Work:
             packed = {layer.disk + layout.WEIGHT for block in plan.layers for layer in block}
             self.changed |= dict.fromkeys(sorted(plan.rotation.changed - packed), "rotated")
         if not self.partial.noted(BATCH):
-            at_once = max(1, TOKENS_AT_ONCE[plan.device.type] // calibration.shape[1])
-            at_most = max(len(text) for text in windows.every)
-            self.partial.note(BATCH, {"block": 0, "windows": min(at_once, at_most)})
+            size = windows_at_once(plan, calibration)
+            self.partial.note(BATCH, {"block": 0, "windows": size})
         about: dict[str, Any] = {
             "source": plan.calibration,
             "samples": calibration.shape[0],
@@ -116,12 +116,13 @@ class Work:
         if start == count and not plan.recipe.tune:
             return
         if calibrated:
-            fill_outside(plan)
+            fill_outside(plan, head=plan.recipe.tune > 0)
             self._enter()
         passed = range(start) if calibrated else range(0)
         wanted = [*passed, *range(start, count)]
         groups = [plan.block_tensors(index) for index in wanted]
-        for index, tensors in zip(wanted, read_ahead(plan.source.shards, groups), strict=True):
+        reading = read_ahead(plan.source.shards, groups, plan.device)
+        for index, tensors in zip(wanted, reading, strict=True):
             if index in passed:
                 self.report(f"block {index + 1}/{count}  done before", self.done, plan.weights)
                 self._pass(index, tensors, files, first)
@@ -214,7 +215,8 @@ class Work:
         self._enter()
         for earlier in range(index):
             names = self.plan.block_tensors(earlier)
-            self._pass(earlier, self.plan.source.shards.read(names), files, first)
+            tensors = self.plan.source.shards.read(names, self.plan.device)
+            self._pass(earlier, tensors, files, first)
         self._split(index)
 
     # One block.
@@ -247,6 +249,7 @@ class Work:
         for layer in layers:
             del tensors[layer.disk + layout.WEIGHT]
             tensors |= quantized[layer.place].tensors()
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         if plan.rotation is not None:  # what is not packed came in float32 too
             for name in plan.rotation.readers.keys() | plan.rotation.writers:
                 if name in tensors:
@@ -306,14 +309,15 @@ class Work:
         student = _student(block)
         teacher = block if recipe.asymmetry > 0 else None
         quantized: dict[str, PackedLayer] = {}
-        experts = {
+        experts = [
             path
             for path in mixtures(student)
             if any(place.startswith(path + ".") for place in layers)
-        }
+        ]
         plain = [place for place in layers if not place.startswith(tuple(f"{e}." for e in experts))]
         traced = [*plain, *experts] if layers else []
-        for stage in trace(student, traced, calls(0), states.student.hidden[0]) if traced else []:
+        stages = trace(student, traced, calls(0), states.student.hidden[0]) if traced else []
+        for stage in stages:
             for path in [place for place in stage if place in experts]:
                 batches = arrivals(path, student, states.student, teacher, states.teacher, calls)
                 solve = partial(self._solve_stages, index, student, layers, quantized)
@@ -324,16 +328,21 @@ class Work:
             linears = [place for place in stage if place not in experts]
             if linears:
                 shared_input = statistics(
-                    linears, student, states.student, teacher, states.teacher, calls
+                    linears,
+                    student,
+                    states.student,
+                    teacher,
+                    states.teacher,
+                    calls,
+                    last=stage is stages[-1],
                 )
-                self._solve_stages(
-                    index, student, layers, quantized, [linears], Moments(*shared_input, 0)
-                )
+                moments = Moments(*shared_input, 0)
+                del shared_input  # two of the largest matrices there are
+                self._solve_stages(index, student, layers, quantized, [linears], moments)
         for place in [place for place in layers if place not in quantized]:  # no token went there
             weight = weight_matrix(get_linear(block, place))
             (solved,) = self._solve(index, [layers[place]], [weight], None)
-            quantized[place] = packed_layer(layers[place], solved)
-            self._simulate(student, layers[place], quantized[place])
+            quantized[place] = self._put(student, layers[place], solved)
         states.advance(student, block, calls)
         for one in balanced:
             norm = self._disk(f"{plan.blocks.name(index)}.{one.norm}{layout.WEIGHT}")
@@ -358,19 +367,20 @@ class Work:
             damping=recipe.damping,
             activation_order=recipe.activation_order,
         )
+        moments.cross = None  # the drift now, which is given up as soon as it can be
         if recipe.rank != "auto":  # one at a time takes less memory, but finds no rank for all
             stages = [[place] for stage in stages for place in stage]
         for together in stages:
             members = [layers[place] for place in together]
             linears = [get_linear(student, place) for place in together]
             weights = [weight_matrix(linear) for linear in linears]
-            found = self._solve(index, members, weights, curvature)
+            spend = together is stages[-1]
+            found = self._solve(index, members, weights, curvature, spend=spend)
             for place, linear, solved in zip(together, linears, found, strict=True):
                 weight = weight_matrix(linear).float()
                 lost = activation_error(weight, moments.rounding, moments.hessian)
                 self.entries[layers[place].disk]["activation_error"] = lost
-                quantized[place] = packed_layer(layers[place], solved)
-                self._simulate(student, layers[place], quantized[place])
+                quantized[place] = self._put(student, layers[place], solved)
 
     def _solve(
         self,
@@ -378,12 +388,14 @@ class Work:
         layers: list[PlannedLayer],
         weights: list[Tensor],
         curvature: Curvature | None,
+        *,
+        spend: bool = False,
     ) -> list[QuantizedWeight]:
-        """Quantize layers that get the same input."""
+        """Quantize layers that get the same input; `spend` as in `quantize_together`."""
         total, places = len(self.plan.layers), ", ".join(layer.place for layer in layers)
         self.report(f"block {index + 1}/{total}  {places}", self.done, self.plan.weights)
         here = [weight.to(self.plan.device) for weight in weights]
-        quantized = quantize_together(here, curvature, self.plan.recipe)
+        quantized = quantize_together(here, curvature, self.plan.recipe, spend=spend)
         for layer, solved in zip(layers, quantized, strict=True):
             self._note(layer, solved, curvature)
         return quantized
@@ -453,11 +465,21 @@ class Work:
             factors = Factors(here.lorc_A, here.lorc_B, here.lorc_scale)
         return QuantizedWeight(here.codes(), here.scales(), factors, 0.0, None)
 
+    def _put(self, student: nn.Module, layer: PlannedLayer, solved: QuantizedWeight) -> PackedLayer:
+        """Put a quantized linear into a block; returns it as it lies on disk, on the CPU."""
+        packed = packed_layer(layer, solved)
+        self._simulate(student, layer, packed)
+        return packed.to(torch.device("cpu"))
+
     def _simulate(self, student: nn.Module, layer: PlannedLayer, packed: PackedLayer) -> None:
         """Let a linear of a block do what its packed tensors, as they lie on disk, will do."""
         linear = get_linear(student, layer.place)
-        weight = packed.to(self.plan.device).approximation().to(linear.weight.dtype)
-        put(student, layer.place, SimulatedLinear(weight, bias_of(linear)))
+        here, bias = packed.to(self.plan.device), bias_of(linear)
+        if isinstance(linear, ExpertLinear):
+            put(student, layer.place, SimulatedExpertLinear(here, bias))
+            return
+        weight = here.approximation().to(linear.weight.dtype)
+        put(student, layer.place, SimulatedLinear(weight, bias))
 
 
 def _student(block: nn.Module) -> nn.Module:
@@ -467,7 +489,7 @@ def _student(block: nn.Module) -> nn.Module:
 
 
 def packed_layer(layer: PlannedLayer, solved: QuantizedWeight) -> PackedLayer:
-    """A quantized weight as it lies on disk, on the CPU, held to the rules of the format."""
+    """A quantized weight as it lies on disk, held to the rules of the format."""
     factors = solved.factors
     triple = None if factors is None else (factors.A, factors.B, factors.scale)
     packed = pack(layer.disk, solved.codes, solved.scales, triple)

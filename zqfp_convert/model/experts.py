@@ -43,6 +43,18 @@ class Fused:
         return rows[number::count] if self.interleaved else rows.chunk(count)[number]
 
 
+class ExpertLinear(nn.Linear):
+    """A linear whose weight stays in the dtype that it is stored in, and is cast as it is used.
+
+    So a block's experts are never all there in a wider dtype at once.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., K]` to `[..., N]` in the dtype of x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
 class Expert(nn.Module):
     """`down_proj(activate(gate_proj x, up_proj x))`; without a gate `activate(up_proj x)`."""
 

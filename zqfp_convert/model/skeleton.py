@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from zqfp_convert.errors import SourceError
+from zqfp_convert.model.experts import ExpertLinear
 from zqfp_convert.model.unfused import unfuse
 
 
@@ -60,13 +61,16 @@ def assign(
 ) -> None:
     """Give parameters and buffers, named from `model` on, their values.
 
-    Floating values are cast to `dtype`, or to the dtype that the skeleton has for them.
+    Floating values are cast to `dtype`, or without one to the dtype that the skeleton has for them;
+    with one, those of experts are not.
     """
     for name, value in tensors.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         place = getattr(module, leaf)
         wanted = dtype if dtype is not None and place.is_floating_point() else place.dtype
+        if dtype is not None and isinstance(module, ExpertLinear):
+            wanted = value.dtype
         if isinstance(place, nn.Parameter):
             module._parameters[leaf] = nn.Parameter(value.to(wanted), requires_grad=False)
         else:

@@ -20,6 +20,7 @@ from zqfp_convert.model.experts import (
     UP,
     Activate,
     Expert,
+    ExpertLinear,
     Experts,
     Fused,
     IndexedExperts,
@@ -101,7 +102,7 @@ def _experts(module: nn.Module) -> Experts:
                 columns, rows = one.shape[1:] if one.transposed else one.shape[:0:-1]
                 for part in one.parts:
                     out = rows // len(one.parts)
-                    yield part, nn.Linear(columns, out, biased, device="meta", dtype=dtype)
+                    yield part, ExpertLinear(columns, out, biased, device="meta", dtype=dtype)
 
     each = [Expert(dict(linears()), activate) for _ in range(fused[DOWN].shape[0])]
     arguments = inspect.signature(type(module).forward).parameters

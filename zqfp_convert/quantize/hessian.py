@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zqfp_convert.quantize.tensor_cores import tensor_cores
+
 PANELS, PANEL = 8, 512  # how many H is summed up in at most, and the fewest rows of one
 SLICE = 2048  # columns that are solved for at a time, to bound the memory
 
@@ -63,7 +65,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.float().t(), right.float())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Curvature:
     """What the solvers need to know of a layer's inputs.
 
@@ -157,17 +159,19 @@ def activation_error(weight: Tensor, rounding: Tensor, hessian: Tensor) -> float
 
 def energy(matrix: Tensor, hessian: Tensor | None) -> float:
     """`tr(M H M^T)` for M `[N, K]`; H = I when absent."""
-    weighted = matrix if hessian is None else matrix @ hessian
+    with tensor_cores():
+        weighted = matrix if hessian is None else matrix @ hessian
     return float((weighted * matrix).sum(dtype=torch.float64).clamp_min(0.0))
 
 
 def _damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, float, int]:
-    mean = float(matrix.diagonal().mean()) or 1.0  # a layer that saw only zeros
+    """The factor, the damping that did, and how many did not; the matrix is changed."""
+    diagonal = matrix.diagonal().clone()
+    mean = float(diagonal.mean()) or 1.0  # a layer that saw only zeros
     used = damping
     for retries in range(8):
-        damped = matrix.clone()
-        damped.diagonal().add_(used * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        matrix.diagonal().copy_(diagonal + used * mean)
+        lower, failed = torch.linalg.cholesky_ex(matrix)
         if not bool(failed):
             return lower, used, retries
         used *= 10

@@ -56,7 +56,11 @@ def quantize_weight(weight: Tensor, curvature: Curvature | None, recipe: Recipe)
 
 
 def quantize_together(
-    weights: Sequence[Tensor], curvature: Curvature | None, recipe: Recipe
+    weights: Sequence[Tensor],
+    curvature: Curvature | None,
+    recipe: Recipe,
+    *,
+    spend: bool = False,
 ) -> list[QuantizedWeight]:
     """Quantize weights `[N, K]` of one input by the recipe, all with one rank if that is `auto`.
 
@@ -64,26 +68,44 @@ def quantize_together(
         weights: any floating dtype, finite.
         curvature: statistics of the input; None for layers without (they are then rounded to
             nearest, and LoRC falls back to the plain decomposition).
+        spend: the curvature's drift is given up once the targets are known; it takes as much memory
+            as the Hessian.
     """
     with tensor_cores():
-        return _quantize_together(weights, curvature, recipe)
+        targets = [_target(weight, curvature, recipe) for weight in weights]
+        if spend and curvature is not None:
+            curvature.drift = None
+        return _quantize_together(weights, targets, curvature, recipe)
+
+
+def _target(weight: Tensor, curvature: Curvature | None, recipe: Recipe) -> Tensor:
+    W = weight.float()
+    if curvature is None or curvature.drift is None or recipe.asymmetry == 0:
+        return W
+    return aim_at_original(W, curvature.drift, recipe.asymmetry)
 
 
 def _quantize_together(
-    weights: Sequence[Tensor], curvature: Curvature | None, recipe: Recipe
+    weights: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    curvature: Curvature | None,
+    recipe: Recipe,
 ) -> list[QuantizedWeight]:
-    coded = [_encode(weight.float(), curvature, recipe) for weight in weights]
+    coded = [
+        _encode(weight, target, curvature, recipe)
+        for weight, target in zip(weights, targets, strict=True)
+    ]
     metric = None if curvature is None or recipe.low_rank == "svd" else curvature.hessian
     rank = recipe.rank
     if rank == "auto":
-        errors = ((one.target - one.quantized, one.weight) for one in coded)
+        errors = ((one.target - one.quantized, one.weight.float()) for one in coded)
         rank = ranks.worthwhile(errors, metric, recipe.factors)
     return [_compensate(one, curvature, metric, rank, recipe) for one in coded]
 
 
 @dataclass(frozen=True)
 class _Coded:
-    """A weight on its way: what to aim at, and its codes' values, both `[N, K]`, under scales."""
+    """A weight on its way: what to aim at and the values of its codes, `[N, K]`, under scales."""
 
     weight: Tensor
     target: Tensor
@@ -91,13 +113,9 @@ class _Coded:
     scales: Scales
 
 
-def _encode(W: Tensor, curvature: Curvature | None, recipe: Recipe) -> _Coded:
+def _encode(weight: Tensor, target: Tensor, curvature: Curvature | None, recipe: Recipe) -> _Coded:
     H = None if curvature is None else curvature.hessian
-    target = W
-    if curvature is not None and curvature.drift is not None and recipe.asymmetry > 0:
-        target = aim_at_original(W, curvature.drift, recipe.asymmetry)
-
-    group_size = W.shape[1] if recipe.group_size == "row" else recipe.group_size
+    group_size = target.shape[1] if recipe.group_size == "row" else recipe.group_size
     importance = None if H is None else H.diagonal()
     books = codebook.PAIR if recipe.codebooks == "pair" else (codebook.E2M1,)
     chosen = scales.choose(
@@ -110,16 +128,16 @@ def _encode(W: Tensor, curvature: Curvature | None, recipe: Recipe) -> _Coded:
         Q = scales.dequantize(scales.quantize(target, chosen), chosen)
     if H is not None:
         Q = descend(target, Q, H, chosen, recipe.sweeps)
-    return _Coded(W, target, Q, chosen)
+    return _Coded(weight, target, Q, chosen)
 
 
 def _compensate(
     coded: _Coded, curvature: Curvature | None, metric: Tensor | None, rank: int, recipe: Recipe
 ) -> QuantizedWeight:
-    W, target, Q, chosen = coded.weight, coded.target, coded.quantized, coded.scales
+    target, Q, chosen = coded.target, coded.quantized, coded.scales
     H = None if curvature is None else curvature.hessian
     factors = None
-    rank = min(rank, *W.shape)
+    rank = min(rank, *target.shape)
     if rank > 0:
         factors = lorc.encode(*lorc.fit(target - Q, metric, rank), recipe.factors)
         if metric is not None:
@@ -134,6 +152,7 @@ def _compensate(
         doubt = rest if H is None else optimum(rest, Q, H)
     codes = scales.quantize(Q, chosen)
     chosen = scales.canonical(codes, chosen)
+    W = coded.weight.float()
     error = W - Q if factors is None else W - Q - factors.product()
     return QuantizedWeight(
         codes,
