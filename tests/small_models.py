@@ -75,7 +75,7 @@ INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16,
            "indexer_budget": 16, "indexer_compress_ratio": 4}  # fmt: skip
 HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 EXTRA: dict[str, dict[str, Any]] = {
-    "bamba": {"mamba_n_heads": 8},
+    "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {
         "full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
@@ -93,7 +93,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": [
         "sliding_attention", "full_attention"] * 2, "intermediate_size": [INNER] * 4,
         "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
-    "granitemoehybrid": {"mamba_n_heads": 8},
+    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": [
+        "linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": HEAD},
     "hunyuan_v1_moe": {"head_dim": HEAD, "num_experts": EXPERTS, "moe_topk": [2, 2]},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from zqfp_convert.errors import OptionError
+from zqfp_convert.errors import OptionError, SourceError
 
 GENERATED_AT_ONCE = 32
 FILE_TYPES = (".txt", ".jsonl")
@@ -131,9 +131,13 @@ def generate(model: PreTrainedModel, samples: int, seq_len: int, seed: int) -> T
     Each starts with the begin-of-text token (a random one where the model has none) and goes on by
     sampling from the model's own distribution, past ends of text. Deterministic for a seed on one
     machine; the global random state is left as it was.
+
+    Raises:
+        SourceError: the model cannot write.
     """
-    config = model.config.get_text_config()
-    first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+    config = model.config.get_text_config(decoder=True)
+    begins = getattr(config, "bos_token_id", None)
+    first = begins if begins is not None else getattr(config, "eos_token_id", None)
     first = first[0] if isinstance(first, list) else first
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     settings = GenerationConfig(
@@ -159,7 +163,18 @@ def generate(model: PreTrainedModel, samples: int, seq_len: int, seed: int) -> T
                 prompt = torch.randint(vocabulary, (count, 1))
             prompt = prompt.to(model.device)
             mask = torch.ones_like(prompt)  # else a first token that is also the padding is hidden
-            parts.append(model.generate(prompt, attention_mask=mask).cpu())
+            try:
+                parts.append(model.generate(prompt, attention_mask=mask).cpu())
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of the model's own lines, which may ask for anything
+                raise SourceError(
+                    type(model).__name__,
+                    "a model that cannot write its own calibration text "
+                    f"({type(error).__name__}: {' '.join(str(error).split())[:120]})",
+                    needed="a model that transformers can generate text with, or text",
+                    do="Give --calibration FILE.",
+                ) from error
     model.generation_config = habits
     return torch.cat(parts).clone()
 

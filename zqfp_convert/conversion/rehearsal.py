@@ -57,12 +57,13 @@ class _Rehearsal:
         plan = self._plan
         block, prefix = plan.blocks.modules[index], plan.blocks.name(index) + "."
         fill(plan, block, prefix, plan.block_tensors(index), tensors)
-        if index == 0:
-            self._entrance.try_first(block)
+        self._entrance.try_block(index, block)
 
     def find_rotation(self) -> Rotation | None:
         """That of the residual stream which the model allows, by the first block."""
         plan = self._plan
+        if self._entrance.hands_on:  # what blocks hand on is one for both streams
+            return None
         proof = self._entrance.calls(0)(0), self.original.hidden[0]
         return find_rotation(plan.model, plan.blocks, plan.names, *proof)
 
@@ -85,7 +86,7 @@ class _Rehearsal:
     def head(self) -> Head:
         """What makes logits of the streams behind the last block."""
         plan = self._plan
-        return Head(plan.model, plan.blocks, returns_tuple=self._entrance.returns_tuple)
+        return Head(plan.model, plan.blocks, returns=self._entrance.returns)
 
 
 def choose_rotation(plan: Plan, windows: Tensor, report: Report) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,7 +15,8 @@ from zqfp_convert.errors import SourceError
 from zqfp_convert.model.experts import Experts, mixtures
 
 Linear: TypeAlias = "nn.Linear | Conv1D"
-Returns: TypeAlias = "Mapping[type[nn.Module], tuple[object, ...] | None]"
+# How many outputs blocks of a class have beside hidden states; None if they return a bare tensor.
+Returns: TypeAlias = "Mapping[type[nn.Module], int | None]"
 MOST_UNKNOWN = 0.25  # of a block's numbers, in matrices that are in no linear
 
 
@@ -121,9 +122,24 @@ def put(module: nn.Module, name: str, new: nn.Module) -> None:
     setattr(module.get_submodule(path), leaf, new)
 
 
-def other_outputs(output: object) -> tuple[object, ...] | None:
-    """What a block returns beside hidden states; None if it returns nothing but a tensor."""
-    return tuple(output[1:]) if isinstance(output, (tuple, list)) else None
+def others(output: object) -> int | None:
+    """How many outputs there are beside hidden states in what a block returns, as in `Returns`."""
+    return len(output) - 1 if isinstance(output, (tuple, list)) else None
+
+
+def as_returned(
+    hidden: Tensor, block: nn.Module, returns: Returns, beside: Sequence[object] = ()
+) -> object:
+    """Hidden states in the form in which a block returns them.
+
+    Args:
+        returns: what is known of classes of blocks; one that is not is taken to be as another.
+        beside: other outputs, as far as they matter.
+    """
+    count = returns.get(type(block), next(iter(returns.values()), None))
+    if count is None:
+        return hidden
+    return (hidden, *[*beside, *[None] * count][:count])
 
 
 def first_tensor(output: object) -> Tensor:
