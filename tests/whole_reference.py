@@ -41,17 +41,17 @@ def reference(source: Path, packed: Path, scratch: Path) -> Callable[[Tensor], T
         for name, entry in notes["layers"].items()
     }
     own = {name: t for name, t in tensors.items() if not name.endswith(PACKED)}
-    kept = {n: t for n, t in own.items() if n in before or notes["changed"].get(n) == "rotated"}
+    added = {name for name, kind in notes["changed"].items() if kind == "bias_added"}
     fused = layouts(own | layers, before)
+    owners_of_fused = tuple(f"{owner}.experts." for owner, _ in fused.values())
 
     def checkpoint(weights: dict[str, Tensor], rest: dict[str, Tensor]) -> dict[str, Tensor]:
-        whole = {name: rest[name] for name in kept}
-        whole |= {name: weight for name, weight in weights.items() if name in before}
+        plain = {**rest, **weights}.items()
+        whole = {n: t for n, t in plain if n not in added and not n.startswith(owners_of_fused)}
         for name, (owner, layout) in fused.items():
             made = joined(rest | weights, owner, layout, before[name])
             assert made is not None
             whole[name] = made
-        assert whole.keys() >= before.keys(), before.keys() - whole.keys()
         return whole
 
     names, places = list(layers), {}
@@ -88,4 +88,8 @@ def _loaded(packed: Path, weights: dict[str, Tensor], folder: Path) -> hf.PreTra
     (folder / "config.json").write_text(json.dumps(config))
     contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
-    return original(folder)
+    model, about = hf.AutoModelForCausalLM.from_pretrained(
+        folder, experts_implementation="eager", output_loading_info=True
+    )
+    assert not about["missing_keys"], about["missing_keys"]
+    return model.eval()

@@ -306,7 +306,14 @@ def _layers(
         for local, linear in linears(block):
             place = f"{blocks.name(index)}.{local}"
             reached.add(place)
-            disk = names.to_disk[place + layout.WEIGHT].removesuffix(layout.WEIGHT)
+            disk = names.to_disk.get(place + layout.WEIGHT, place + layout.WEIGHT)
+            if not disk.endswith(layout.WEIGHT):
+                left_alone[disk] = "has a name on disk that does not end in 'weight'"
+                continue
+            disk = disk.removesuffix(layout.WEIGHT)
+            if place + layout.WEIGHT in names.shared:
+                left_alone[disk] = "shared between blocks"
+                continue
             if recipe.ignores(disk) or recipe.ignores(place):
                 left_alone[disk] = "matches --ignore"
                 continue

@@ -69,8 +69,19 @@ def try_type(model_type: str, folder: Path) -> dict[str, Outcome]:
 
 def _tried(source: Path, folder: Path, recipe: str, original_logits: torch.Tensor) -> Outcome:
     ids = token_ids()
+    note, text = "", folder / "text.txt"
+    folder.mkdir()
+    text.write_text("the quick brown fox jumps over the lazy dog; " * 40)
     try:
-        zqfp_convert.convert(source, folder / "packed", recipe=recipe, **QUICK)
+        try:
+            zqfp_convert.convert(source, folder / "packed", recipe=recipe, **QUICK)
+        except ZqfpError as error:
+            if "--calibration" not in str(error):
+                raise
+            note = "with --calibration: " + error.found
+            zqfp_convert.convert(
+                source, folder / "packed", recipe=recipe, calibration=text, **QUICK
+            )
         with torch.no_grad():
             have = zqfp_convert.load(folder / "packed", device="cpu")(
                 input_ids=ids, use_cache=False
@@ -91,7 +102,7 @@ def _tried(source: Path, folder: Path, recipe: str, original_logits: torch.Tenso
     # Another FP8 rounding, of sums in another order, moves a token a little; first tokens are
     # before most of it.
     same = float(errors.flatten().quantile(0.1)) < 1e-4 and error < 0.25 * lost
-    return Outcome(WORKS if same else WRONG, "" if same else _figures(errors), error, lost)
+    return Outcome(WORKS if same else WRONG, note if same else _figures(errors), error, lost)
 
 
 def _figures(errors: torch.Tensor) -> str:

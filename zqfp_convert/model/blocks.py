@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -47,15 +48,29 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
     Raises:
         SourceError: there is none, or its blocks hold experts of a kind that is not known.
     """
-    decoder = model.get_decoder()
-    if decoder is None or not isinstance(decoder, nn.Module):
-        decoder = model
+    for decoder in (model.get_decoder(), model.base_model, model):
+        # what some models name so is their output head
+        best = _largest_list(decoder) if isinstance(decoder, nn.Module) else None
+        if best is not None:
+            break
+    else:
+        raise SourceError(
+            type(model).__name__,
+            "no list of decoder blocks with linear layers",
+            needed="a decoder made of a list of blocks",
+            do="This architecture cannot be converted yet.",
+        )
+    path, found = best
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    for block in found:
+        _refuse_experts(type(model).__name__, block)
+    return Blocks(decoder, f"{prefix}.{path}".lstrip("."), list(found))
+
+
+def _largest_list(decoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The outermost list of modules that holds most linear weights, and its name."""
     best: tuple[int, str, nn.ModuleList] | None = None
-    towers = tuple(
-        f"{path}."
-        for path, module in decoder.named_modules()
-        if path and getattr(module, "main_input_name", "input_ids") != "input_ids"
-    )
+    towers = tuple(f"{path}." for path, part in decoder.named_modules() if path and _is_tower(part))
     for path, module in decoder.named_modules():
         if not isinstance(module, nn.ModuleList) or isinstance(module, Experts) or not len(module):
             continue
@@ -65,18 +80,15 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
         usable = (alike or composed) and not f"{path}.".startswith(towers)
         if usable and size and (best is None or size > best[0]):
             best = (size, path, module)
-    if best is None:
-        raise SourceError(
-            type(model).__name__,
-            "no list of decoder blocks with linear layers",
-            needed="a decoder made of a list of blocks",
-            do="This architecture cannot be converted yet.",
-        )
-    _, path, found = best
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    for block in found:
-        _refuse_experts(type(model).__name__, block)
-    return Blocks(decoder, f"{prefix}.{path}".lstrip("."), list(found))
+    return None if best is None else best[1:]
+
+
+def _is_tower(module: nn.Module) -> bool:
+    """Whether a module is a model that starts from something else than tokens."""
+    if not isinstance(module, PreTrainedModel):
+        return False
+    taken = inspect.signature(module.forward).parameters.keys()
+    return module.main_input_name != "input_ids" or not taken & {"input_ids", "inputs_embeds"}
 
 
 def linears(block: nn.Module) -> Iterator[tuple[str, Linear]]:
@@ -172,9 +184,10 @@ def _refuse_experts(model: str, block: nn.Module) -> None:
 def _unknown_experts(model: str, name: str) -> SourceError:
     return SourceError(
         model,
-        f"a mixture of experts (in '{name}' of each block) of a kind that is not known",
+        f"matrices that are in no linear layer (in '{name}' of each block): a mixture of experts, "
+        "or a layer, of a kind that is not known",
         needed="blocks of plain linear layers, or experts whose matrices are in 'gate_up_proj' "
         "and 'down_proj'",
-        do="This architecture cannot be converted yet; a newer transformers may keep its experts "
+        do="This architecture cannot be converted yet; a newer transformers may keep its matrices "
         "so.",
     )
