@@ -76,26 +76,40 @@ INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16,
 HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 EXTRA: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
-    "cohere_compass_text": {"rope_parameters": {
-        "full_attention": ROPE, "sliding_attention": ROPE}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
     "deepseek_v4": {"hc_mult": 2},
-    "dots1": {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_group": 1,
-              "topk_group": 1, "n_shared_experts": 1},
-    "dots3_note": {"text_config": {"num_key_value_heads": HEADS},
-                   "audio_config": {"adapter_input_size": WIDTH}},
-    "gemma4_unified_assistant": {"text_config": {
-        "model_type": "gemma4_unified_text", "num_kv_shared_layers": 2}},
-    "gemma4_assistant": {"text_config": {
-        "model_type": "gemma4_text", "num_kv_shared_layers": 2,
-        "hidden_size_per_layer_input": 0}},
+    "dots1": {
+        "n_routed_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+    },
+    "dots3_note": {
+        "text_config": {"num_key_value_heads": HEADS},
+        "audio_config": {"adapter_input_size": WIDTH},
+    },
+    "gemma4_unified_assistant": {
+        "text_config": {"model_type": "gemma4_unified_text", "num_kv_shared_layers": 2}
+    },
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 0,
+        }
+    },
     "dots3_note_text": {"num_key_value_heads": HEADS},
-    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": [
-        "sliding_attention", "full_attention"] * 2, "intermediate_size": [INNER] * 4,
-        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
-    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": [
-        "linear_attention", "full_attention"]},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "intermediate_size": [INNER] * 4,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+    },
+    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": HEAD},
     "hunyuan_v1_moe": {"head_dim": HEAD, "num_experts": EXPERTS, "moe_topk": [2, 2]},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
@@ -107,10 +121,18 @@ EXTRA: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": INDEXER,
     "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (8, 16)},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": HYBRID,
-              "mamba_d_state": 4, "mamba_dt_rank": 4},
-    "zamba2": {"num_hidden_layers": 4, "layers_block_type": HYBRID, "mamba_headdim": 32,
-               "n_mamba_heads": 4},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": HYBRID,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": HYBRID,
+        "mamba_headdim": 32,
+        "n_mamba_heads": 4,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -43,6 +43,12 @@ def reference(source: Path, packed: Path, scratch: Path) -> Callable[[Tensor], T
     own = {name: t for name, t in tensors.items() if not name.endswith(PACKED)}
     added = {name for name, kind in notes["changed"].items() if kind == "bias_added"}
     fused = layouts(own | layers, before)
+    if not layers.keys() <= before.keys():  # some may be merged only while they are loaded
+        loaded = {n: p.detach() for n, p in original(source).named_parameters() if p.ndim == 3}
+        found = {(owner, layout[0]) for owner, layout in fused.values()}
+        others = layouts(own | layers, loaded).items()
+        fused |= {n: one for n, one in others if (one[0], one[1][0]) not in found}
+        before = loaded | before
     owners_of_fused = tuple(f"{owner}.experts." for owner, _ in fused.values())
 
     def checkpoint(weights: dict[str, Tensor], rest: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -156,7 +156,9 @@ class Entrance:
         except (torch.OutOfMemoryError, SourceError):
             raise
         except Exception as error:  # of the model's own lines, which may ask for anything
-            raise self._refused(f"'{self._blocks.name(index)}' fails by itself ({_said(error)})") from error
+            raise self._refused(
+                f"'{self._blocks.name(index)}' fails by itself ({_said(error)})"
+            ) from error
         self.returns[type(block)] = others(output)
         if index == 0:
             self._beside.handed_on = self._hands_outputs_on()

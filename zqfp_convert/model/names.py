@@ -128,7 +128,8 @@ class _Rules:
         renamed: tuple[str, str | None] = rename_source_key(
             name, self._renamings, self._converters, self._prefix, self._places
         )
-        return renamed
+        # A rule for the names of its authors' own checkpoints may catch the model's own.
+        return (name, None) if renamed[0] not in self._places and name in self._places else renamed
 
     def merges(
         self, place: str, parts: list[tuple[str, str]]
