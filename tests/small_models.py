@@ -27,7 +27,7 @@ RULES: list[tuple[str, int]] = [
     (r"(mamba_|linear_)?(num_)?(n_)?groups|n_group|mamba_ngroups|mamba_n_groups", 1),
     (r"num_expert_group|topk_group|o_groups", 1),
     (r"type_vocab_size", 2),
-    (r".*vocab_size.*|.*_group_vocab|decoder_vocab_size|rel_extent", VOCABULARY),
+    (r".*vocab_size.*|.*_group_vocab|decoder_vocab_size", VOCABULARY),
     (r"(num_|n_)(hidden_)?layers?|num_(encoder|decoder)_layers|(encoder|decoder)_layers", 2),
     (r"conf_num_hidden_layers|num_blocks|depth", 2),
     (r"(moe_)?(num|n)_(local_|routed_)?experts|moe_num_experts", EXPERTS),
@@ -66,6 +66,7 @@ RULES: list[tuple[str, int]] = [
     (r"(mamba_)?chunk_size|index_block_size", 16),
     (r"block_multiple_of", 16),
     (r"ngram_vocab_size_base", 512),
+    (r"rel_extent", 64),
     (r"num_layers_per_stack", 1),
 ]  # fmt: skip
 TOKENS = {"pad": 0, "bos": 1, "eos": 2, "cls": 1, "sep": 2, "decoder_start": 2, "mask": 3}
@@ -73,6 +74,13 @@ TOKENS = {"pad": 0, "bos": 1, "eos": 2, "cls": 1, "sep": 2, "decoder_start": 2, 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16,
            "indexer_budget": 16, "indexer_compress_ratio": 4}  # fmt: skip
+DOTS3 = {
+    "num_key_value_heads": HEADS,
+    **{f"swa_{name}": HEADS for name in ("num_attention_heads", "num_key_value_heads")},
+    **{f"swa_{name}": 16 for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim")},
+    "swa_v_head_dim": HEAD,
+    "swa_head_dim": 2 * HEAD,
+}
 HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 EXTRA: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
@@ -88,7 +96,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "n_shared_experts": 1,
     },
     "dots3_note": {
-        "text_config": {"num_key_value_heads": HEADS},
+        "text_config": DOTS3,
         "audio_config": {"adapter_input_size": WIDTH},
     },
     "gemma4_unified_assistant": {
@@ -101,7 +109,7 @@ EXTRA: dict[str, dict[str, Any]] = {
             "hidden_size_per_layer_input": 0,
         }
     },
-    "dots3_note_text": {"num_key_value_heads": HEADS},
+    "dots3_note_text": DOTS3,
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,

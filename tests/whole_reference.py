@@ -20,9 +20,9 @@ from mixtures import QuantizedInputs, dense_weight
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-PACKED = tuple(
-    ".weight_packed .weight_scale .weight_row_scale .weight_codebook .lorc_A .lorc_B .lorc_scale"
-    " .input_offset".split()
+PACKED = (
+    *(".weight_packed", ".weight_scale", ".weight_row_scale", ".weight_codebook"),
+    *(".lorc_A", ".lorc_B", ".lorc_scale", ".input_offset"),
 )
 
 

@@ -1,4 +1,4 @@
-"""One architecture the whole way: made small, converted, loaded, compared with what it has to be."""
+"""One architecture the whole way: made small, converted, loaded and compared."""
 
 from __future__ import annotations
 

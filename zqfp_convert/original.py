@@ -33,7 +33,7 @@ def match(source: Source, model: PreTrainedModel) -> NameMap:
         if names.merged:
             raise SourceError(
                 next(iter(names.merged)),
-                "a tensor that transformers merges or splits, under a name that it would do so again",
+                "a tensor that transformers merges or splits, and would again under its new name",
                 needed="rules that leave the model's own names alone",
                 do="Such models cannot be converted yet.",
             )

@@ -1,6 +1,6 @@
 """Every causal language model of the installed transformers, converted and compared.
 
-    python tests/benchmarks/breadth.py [TYPE ...] [--jobs 2] [--markdown]
+    python tests/benchmarks/breadth.py [TYPE ...] [--jobs 2] [--keep FILE] [--markdown]
 
 Method: of each model type in transformers' mapping of causal language models a small random model
 is made (`tests/small_models.py`), saved with a tokenizer, converted with `fast` and with `best`
@@ -27,10 +27,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-import torch
-import transformers
-from small_models import model_types
-from whole_way import RECIPES, UNBUILT, WORKS, Outcome, try_type
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from small_models import model_types  # noqa: E402
+from whole_way import RECIPES, UNBUILT, WORKS, Outcome, try_type  # noqa: E402
 
 SECONDS = 300  # for one model
 
@@ -61,12 +61,19 @@ def main() -> None:
     parser.add_argument("types", nargs="*", default=[])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--keep", type=Path, help="go on with the outcomes in this JSON file")
     options = parser.parse_args()
     types = options.types or model_types()
-    results: dict[str, dict[str, Outcome]] = {}
+    kept: dict[str, dict[str, Outcome]] = {}
+    if options.keep is not None and options.keep.exists():
+        for name, found in json.loads(options.keep.read_text()).items():
+            kept[name] = {recipe: Outcome(**one) for recipe, one in found.items()}
     with ProcessPoolExecutor(options.jobs) as pool:
-        for name, found, seconds in pool.map(in_worker, types):
-            results[name] = found
+        for name, found, seconds in pool.map(in_worker, [n for n in types if n not in kept]):
+            kept[name] = found
+            if options.keep is not None:
+                every = {n: {r: asdict(o) for r, o in one.items()} for n, one in kept.items()}
+                options.keep.write_text(json.dumps(every))
             if not options.markdown:
                 for recipe, one in found.items():
                     figures = "" if one.error is None else f"{one.error:.1e} {one.lost:.2f}"
@@ -74,6 +81,7 @@ def main() -> None:
                         f"{name:28} {recipe:5} {one.kind:9} {figures:14} {one.reason}", flush=True
                     )
                 print(f"{'':28} {seconds:.1f} s", file=sys.stderr)
+    results = {name: kept[name] for name in types}
     if options.markdown:
         print(markdown(results))
     count = {r: sum(one[r].kind == WORKS for one in results.values()) for r in RECIPES}

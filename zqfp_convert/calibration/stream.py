@@ -166,7 +166,7 @@ class Entrance:
 
     def _hands_outputs_on(self) -> bool:
         """Whether what blocks return beside hidden states reaches other blocks."""
-        made = [object() for _ in range(max((count or 0 for count in self.returns.values())))]
+        made = [object() for _ in range(max(count or 0 for count in self.returns.values()))]
         marks = {id(mark) for mark in made}
         self._beside.outputs[0] = tuple(made)
         last = self._record(len(self._blocks.modules) - 1, 0)[0]

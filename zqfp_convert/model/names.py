@@ -92,8 +92,10 @@ class NameMap:
         return [d for d, place in self.to_model.items() if place.startswith(module + ".")]
 
     def tied_within(self, module: str) -> dict[str, str]:
-        """Places in a module, whose name may end in a dot, that no tensor fills but one tied to
-        another place does: that tensor's name on disk."""
+        """Tensors on disk by the places in a module that only those tied to another place fill.
+
+        The module's name may end in a dot.
+        """
         prefix = module if not module or module.endswith(".") else f"{module}."
         return {place: disk for place, disk in self._tied.items() if place.startswith(prefix)}
 
@@ -152,8 +154,9 @@ class _Rules:
             return _converted(converter, given)[target]
 
         names = tuple(by_pattern[one] for one in sources)
-        result = {place.replace(targets[0], one): (names, partial(make, target=one))
-                  for one in targets}  # fmt: skip
+        result: dict[str, tuple[tuple[str, ...], Make]] = {
+            place.replace(targets[0], one): (names, partial(make, target=one)) for one in targets
+        }
         if not result.keys() <= self._places.keys():
             raise _merged(parts[0][0])
         return result
