@@ -541,7 +541,7 @@ def test_overwriting_spares_what_is_not_ours(tmp_path: Path) -> None:
 
 
 def test_out_of_memory_on_the_way(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> None:
+    def fail(*args: object, **how: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. And so on")
 
     monkeypatch.setattr("zqfp_convert.conversion.work.quantize_together", fail)

@@ -451,10 +451,10 @@ def test_what_the_solver_sees(
     windows: list[torch.Tensor] = []
     real, real_batches = work.statistics, states.batches_of
 
-    def statistics(stage: list[str], student: Any, stream: Any, *rest: Any) -> Any:
+    def statistics(stage: list[str], student: Any, stream: Any, *rest: Any, **how: Any) -> Any:
         done = {n for n, m in student.named_modules() if isinstance(m, SimulatedLinear)}
         seen.append((stage, done, stream.hidden[0].clone(), rest[1].hidden[0].clone()))
-        return real(stage, student, stream, *rest)
+        return real(stage, student, stream, *rest, **how)
 
     def batches_of(ids: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
         windows.append(ids)

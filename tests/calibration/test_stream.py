@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -102,3 +104,25 @@ def test_batches(windows: int, tokens: int, sizes: list[int]) -> None:
     batches = batches_of(ids, tokens, torch.device("cpu"))
     assert [len(batch) for batch in batches] == sizes
     assert torch.equal(torch.cat(batches), ids)
+
+
+def test_nothing_of_a_call_that_was_left_stays() -> None:
+    """Not even until Python looks for cycles: on a GPU that would be gigabytes by then."""
+    model = random_model(configuration("llama"))
+    block = find_blocks(model).modules[0]
+    entrance = Entrance(find_blocks(model), [torch.ones(1, 5, dtype=torch.long)])
+    hidden, call = entrance.first()[0], entrance.calls(0)(0)
+    down = block.get_submodule("mlp.down_proj")
+    kept: list[weakref.ref[torch.Tensor]] = []
+    handle = block.get_submodule("mlp.gate_proj").register_forward_hook(
+        lambda module, args, out: kept.append(weakref.ref(out))
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad(), stop_at(down):
+            call.run(block, hidden)
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+        handle.remove()

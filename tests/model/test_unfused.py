@@ -10,6 +10,7 @@ import transformers
 from architectures import token_ids
 from mixtures import EXPERTS, architectures, configuration, original, write_mixture
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from zqfp_convert.checkpoint.source import Source
 from zqfp_convert.errors import CheckpointError, SourceError
@@ -191,3 +192,21 @@ def test_experts_keep_the_dtype_they_are_stored_in(tmp_path: Path) -> None:
     assert logits.dtype == torch.float32
     want = original(folder).float()(token_ids()).logits
     assert (logits - want).abs().max() < 1e-4 * want.abs().max()
+
+
+@torch.no_grad()
+def test_compiles_but_for_a_whole_graph() -> None:
+    """With an error that callers know: benchmarks then time the model as it is."""
+    hidden = torch.randn(8, 5)
+    routing = torch.tensor([[0, 1]] * 8), torch.rand(8, 2)
+    identities = [nn.Identity() for _ in range(2)]
+    for experts, args in (
+        (IndexedExperts(identities, {}), (hidden, *routing)),
+        (SortedExperts(identities, {}), (hidden,)),
+    ):
+        want = experts(*args)
+        torch.testing.assert_close(torch.compile(experts, backend="eager")(*args), want)
+        torch.compiler.reset()
+        with pytest.raises(TorchDynamoException):
+            torch.compile(experts, backend="eager", fullgraph=True)(*args)
+        torch.compiler.reset()

@@ -247,11 +247,11 @@ def test_the_factors_of_best_fit_what_its_last_sweep_left() -> None:
 def test_asymmetry_aims_at_the_original(rank: int) -> None:
     weight = weight_of(20, 96)
     curvature = curvature_for(96, drifted=True)
-    assert curvature.drift is not None
+    assert curvature.mismatch is not None
     plain = prepare(curvature.hessian, None, damping=0.01, activation_order=True)
     for asymmetry in (0.0, 0.5, 1.0):
         recipe = Recipe.named("best", asymmetry=asymmetry, group_size=32, rank=rank)
-        target = aim_at_original(weight, curvature.drift, asymmetry)
+        target = aim_at_original(weight, curvature, asymmetry)
         aimed = quantize_weight(weight, curvature, recipe)
         assert torch.equal(aimed.codes, quantize_weight(target, plain, recipe).codes)
         assert torch.equal(aimed.dequantize(), quantize_weight(target, plain, recipe).dequantize())

@@ -6,6 +6,7 @@ to learn with which arguments it calls that block (masks, positions, rotary tabl
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,8 +208,8 @@ class Entrance:
             module.forward = stub(index)
         try:
             self._blocks.decoder(input_ids=self._batches[batch], use_cache=False)
-        except _Reached:
-            pass
+        except _Reached as reached:
+            _forget(reached)
         except (torch.OutOfMemoryError, SourceError):
             raise
         except Exception as error:  # of the model's own lines, which may ask for anything
@@ -261,10 +262,16 @@ def stop_at(module: nn.Module) -> Iterator[None]:
     handle = module.register_forward_pre_hook(stop)
     try:
         yield
-    except _Reached:
-        pass
+    except _Reached as reached:
+        _forget(reached)
     finally:
         handle.remove()
+
+
+def _forget(reached: _Reached) -> None:
+    """Let go of what the calls that were left have computed, before cycles are looked for."""
+    traceback.clear_frames(reached.__traceback__)
+    reached.__traceback__ = None
 
 
 def batches_of(windows: Tensor, tokens_at_once: int, device: torch.device) -> list[Tensor]:

@@ -6,6 +6,9 @@ This is the road of the data; the method itself is `quantize/weight.py`.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,13 +110,10 @@ def run(plan: Plan, progress: Progress | None = None, *, resume: bool = True) ->
 @torch.no_grad()
 def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
     began = time.monotonic()
-    report("checking weights", 0, plan.weights)
-    weights = plan.source.check_finite()
-    if partial.decided("weights", weights) != weights:
-        raise partial.refuse("the model's weights are not what they were when it was begun")
     roundings = partial.decided("roundings", plan.tunes_roundings)  # depends on free memory
     work = Work(replace(plan, tunes_roundings=roundings), report, partial)
-    calibration = work.calibrate() if plan.recipe.needs_calibration else None
+    with _weights_checked(plan, partial, report):
+        calibration = work.calibrate() if plan.recipe.needs_calibration else None
     plan = work.plan  # of the rotated model, maybe
     tunes = plan.recipe.tune > 0
     tuned = _tuned(work) if tunes else None
@@ -144,6 +144,20 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
     return Conversion(
         plan.out, plan, work.entries, work.changed, bits, after, seconds, calibration, outcome
     )
+
+
+@contextmanager
+def _weights_checked(plan: Plan, partial: Partial, report: Progress) -> Iterator[None]:
+    """Runs the body while all weights are read and checked; what is wrong with them goes first."""
+    report("checking weights", 0, plan.weights)
+    with ThreadPoolExecutor(1, "check") as thread:
+        checking = thread.submit(plan.source.check_finite)
+        try:
+            yield
+        finally:
+            weights = checking.result()
+    if partial.decided("weights", weights) != weights:
+        raise partial.refuse("the model's weights are not what they were when it was begun")
 
 
 def _tuned(work: Work) -> Tuned:

@@ -364,7 +364,7 @@ class Work:
             damping=recipe.damping,
             activation_order=recipe.activation_order,
         )
-        moments.cross = None  # the drift now, which is given up as soon as it can be
+        moments.cross = None  # the mismatch now, which is given up as soon as it can be
         if recipe.rank != "auto":  # one at a time takes less memory, but finds no rank for all
             stages = [[place] for stage in stages for place in stage]
         for together in stages:

@@ -116,6 +116,7 @@ class IndexedExperts(Experts):
 
     def _assigned(self, index: Tensor) -> list[Tensor]:
         """For each expert its places in the flattened index, in order; one wait for the device."""
+        _leave_graph()
         flat = index.reshape(-1)
         order = flat.argsort(stable=True)
         counts = flat.bincount(minlength=len(self)).tolist()
@@ -130,6 +131,7 @@ class SortedExperts(Experts):
 
     def rows(self, hidden: Tensor, *routing: Tensor) -> list[Tensor]:
         """As in `Experts`."""
+        _leave_graph()
         each = hidden.view(len(self), -1, hidden.shape[-1])  # [experts, tokens, width]
         expert, token = each.ne(0).any(-1).nonzero(as_tuple=True)
         counts = expert.bincount(minlength=len(self)).tolist()
@@ -142,6 +144,15 @@ class SortedExperts(Experts):
             if len(rows):
                 result[rows] = expert(hidden[rows]).to(result.dtype)
         return result
+
+
+def _leave_graph() -> None:
+    """Which experts run is for the host to know: a compiled graph ends here, a whole one cannot be.
+
+    torch.compile says so itself, but with errors of other kinds.
+    """
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()
 
 
 class StandIn(nn.Module):

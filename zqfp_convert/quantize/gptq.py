@@ -35,10 +35,8 @@ def gptq(weight: Tensor, curvature: Curvature, grid: Grid) -> Tensor:
             block = W[:, left:right]
             _pay(block, errors[:, start:left], U[start:left, left:right])
             here = slice(left, right)
-            settle(block, errors[:, here], U[here, here], order[here], grid)
-    result = torch.empty_like(W)
-    result[:, order] = W
-    return result
+            settle(block, errors[:, here], U[here, here].contiguous(), order[here], grid)
+    return W.index_select(1, torch.argsort(order))
 
 
 def _pay(columns: Tensor, errors: Tensor, shares: Tensor) -> None:

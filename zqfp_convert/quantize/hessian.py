@@ -75,7 +75,8 @@ class Curvature:
         factor: unit upper triangular `[K, K]`, in that order: the rows of the Cholesky factor U
             of the inverse of the damped Hessian (`inverse = U^T U`), each over its diagonal
             element. Row j says how the rounding error of column j is paid for by later columns.
-        drift: `(C - H) (H + damping I)^-1`, `[K, K]`, or None without C.
+        pivots: `[K]`, the squares of these diagonal elements.
+        mismatch: `C - H`, `[K, K]`, or None without C.
         damping: the share of the mean diagonal that was added, after any retries.
         retries: how often the factorization had to be retried with ten times the damping.
     """
@@ -83,7 +84,8 @@ class Curvature:
     hessian: Tensor
     order: Tensor
     factor: Tensor
-    drift: Tensor | None
+    pivots: Tensor
+    mismatch: Tensor | None
     damping: float
     retries: int
 
@@ -91,48 +93,80 @@ class Curvature:
 def prepare(
     hessian: Tensor, cross: Tensor | None, *, damping: float, activation_order: bool
 ) -> Curvature:
-    """Factorize a Hessian `[K, K]` for the solvers; `cross` becomes the drift, in place.
+    """Factorize a Hessian `[K, K]` for the solvers; `cross` becomes the mismatch, in place.
 
     The factor of the inverse comes from one Cholesky factorization and one triangular inverse:
     with J the reversal of the order and `J H J = L L^T`, `inverse(H) = U^T U` for
     `U = J inverse(L) J`, upper triangular. A factorization that fails is retried with ten times
-    the damping.
+    the damping. All of it happens in one matrix.
     """
     diagonal = hessian.diagonal()
     if activation_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
     else:
         order = torch.arange(len(diagonal), device=hessian.device)
-    reverse = order.flip(0)
-    lower, used, retries = _damped_cholesky(hessian[reverse[:, None], reverse], damping)
-    if cross is not None:
-        cross.sub_(hessian)
-        for at in range(0, len(cross), SLICE):
-            rows = cross[at : at + SLICE]
-            rows[:, reverse] = torch.cholesky_solve(rows[:, reverse].t(), lower).t()
-    return Curvature(hessian, order, _inverse_factor(lower), cross, used, retries)
+    matrix, used, retries = _damped_cholesky(hessian, order.flip(0), damping)
+    _invert(matrix)
+    _turn(matrix)
+    factor = matrix.t()
+    pivots = factor.diagonal().clone()
+    factor /= pivots[:, None]
+    mismatch = None if cross is None else cross.sub_(hessian)
+    return Curvature(hessian, order, factor, pivots.square_(), mismatch, used, retries)
 
 
-def _inverse_factor(lower: Tensor) -> Tensor:
-    """The flipped inverse of a lower triangular matrix, each row over its diagonal element."""
-    size = len(lower)
-    factor = torch.zeros(size, size, device=lower.device)
-    for left in range(0, size, SLICE):  # columns of the inverse are zeros down to their own row
-        right = min(left + SLICE, size)
-        unit = torch.zeros(size - left, right - left, device=lower.device)
-        unit.fill_diagonal_(1.0)
-        columns = torch.linalg.solve_triangular(lower[left:, left:], unit, upper=False)
-        factor[: size - left, size - right : size - left] = columns.flip(0, 1)
-    return factor.div_(factor.diagonal().clone()[:, None])
+def _damped_cholesky(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float, int]:
+    """The upper factor L^T of the matrix in that order, the damping that did, how many did not."""
+    mean = float(hessian.diagonal().mean()) or 1.0  # a layer that saw only zeros
+    used = damping
+    for retries in range(8):
+        matrix = hessian[order[:, None], order]
+        matrix.diagonal().add_(used * mean)
+        columns = matrix.t()  # as LAPACK wants it, so that nothing is copied
+        failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(columns, out=(columns, failed))
+        if not bool(failed):
+            return matrix, used, retries
+        used *= 10
+    raise AssertionError("a Hessian stayed indefinite under any damping: it holds NaN or infinity")
 
 
-def aim_at_original(weight: Tensor, drift: Tensor, asymmetry: float) -> Tensor:
-    """The target `W* = W + beta W (C - H)(H + damping I)^-1`, `[N, K]`.
+def _invert(upper: Tensor) -> None:
+    """Invert an upper triangular matrix `[K, K]` in place, from the last rows up."""
+    size = len(upper)
+    for end in range(size, 0, -SLICE):
+        start = max(0, end - SLICE)
+        rows = slice(start, end)
+        corner = upper[rows, rows]
+        unit = torch.eye(len(corner), device=upper.device)
+        corner.copy_(torch.linalg.solve_triangular(corner.contiguous(), unit, upper=True))
+        if end < size:
+            upper[rows, end:] = -(corner @ (upper[rows, end:] @ upper[end:, end:]))
+
+
+def _turn(matrix: Tensor) -> None:
+    """Turn a square matrix upside down and left to right in place."""
+    size = len(matrix)
+    for start in range(0, (size + 1) // 2, SLICE):
+        end = min(start + SLICE, (size + 1) // 2)
+        above, below = matrix[start:end], matrix[size - end : size - start]
+        turned = above.flip(0, 1)
+        above.copy_(below.flip(0, 1))
+        below.copy_(turned)
+
+
+def aim_at_original(weight: Tensor, curvature: Curvature, asymmetry: float) -> Tensor:
+    """The target `W* = W + beta W (C - H)(H + damping I)^-1`, `[N, K]`; W itself without C.
 
     With beta = 1 it is the weight whose outputs on the inputs at hand come nearest, in the least
     squares sense, to what the original weight gives on the original inputs.
     """
-    return weight + asymmetry * (weight @ drift)
+    if curvature.mismatch is None or asymmetry == 0:
+        return weight
+    U, order = curvature.factor, curvature.order
+    pull = (weight @ curvature.mismatch).index_select(1, order)
+    pull = ((pull @ U.t()) * curvature.pivots) @ U
+    return weight + asymmetry * pull.index_select(1, torch.argsort(order))
 
 
 def relative_error(error: Tensor, weight: Tensor, hessian: Tensor | None) -> float:
@@ -162,17 +196,3 @@ def energy(matrix: Tensor, hessian: Tensor | None) -> float:
     with tensor_cores():
         weighted = matrix if hessian is None else matrix @ hessian
     return float((weighted * matrix).sum(dtype=torch.float64).clamp_min(0.0))
-
-
-def _damped_cholesky(matrix: Tensor, damping: float) -> tuple[Tensor, float, int]:
-    """The factor, the damping that did, and how many did not; the matrix is changed."""
-    diagonal = matrix.diagonal().clone()
-    mean = float(diagonal.mean()) or 1.0  # a layer that saw only zeros
-    used = damping
-    for retries in range(8):
-        matrix.diagonal().copy_(diagonal + used * mean)
-        lower, failed = torch.linalg.cholesky_ex(matrix)
-        if not bool(failed):
-            return lower, used, retries
-        used *= 10
-    raise AssertionError("a Hessian stayed indefinite under any damping: it holds NaN or infinity")

@@ -68,21 +68,15 @@ def quantize_together(
         weights: any floating dtype, finite.
         curvature: statistics of the input; None for layers without (they are then rounded to
             nearest, and LoRC falls back to the plain decomposition).
-        spend: the curvature's drift is given up once the targets are known; it takes as much memory
-            as the Hessian.
+        spend: the curvature's mismatch is given up once the targets are known; it takes as much
+            memory as the Hessian.
     """
     with tensor_cores():
-        targets = [_target(weight, curvature, recipe) for weight in weights]
-        if spend and curvature is not None:
-            curvature.drift = None
+        targets = [weight.float() for weight in weights]
+        if curvature is not None:
+            targets = [aim_at_original(W, curvature, recipe.asymmetry) for W in targets]
+            curvature.mismatch = None if spend else curvature.mismatch
         return _quantize_together(weights, targets, curvature, recipe)
-
-
-def _target(weight: Tensor, curvature: Curvature | None, recipe: Recipe) -> Tensor:
-    W = weight.float()
-    if curvature is None or curvature.drift is None or recipe.asymmetry == 0:
-        return W
-    return aim_at_original(W, curvature.drift, recipe.asymmetry)
 
 
 def _quantize_together(

@@ -11,7 +11,7 @@ from zqfp_convert.numerics.kernels.casts import on
 from zqfp_convert.numerics.scales import Scales
 
 ROWS = 16  # of one program
-STEPS = 32  # columns that a program holds at a time
+STEPS = 16  # columns that a program holds at a time
 
 
 def settle(
@@ -77,7 +77,7 @@ def _settle(
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = n < rows
     c = tl.arange(0, STEPS)
-    marks += n * groups
+    marks += n[:, None] * groups
     block += n[:, None] * block_stride
     moves += n[:, None] * moves_stride
     for start in range(0, width, STEPS):
@@ -89,32 +89,39 @@ def _settle(
             tile += tl.load(moves + (start + c)[None, :], mask, other=0.0) * size
         for earlier in range(0, start, STEPS):
             moved = tl.load(moves + (earlier + c)[None, :], inside[:, None], other=0.0)
-            pulls = tl.load(
+            earlier_pulls = tl.load(
                 coupling + (earlier + c)[:, None] * coupling_stride + (start + c)[None, :],
                 (start + c < width)[None, :],
                 other=0.0,
             )
             if DESCENT:
-                pulls *= size
-            tile -= tl.dot(moved, pulls, input_precision="ieee")
+                earlier_pulls *= size
+            tile -= tl.dot(moved, earlier_pulls, input_precision="tf32x3")
         made = tl.zeros((ROWS, STEPS), tl.float32)
+        # All that the steps need is in registers: a load would have them wait.
+        group = tl.load(columns + start + c, start + c < width, other=0) // GROUP
+        signed = tl.load(marks + group[None, :], mask, other=1.0)
+        here = (start + c)[:, None]
+        pulls = tl.load(
+            coupling + here * coupling_stride + (start + c)[None, :],
+            (here < width) & (start + c < width)[None, :] & (c[:, None] < c[None, :]),
+            other=0.0,
+        )
+        if DESCENT:
+            pulls *= size
         for j in range(min(STEPS, width - start)):
             here = (c == j)[None, :]
             value = tl.sum(tl.where(here, tile, 0.0), 1)
-            mark = tl.load(marks + tl.load(columns + start + j) // GROUP, inside, other=1.0)
+            mark = tl.sum(tl.where(here, signed, 0.0), 1)
+            pull = tl.sum(tl.where((c == j)[:, None], pulls, 0.0), 0)
             scale = tl.abs(mark)
-            magnitude = (
-                magnitude_of(tl.div_rn(tl.abs(value), scale), mark < 0, ABOVE, RISES, PAIR) * scale
-            )
+            magnitude = magnitude_of(tl.abs(value) / scale, mark < 0, ABOVE, RISES, PAIR) * scale
             rounded = tl.where(value < 0, -magnitude, magnitude)
             if DESCENT:  # noqa: SIM108 (a constant: one of the two is compiled)
                 move = rounded - tl.sum(tl.where(here, stood, 0.0), 1)
             else:
                 move = value - rounded
-            later = (c > j) & (start + c < width)
-            pull = tl.load(coupling + (start + j) * coupling_stride + start + c, later, other=0.0)
-            pull = pull[None, :] * size if DESCENT else pull[None, :]
-            tile = tl.where(here, rounded[:, None], tile - move[:, None] * pull)
+            tile = tl.where(here, rounded[:, None], tile - move[:, None] * pull[None, :])
             made = tl.where(here, move[:, None], made)
         tl.store(block + (start + c)[None, :], tile, mask)
         tl.store(moves + (start + c)[None, :], made, mask)
