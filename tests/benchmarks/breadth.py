@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -109,26 +110,30 @@ def markdown(results: dict[str, dict[str, Outcome]]) -> str:
     built = {n: found for n, found in results.items() if found["fast"].kind != UNBUILT}
     works = {r: [n for n, one in built.items() if one[r].kind == WORKS] for r in RECIPES}
     by_text = [n for n in works["best"] if built[n]["best"].reason]
-    lines = [
+    said = (
         f"transformers {transformers.__version__} maps {len(results)} model types to a causal "
-        f"language model. {len(built)} of them can be built by themselves from a small "
-        f"configuration. Of these {len(works['fast'])} work with `fast` and "
-        f"{len(works['best'])} with `best`"
-        + (f" ({', '.join(by_text)} with `--calibration`, as they cannot write text)" if by_text
-           else "") + ".",
+        f"language model; {len(built)} of them can be built small and by themselves. Of these "
+        f"{len(works['fast'])} work with `fast` and {len(works['best'])} with `best`"
+    )
+    if by_text:
+        said += f" ({', '.join(by_text)} with `--calibration`: they cannot write text in that size)"
+    lines = [
+        *textwrap.wrap(f"{said}. The others:", 110, break_on_hyphens=False),
         "",
         "| type | `fast` | `best` | reason |",
         "|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for name, found in built.items():
         if any(found[recipe].kind != WORKS for recipe in RECIPES):
             fast, best = (found[recipe] for recipe in RECIPES)
             reason = (fast.reason or best.reason).split("; needed")[0]
             lines.append(f"| {name} | {fast.kind} | {best.kind} | {reason} |")
-    lines += ["", "Not built, so not tried: "]
-    unbuilt = [f"{name} ({results[name]['fast'].reason})" for name in results if name not in built]
-    lines[-1] += "; ".join(unbuilt) + "."
-    lines += ["", f"These work: {', '.join(works['best'])}."]
+    lines += ["", "Not built, so not tried:", ""]
+    for name, found in results.items():
+        if name not in built:
+            lines.append(f"- {name}: {textwrap.shorten(found['fast'].reason, 110)}")
+    whole = f"With both recipes work: {', '.join(n for n in works['fast'] if n in works['best'])}."
+    lines += ["", *textwrap.wrap(whole, 110, break_on_hyphens=False)]
     return "\n".join(lines)
 
 

@@ -80,9 +80,10 @@ class Stream:
             self.move(block, calls(index))
         self.moved = 0
 
-    def split(self, size: int) -> None:
-        """Make batches of at most so many windows out of the larger ones."""
-        self.hidden = [part for hidden in self.hidden for part in torch.split(hidden, size)]
+    def split(self, size: int, dimension: int = 0) -> None:
+        """Make batches of at most so many windows out of the larger ones; windows lie there."""
+        parts = (torch.split(hidden, size, dimension) for hidden in self.hidden)
+        self.hidden = [part for batch in parts for part in batch]
 
     def checksum(self) -> int:
         """What tells these hidden states, to the bit, from nearly all others."""
@@ -111,6 +112,15 @@ class Entrance:
     def first(self) -> list[Tensor]:
         """The hidden states that enter the first block, for each batch."""
         return [self.enter(batch) for batch in range(len(self._batches))]
+
+    def dimension(self, hidden: Tensor) -> int:
+        """In which dimension windows lie in hidden states of the first batch.
+
+        The first, unless the model carries several copies of the states before it.
+        """
+        windows = tuple(self._batches[0].shape)
+        fits = (at for at in range(hidden.ndim - 1) if hidden.shape[at : at + 2] == windows)
+        return next(fits, 0)
 
     def enter(self, batch: int) -> Tensor:
         """The hidden states `[batch, tokens, width]` that enter the first block, for one batch."""
