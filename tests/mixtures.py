@@ -231,4 +231,8 @@ class QuantizedInputs(TorchFunctionMode):
             x, weight, *rest = args
             if weight.untyped_storage().data_ptr() in self._storages:
                 args = (seen(x), weight, *rest)
+        if function is torch.addmm:
+            bias, x, weight = args
+            if weight.untyped_storage().data_ptr() in self._storages:
+                args = (bias, seen(x), weight)
         return function(*args, **(kwargs or {}))

@@ -174,7 +174,7 @@ def test_already_quantized(
 
 def test_no_recognisable_blocks(tmp_path: Path, out: Path) -> None:
     write_model(tmp_path / "m", num_hidden_layers=0)
-    refused(tmp_path / "m", out, "LlamaForCausalLM", "no list of like decoder blocks")
+    refused(tmp_path / "m", out, "LlamaForCausalLM", "no list of decoder blocks")
 
 
 def test_mixture_of_unknown_experts(tmp_path: Path, out: Path) -> None:

@@ -6,9 +6,10 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
+from zqfp_convert.checkpoint.merged import Merge, MergedShards
 from zqfp_convert.checkpoint.source import Source
 from zqfp_convert.checkpoint.split import Slice, SplitShards
-from zqfp_convert.errors import CheckpointError
+from zqfp_convert.errors import CheckpointError, SourceError
 from zqfp_convert.model.experts import Fused
 from zqfp_convert.model.names import NameMap
 
@@ -17,13 +18,25 @@ def match(source: Source, model: PreTrainedModel) -> NameMap:
     """The names of a source's tensors, which are the model's, one by one, from now on.
 
     Where all experts of a block lie in one tensor, `source.shards` gives their matrices as tensors
-    `…experts.7.gate_proj.weight` instead.
+    `…experts.7.gate_proj.weight` instead; where the model has tensors merged or split, it gives
+    them so, by the model's names.
 
     Raises:
         SourceError: a tensor that can neither be taken as it is nor expert by expert.
         CheckpointError: `wrong-shape`, of a tensor that holds experts.
     """
     names = NameMap(model, source.shards.tensors)
+    if names.merged:
+        merges = {place: Merge(parts, make) for place, (parts, make) in names.merged.items()}
+        source.shards = MergedShards(source.shards, merges)
+        names = NameMap(model, source.shards.tensors)
+        if names.merged:
+            raise SourceError(
+                next(iter(names.merged)),
+                "a tensor that transformers merges or splits, and would again under its new name",
+                needed="rules that leave the model's own names alone",
+                do="Such models cannot be converted yet.",
+            )
     if not names.fused:
         return names
     slices: dict[str, Slice] = {}

@@ -22,6 +22,7 @@ from zqfp_convert.distill import memory
 from zqfp_convert.errors import CheckpointError, OutputError, SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
+from zqfp_convert.model.configured import configured
 from zqfp_convert.model.device import compute_dtype, resolve_device, too_little_memory
 from zqfp_convert.model.experts import routers
 from zqfp_convert.model.names import NameMap
@@ -314,7 +315,14 @@ def _layers(
         for local, linear in linears(block):
             place = f"{blocks.name(index)}.{local}"
             reached.add(place)
-            disk = names.to_disk[place + layout.WEIGHT].removesuffix(layout.WEIGHT)
+            disk = names.to_disk.get(place + layout.WEIGHT, place + layout.WEIGHT)
+            if not disk.endswith(layout.WEIGHT):
+                left_alone[disk] = "has a name on disk that does not end in 'weight'"
+                continue
+            disk = disk.removesuffix(layout.WEIGHT)
+            if place + layout.WEIGHT in names.shared:
+                left_alone[disk] = "shared between blocks"
+                continue
             if recipe.ignores(disk) or recipe.ignores(place):
                 left_alone[disk] = "matches --ignore"
                 continue
@@ -370,8 +378,8 @@ def _split(source: Source, names: list[str]) -> list[list[str]]:
 
 def positions(model: PreTrainedModel) -> int:
     """The longest window a model takes, in tokens; a very large number where it has no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 1 else 1 << 30
+    limit = configured(model, "max_position_embeddings")
+    return limit if limit is not None and limit > 1 else 1 << 30
 
 
 def _estimated(plan: Plan) -> Plan:
@@ -418,7 +426,7 @@ def _memory(plan: Plan) -> tuple[int, int]:
     host = 2 * (max(block_bytes, largest_shard) + max(block_bytes // 3, largest_shard))
     work = solving
     if recipe.needs_calibration:
-        hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0))
+        hidden = configured(model, "hidden_size") or 0
         streams = 2 if recipe.asymmetry > 0 or recipe.tune > 0 else 1
         window = recipe.seq_len * hidden * width
         tuned_on = max(recipe.samples, recipe.tune_samples) if recipe.tune > 0 else recipe.samples
@@ -453,7 +461,7 @@ def _memory(plan: Plan) -> tuple[int, int]:
                 recipe,
                 roundings=plan.tunes_roundings,
                 hidden=hidden,
-                vocabulary=int(getattr(model.config.get_text_config(), "vocab_size", 0)),
+                vocabulary=configured(model, "vocab_size") or 0,
                 width=width,
                 rest=outside + (sum(block_numbers) - plan.weights) * width,
             )
@@ -466,15 +474,15 @@ def _memory(plan: Plan) -> tuple[int, int]:
 
 def _cache_bytes(plan: Plan, width: int) -> int:
     """Keys, values and logits of the windows that the model writes at once."""
-    config = plan.model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    extent = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+    model = plan.model
+    heads = configured(model, "num_attention_heads") or 1
+    groups = configured(model, "num_key_value_heads") or heads
+    extent = configured(model, "head_dim") or (configured(model, "hidden_size") or 0) // heads
     recipe = plan.recipe
     written = max(recipe.samples, recipe.tune_samples if recipe.tune > 0 else 0)
     together = min(GENERATED_AT_ONCE, written)
     keys_and_values = 2 * len(plan.layers) * groups * extent * plan.recipe.seq_len * width
-    return int(together * (keys_and_values + 8 * int(getattr(config, "vocab_size", 0))))
+    return int(together * (keys_and_values + 8 * (configured(model, "vocab_size") or 0)))
 
 
 def _count(extents: tuple[int, ...]) -> int:

@@ -51,7 +51,7 @@ def test_streamed_states_are_those_of_the_whole_model(arch: str) -> None:
         skeleton.empty(module)  # as in a conversion: no block is there but the one at hand
     entrance = Entrance(blocks, batches)
     stream = Stream(entrance.first())
-    entrance.try_first(real[0])
+    entrance.try_block(0, real[0])
     for index, block in enumerate(real):
         for have, states in zip(stream.hidden, want, strict=True):
             assert torch.equal(have, states[index])

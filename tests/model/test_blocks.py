@@ -86,7 +86,7 @@ def bare_model(decoder: nn.Module) -> transformers.PreTrainedModel:
     ids=["no list", "empty list", "no linears", "not alike"],
 )
 def test_no_recognisable_blocks(decoder: nn.Module) -> None:
-    with pytest.raises(SourceError, match="no list of like decoder blocks") as raised:
+    with pytest.raises(SourceError, match="no list of decoder blocks") as raised:
         blocks.find_blocks(bare_model(decoder))
     assert "PreTrainedModel" in raised.value.where
 

@@ -10,7 +10,7 @@ import torch
 from architectures import ARCHITECTURES, configuration, random_model, token_ids
 
 from zqfp_convert.errors import SourceError
-from zqfp_convert.model.blocks import find_blocks
+from zqfp_convert.model.blocks import find_blocks, others
 from zqfp_convert.model.head import Head
 
 
@@ -19,14 +19,14 @@ from zqfp_convert.model.head import Head
 def test_tokens_can_go_by_themselves(arch: str, dtype: torch.dtype) -> None:
     model = random_model(configuration(arch), dtype)
     blocks = find_blocks(model)
-    seen: list[bool] = []
+    seen: list[int | None] = []
     hook = blocks.modules[0].register_forward_hook(
-        lambda module, args, output: seen.append(isinstance(output, tuple))
+        lambda module, args, output: seen.append(others(output))
     )
     with torch.no_grad():
         model(token_ids(1), use_cache=False)
         hook.remove()
-        head = Head(model, blocks, returns_tuple=seen[0])
+        head = Head(model, blocks, returns={type(blocks.modules[0]): seen[0]})
         head.check(torch.randn(1, 24, 64).to(dtype), token_ids(1))
 
 
@@ -42,6 +42,6 @@ def test_a_head_that_looks_at_more_is_refused(looks_at: str) -> None:
             )
         return SimpleNamespace(logits=logits.cumsum(1))
 
-    head = Head(curious, find_blocks(model), returns_tuple=False)
+    head = Head(curious, find_blocks(model), returns={})
     with torch.no_grad(), pytest.raises(SourceError, match="looks at more"):
         head.check(torch.randn(1, 24, 64), token_ids(1))

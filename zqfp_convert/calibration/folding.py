@@ -8,7 +8,7 @@ assumed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,10 @@ def _double(call: Call) -> Call:
             return value.double()
         if isinstance(value, (tuple, list)):
             return type(value)(widen(element) for element in value)
+        if isinstance(value, MutableMapping):  # a copy, as blocks fill it
+            made = type(value)()
+            made.update({key: widen(element) for key, element in value.items()})
+            return made
         return value
 
     kwargs = {key: widen(value) for key, value in call.kwargs.items()}

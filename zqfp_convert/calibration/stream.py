@@ -10,13 +10,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zqfp_convert.calibration.beside import Beside
 from zqfp_convert.errors import SourceError
-from zqfp_convert.model.blocks import Blocks, first_tensor
+from zqfp_convert.model.blocks import Blocks, as_returned, first_tensor, others
 
 
 class _Reached(Exception):  # noqa: N818 (no error)
@@ -29,10 +31,14 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    keep: Callable[[object], None] | None = None  # is told what the block returns
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The hidden states `[batch, tokens, width]` that the block makes of others."""
-        return first_tensor(block(hidden, *self.args, **self.kwargs))
+        output = block(hidden, *self.args, **self.kwargs)
+        if self.keep is not None:
+            self.keep(output)
+        return first_tensor(output)
 
     def same_as(self, other: Call) -> bool:
         """Whether the arguments are equal, as far as they are numbers, tensors and tuples."""
@@ -74,9 +80,10 @@ class Stream:
             self.move(block, calls(index))
         self.moved = 0
 
-    def split(self, size: int) -> None:
-        """Make batches of at most so many windows out of the larger ones."""
-        self.hidden = [part for hidden in self.hidden for part in torch.split(hidden, size)]
+    def split(self, size: int, dimension: int = 0) -> None:
+        """Make batches of at most so many windows out of the larger ones; windows lie there."""
+        parts = (torch.split(hidden, size, dimension) for hidden in self.hidden)
+        self.hidden = [part for batch in parts for part in batch]
 
     def checksum(self) -> int:
         """What tells these hidden states, to the bit, from nearly all others."""
@@ -91,14 +98,29 @@ class Entrance:
     def __init__(self, blocks: Blocks, batches: list[Tensor]) -> None:
         """`batches` are token ids, int64 `[batch, tokens]`, on the decoder's device.
 
-        `returns_tuple` says what blocks return, once `try_first` has found out.
+        `returns` says what blocks return, once `try_block` has found out.
         """
         self._blocks, self._batches = blocks, batches
-        self.returns_tuple = False
+        self.returns: dict[type[nn.Module], int | None] = {}
+        self._beside = Beside()
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether blocks give later ones more than hidden states."""
+        return self._beside.anything
 
     def first(self) -> list[Tensor]:
         """The hidden states that enter the first block, for each batch."""
         return [self.enter(batch) for batch in range(len(self._batches))]
+
+    def dimension(self, hidden: Tensor) -> int:
+        """In which dimension windows lie in hidden states of the first batch.
+
+        The first, unless the model carries several copies of the states before it.
+        """
+        windows = tuple(self._batches[0].shape)
+        fits = (at for at in range(hidden.ndim - 1) if hidden.shape[at : at + 2] == windows)
+        return next(fits, 0)
 
     def enter(self, batch: int) -> Tensor:
         """The hidden states `[batch, tokens, width]` that enter the first block, for one batch."""
@@ -106,6 +128,7 @@ class Entrance:
 
     def split(self, size: int) -> None:
         """Make batches of at most so many windows out of the larger ones."""
+        self._beside.split(size, map(len, self._batches))
         self._batches = [part for batch in self._batches for part in torch.split(batch, size)]
 
     def calls(self, block: int) -> Callable[[int], Call]:
@@ -118,6 +141,8 @@ class Entrance:
         def call(batch: int) -> Call:
             if batch not in known:
                 found = self._record(block, batch)[0]
+                if self.hands_on:
+                    return found
                 same = next((one for one in known.values() if one.same_as(found)), None)
                 if known and same is None:
                     return found
@@ -126,14 +151,47 @@ class Entrance:
 
         return call
 
-    def try_first(self, block: nn.Module) -> None:
-        """Run the real first block once, so that stubs return what it does: a tensor or a tuple."""
-        call, hidden = self._record(0, 0)
-        self.returns_tuple = isinstance(block(hidden, *call.args, **call.kwargs), tuple)
+    def try_block(self, index: int, block: nn.Module) -> None:
+        """Run a block of a kind that is new once, so that stubs return what it does.
+
+        With the first one it is seen, before any long work, whether the decoder can be run so.
+
+        Raises:
+            SourceError: it cannot be run block by block.
+        """
+        if type(block) in self.returns:
+            return
+        call, hidden = self._record(index, 0)
+        try:
+            output = block(hidden, *call.args, **call.kwargs)
+        except (torch.OutOfMemoryError, SourceError):
+            raise
+        except Exception as error:  # of the model's own lines, which may ask for anything
+            raise self._refused(
+                f"'{self._blocks.name(index)}' fails by itself ({_said(error)})"
+            ) from error
+        self.returns[type(block)] = others(output)
+        if index == 0:
+            self._beside.handed_on = self._hands_outputs_on()
+        self._keep(0, output)
+
+    def _hands_outputs_on(self) -> bool:
+        """Whether what blocks return beside hidden states reaches other blocks."""
+        made = [object() for _ in range(max(count or 0 for count in self.returns.values()))]
+        marks = {id(mark) for mark in made}
+        self._beside.outputs[0] = tuple(made)
+        last = self._record(len(self._blocks.modules) - 1, 0)[0]
+        del self._beside.outputs[0]
+        return any(id(value) in marks for value in (*last.args, *last.kwargs.values()))
+
+    def _keep(self, batch: int, output: object) -> None:
+        if self._beside.handed_on and isinstance(output, (tuple, list)):
+            self._beside.outputs[batch] = tuple(output[1:])
 
     def _record(self, wanted: int, batch: int) -> tuple[Call, Tensor]:
         found: list[tuple[Call, Tensor]] = []
         passed: list[Tensor] = []
+        beside = self._beside.outputs.get(batch, ())
 
         def stub(index: int) -> Callable[..., object]:
             def forward(*args: Any, **kwargs: Any) -> object:
@@ -142,18 +200,16 @@ class Entrance:
                 else:
                     hidden, rest = kwargs.pop("hidden_states"), ()
                 if passed and passed[-1] is not hidden:
-                    raise SourceError(
-                        f"{type(self._blocks.decoder).__name__}, {self._blocks.name(index)}",
-                        "a block that is not fed what the block before it returns",
-                        needed="a decoder that hands hidden states from block to block",
-                        do="This architecture cannot be run block by block yet; converting with "
-                        "--recipe fast does without.",
+                    raise self._refused(
+                        f"'{self._blocks.name(index)}' is not fed what the block before it returns"
                     )
                 passed.append(hidden)
+                kwargs = self._beside.filled(batch, kwargs)
                 if index == wanted:
-                    found.append((Call(rest, kwargs), hidden))
+                    keep = partial(self._keep, batch) if self._beside.handed_on else None
+                    found.append((Call(rest, kwargs, keep), hidden))
                     raise _Reached
-                return (hidden,) if self.returns_tuple else hidden
+                return as_returned(hidden, modules[index], self.returns, beside)
 
             return forward
 
@@ -164,11 +220,28 @@ class Entrance:
             self._blocks.decoder(input_ids=self._batches[batch], use_cache=False)
         except _Reached as reached:
             _forget(reached)
+        except (torch.OutOfMemoryError, SourceError):
+            raise
+        except Exception as error:  # of the model's own lines, which may ask for anything
+            raise self._refused(f"it fails between its blocks ({_said(error)})") from error
         finally:
             for module in modules:
                 del module.forward
-        assert found, "the decoder did not call its block"
+        if not found:
+            raise self._refused(f"'{self._blocks.name(wanted)}' is not called")
         return found[0]
+
+    def _refused(self, reason: str) -> SourceError:
+        return SourceError(
+            type(self._blocks.decoder).__name__,
+            f"a decoder that cannot be run block by block: {reason}",
+            needed="a decoder that hands hidden states from block to block",
+            do="Such a model cannot be calibrated yet; --recipe fast does without.",
+        )
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from zqfp_convert.errors import OptionError
+from zqfp_convert.errors import OptionError, SourceError
 from zqfp_convert.parallel import ALONE, World
 
 GENERATED_AT_ONCE = 32
@@ -135,9 +135,13 @@ def generate(
     sampling from the model's own distribution, past ends of text. Deterministic for a seed on one
     machine; the global random state is left as it was. Processes of a `world` take turns; all get
     everything.
+
+    Raises:
+        SourceError: the model cannot write.
     """
-    config = model.config.get_text_config()
-    first = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+    config = model.config.get_text_config(decoder=True)
+    begins = getattr(config, "bos_token_id", None)
+    first = begins if begins is not None else getattr(config, "eos_token_id", None)
     first = first[0] if isinstance(first, list) else first
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     settings = GenerationConfig(
@@ -164,7 +168,18 @@ def generate(
                 prompt = torch.randint(vocabulary, (count, 1))
             prompt = prompt.to(model.device)
             mask = torch.ones_like(prompt)  # else a first token that is also the padding is hidden
-            parts[start] = model.generate(prompt, attention_mask=mask).cpu()
+            try:
+                parts[start] = model.generate(prompt, attention_mask=mask).cpu()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of the model's own lines, which may ask for anything
+                raise SourceError(
+                    type(model).__name__,
+                    "a model that cannot write its own calibration text "
+                    f"({type(error).__name__}: {' '.join(str(error).split())[:120]})",
+                    needed="a model that transformers can generate text with, or text",
+                    do="Give --calibration FILE.",
+                ) from error
     model.generation_config = habits
     found = {start: part for own in world.gather(parts) for start, part in own.items()}
     return torch.cat([found[start] for start in sorted(found)]).clone()

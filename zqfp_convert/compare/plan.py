@@ -18,6 +18,7 @@ from zqfp_convert.evaluate import texts
 from zqfp_convert.evaluate.parts import SourceParts
 from zqfp_convert.evaluate.texts import Windows
 from zqfp_convert.model.blocks import find_blocks, linears, shape
+from zqfp_convert.model.configured import configured
 from zqfp_convert.model.device import resolve_device, too_little_memory
 from zqfp_convert.model.experts import mixtures
 from zqfp_convert.model.tokenizer import check_tokens, tokenizer_of
@@ -168,7 +169,7 @@ def _with_memory(plan: StudyPlan, vocabulary: int) -> StudyPlan:
     """The plan with an estimate of what is in memory at once."""
     parts, item = plan.parts, plan.parts.dtype.itemsize
     blocks = find_blocks(parts.model)
-    width = getattr(parts.model.config.get_text_config(), "hidden_size", 0)
+    width = configured(parts.model, "hidden_size") or 0
     measured = sum(each.ids.numel() for each in plan.texts) or WRITTEN * plan.window
     calibrated = plan.samples * plan.seq_len if plan.calibrates else 0
     hidden = (2 * measured + calibrated) * width * item  # the original's stay

@@ -286,8 +286,7 @@ class _Work:
             block = copy.deepcopy(empty)
             name = blocks.name(index)
             parts.fill(block, name + ".", parts.names.within(name))
-            if index == 0:
-                entrance.try_first(block)
+            entrance.try_block(index, block)
             calls = entrance.calls(index)
             weights += sum(weight_matrix(linear).numel() for _, linear in linears(block))
             bits += quantize_block(block, calls, hidden, len(calibration), configuration)

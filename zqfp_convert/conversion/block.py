@@ -32,6 +32,10 @@ def fill(
         value = tensors[name] if tensors else plan.source.shards.read([name])[name]
         place = plan.names.to_model[name].removeprefix(prefix)
         skeleton.assign(module, {place: value.to(plan.device)}, dtype)
+    if prefix:  # what blocks share lies in one of them
+        for whole, name in plan.names.tied_within(prefix).items():
+            value = plan.source.shards.read([name])[name].to(plan.device)
+            skeleton.assign(module, {whole.removeprefix(prefix): value}, dtype)
 
 
 def fill_outside(plan: Plan, *, head: bool = True) -> None:

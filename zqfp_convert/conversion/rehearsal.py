@@ -21,7 +21,7 @@ from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
 from zqfp_convert.conversion.ahead import read_ahead
 from zqfp_convert.conversion.block import fill, fill_outside, fold, rounded
 from zqfp_convert.distill.train import kl
-from zqfp_convert.errors import OptionError, OutputError
+from zqfp_convert.errors import OptionError, OutputError, SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import bias_of, get_linear, put, weight_matrix
 from zqfp_convert.model.experts import mixtures
@@ -48,6 +48,7 @@ class _Rehearsal:
         fill_outside(plan)
         self._plan = plan
         batches = batches_of(windows, TOKENS_AT_ONCE[plan.device.type], plan.device)
+        self._first = batches[0][:1]
         self._entrance = Entrance(plan.blocks, batches)
         self.original = Stream(self._entrance.first())
         self.quantized = Stream(list(self.original.hidden))
@@ -57,12 +58,17 @@ class _Rehearsal:
         plan = self._plan
         block, prefix = plan.blocks.modules[index], plan.blocks.name(index) + "."
         fill(plan, block, prefix, plan.block_tensors(index), tensors)
-        if index == 0:
-            self._entrance.try_first(block)
+        self._entrance.try_block(index, block)
 
     def find_rotation(self) -> Rotation | None:
         """That of the residual stream which the model allows, by the first block."""
         plan = self._plan
+        if self._entrance.hands_on:  # what blocks hand on is one for both streams
+            return None
+        try:  # else logits cannot be compared
+            self.head().check(self.original.hidden[0][:1], self._first)
+        except SourceError:
+            return None
         proof = self._entrance.calls(0)(0), self.original.hidden[0]
         return find_rotation(plan.model, plan.blocks, plan.names, *proof)
 
@@ -85,7 +91,7 @@ class _Rehearsal:
     def head(self) -> Head:
         """What makes logits of the streams behind the last block."""
         plan = self._plan
-        return Head(plan.model, plan.blocks, returns_tuple=self._entrance.returns_tuple)
+        return Head(plan.model, plan.blocks, returns=self._entrance.returns)
 
 
 def choose_rotation(plan: Plan, windows: Tensor, report: Report) -> Plan:

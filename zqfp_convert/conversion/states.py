@@ -74,10 +74,11 @@ class States:
     def split(self, size: int) -> None:
         """Go on with batches of at most so many windows."""
         self.size = size
+        dimension = self.entrance.dimension(self.student.hidden[0])
         self.entrance.split(size)
         for stream in (self.student, self.teacher):
             if stream is not None:
-                stream.split(size)
+                stream.split(size, dimension)
 
     def checksums(self) -> list[int]:
         """What tells these states, to the bit, from nearly all others."""

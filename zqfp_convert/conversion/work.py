@@ -297,13 +297,12 @@ class Work:
         # A copy, so that what folding adds to it is gone when the block has to be done again.
         block = copy.deepcopy(plan.blocks.modules[index])
         fill(plan, block, plan.blocks.name(index) + ".", plan.block_tensors(index), tensors)
-        if index == 0:
-            states.entrance.try_first(block)
-            if plan.recipe.tune > 0:  # before hours of work
-                head = Head(plan.model, plan.blocks, returns_tuple=states.entrance.returns_tuple)
-                mine = self.world.part(len(self.windows.calibration)).start
-                window = self.windows.calibration[mine : mine + 1]
-                head.check(states.student.hidden[0][:1], window.to(plan.device))
+        states.entrance.try_block(index, block)
+        if index == 0 and plan.recipe.tune > 0:  # before hours of work
+            head = Head(plan.model, plan.blocks, returns=states.entrance.returns)
+            mine = self.world.part(len(self.windows.calibration)).start
+            window = self.windows.calibration[mine : mine + 1]
+            head.check(states.student.hidden[0][:1], window.to(plan.device))
         calls = states.calls(index)
         balanced, changes = fold(plan, index, block, states.student, calls, self.world)
         disk = {layer.place: layer.disk for layer in plan.layers[index]}

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from zqfp_convert.distill.tunable import straight, tunables
-from zqfp_convert.model.blocks import Blocks, first_tensor
+from zqfp_convert.model.blocks import Blocks, first_tensor, others
 from zqfp_convert.model.head import Head
 
 
@@ -33,7 +33,7 @@ class Student:
     def __init__(self, model: PreTrainedModel, blocks: Blocks, stored: torch.dtype) -> None:
         """`stored` is the dtype of norms in the file. Nothing learns yet."""
         self.model, self._blocks, self._stored = model.requires_grad_(False), blocks, stored
-        self._returns_tuple = False
+        self._returns: dict[type[nn.Module], int | None] = {}
         given = [
             (path, module, leaf)
             for path, module in model.named_modules()
@@ -63,19 +63,21 @@ class Student:
         """Hidden states `[batch, T, width]` behind the last block; `ids` int64 `[batch, T]`."""
         found: list[Tensor] = []
 
-        def checkpointed(forward: Callable[..., object]) -> Callable[..., object]:
+        def checkpointed(module: nn.Module) -> Callable[..., object]:
+            forward: Callable[..., object] = module.forward
+
             def run(*args: Any, **kwargs: Any) -> object:
                 output = checkpoint(
                     forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
                 )
-                self._returns_tuple = isinstance(output, tuple)
+                self._returns[type(module)] = others(output)
                 found[:] = [first_tensor(output)]
                 return output
 
             return run
 
         for module in self._blocks.modules:
-            module.forward = checkpointed(module.forward)
+            module.forward = checkpointed(module)
         try:
             self._blocks.decoder(input_ids=ids, use_cache=False)
         finally:
@@ -85,7 +87,7 @@ class Student:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of hidden states `[tokens, width]` behind the last block, once any have been made."""
-        return Head(self.model, self._blocks, returns_tuple=self._returns_tuple).logits(hidden)
+        return Head(self.model, self._blocks, returns=self._returns).logits(hidden)
 
     @torch.no_grad()
     def original_logits(self, hidden: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ class Student:
         def original(**given: Any) -> Any:
             return functional_call(self.model, self._start, (), given)
 
-        return Head(original, self._blocks, returns_tuple=self._returns_tuple).logits(hidden)
+        return Head(original, self._blocks, returns=self._returns).logits(hidden)
 
     def stored_norms(self) -> dict[str, Tensor]:
         """The norms as the file will have them, by name."""

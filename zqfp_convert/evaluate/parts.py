@@ -53,3 +53,6 @@ class SourceParts:
             place = self.names.to_model[name].removeprefix(prefix)
             tensor = self.source.shards.read([name])[name].to(self._device)
             skeleton.assign(module, {place: tensor}, self._cast)
+        for whole, name in (self.names.tied_within(prefix) if prefix else {}).items():
+            tensor = self.source.shards.read([name])[name].to(self._device)
+            skeleton.assign(module, {whole.removeprefix(prefix): tensor}, self._cast)

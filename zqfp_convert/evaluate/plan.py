@@ -18,6 +18,7 @@ from zqfp_convert.evaluate import texts
 from zqfp_convert.evaluate.parts import SourceParts
 from zqfp_convert.evaluate.texts import Windows
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
+from zqfp_convert.model.configured import configured
 from zqfp_convert.model.device import compute_dtype, resolve_device, too_little_memory
 from zqfp_convert.model.tokenizer import check_tokens, tokenizer_of
 from zqfp_convert.plan import TOKENS_AT_ONCE, positions
@@ -195,7 +196,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 def _hidden(parts: SourceParts | PackedParts) -> int:
     """Bytes of a token's hidden state."""
-    width: int = getattr(parts.model.config.get_text_config(), "hidden_size", 0)
+    width = configured(parts.model, "hidden_size") or 0
     return width * parts.dtype.itemsize
 
 

@@ -46,14 +46,13 @@ def stream(parts: Parts, batches: list[Tensor], step: Callable[[int], None]) -> 
     for index, empty in enumerate(blocks.modules):
         block = copy.deepcopy(empty)
         parts.fill(block, blocks.name(index) + ".", names.within(blocks.name(index)))
-        if index == 0:
-            entrance.try_first(block)
+        entrance.try_block(index, block)
         calls = entrance.calls(index)
         for batch, ids in enumerate(batches):
             entering = hidden[batch].to(ids.device)
             hidden[batch] = calls(batch).run(block, entering).cpu()
             step(index)
-    return Streamed(hidden, Head(model, blocks, returns_tuple=entrance.returns_tuple))
+    return Streamed(hidden, Head(model, blocks, returns=entrance.returns))
 
 
 def compared(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,11 +16,14 @@ from zqfp_convert.errors import SourceError
 from zqfp_convert.model.experts import Experts, mixtures
 
 Linear: TypeAlias = "nn.Linear | Conv1D"
+# How many outputs blocks of a class have beside hidden states; None if they return a bare tensor.
+Returns: TypeAlias = "Mapping[type[nn.Module], int | None]"
+MOST_UNKNOWN = 0.25  # of a block's numbers, in matrices that are in no linear
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The decoder's list of like blocks.
+    """The decoder's list of blocks, of one kind or of several (attention here, recurrence there).
 
     Attributes:
         decoder: the module whose forward runs from token ids to the last block's output.
@@ -37,34 +41,54 @@ class Blocks:
 
 
 def find_blocks(model: PreTrainedModel) -> Blocks:
-    """The outermost list of like modules that holds most of the decoder's linear weights.
+    """The outermost list of modules that holds most of the decoder's linear weights.
+
+    Towers for pictures and sound, which start from something else than tokens, do not count.
 
     Raises:
         SourceError: there is none, or its blocks hold experts of a kind that is not known.
     """
-    decoder = model.get_decoder()
-    if decoder is None or not isinstance(decoder, nn.Module):
-        decoder = model
+    for decoder in (model.get_decoder(), model.base_model, model):
+        # what some models name so is their output head
+        best = _largest_list(decoder) if isinstance(decoder, nn.Module) else None
+        if best is not None:
+            break
+    else:
+        raise SourceError(
+            type(model).__name__,
+            "no list of decoder blocks with linear layers",
+            needed="a decoder made of a list of blocks",
+            do="This architecture cannot be converted yet.",
+        )
+    path, found = best
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    for block in found:
+        _refuse_experts(type(model).__name__, block)
+    return Blocks(decoder, f"{prefix}.{path}".lstrip("."), list(found))
+
+
+def _largest_list(decoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The outermost list of modules that holds most linear weights, and its name."""
     best: tuple[int, str, nn.ModuleList] | None = None
+    towers = tuple(f"{path}." for path, part in decoder.named_modules() if path and _is_tower(part))
     for path, module in decoder.named_modules():
         if not isinstance(module, nn.ModuleList) or isinstance(module, Experts) or not len(module):
             continue
         size = sum(weight_matrix(w).numel() for block in module for _, w in linears(block))
         alike = len({type(block) for block in module}) == 1
-        if alike and size and (best is None or size > best[0]):
+        composed = all(any(True for _ in block.children()) for block in module)
+        usable = (alike or composed) and not f"{path}.".startswith(towers)
+        if usable and size and (best is None or size > best[0]):
             best = (size, path, module)
-    if best is None:
-        raise SourceError(
-            type(model).__name__,
-            "no list of like decoder blocks with linear layers",
-            needed="a decoder made of a list of blocks of one kind",
-            do="This architecture cannot be converted yet.",
-        )
-    _, path, found = best
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    for block in found:
-        _refuse_experts(type(model).__name__, block)
-    return Blocks(decoder, f"{prefix}.{path}".lstrip("."), list(found))
+    return None if best is None else best[1:]
+
+
+def _is_tower(module: nn.Module) -> bool:
+    """Whether a module is a model that starts from something else than tokens."""
+    if not isinstance(module, PreTrainedModel):
+        return False
+    taken = inspect.signature(module.forward).parameters.keys()
+    return module.main_input_name != "input_ids" or not taken & {"input_ids", "inputs_embeds"}
 
 
 def linears(block: nn.Module) -> Iterator[tuple[str, Linear]]:
@@ -110,6 +134,26 @@ def put(module: nn.Module, name: str, new: nn.Module) -> None:
     setattr(module.get_submodule(path), leaf, new)
 
 
+def others(output: object) -> int | None:
+    """How many outputs there are beside hidden states in what a block returns, as in `Returns`."""
+    return len(output) - 1 if isinstance(output, (tuple, list)) else None
+
+
+def as_returned(
+    hidden: Tensor, block: nn.Module, returns: Returns, beside: Sequence[object] = ()
+) -> object:
+    """Hidden states in the form in which a block returns them.
+
+    Args:
+        returns: what is known of classes of blocks; one that is not is taken to be as another.
+        beside: other outputs, as far as they matter.
+    """
+    count = returns.get(type(block), next(iter(returns.values()), None))
+    if count is None:
+        return hidden
+    return (hidden, *[*beside, *[None] * count][:count])
+
+
 def first_tensor(output: object) -> Tensor:
     """The hidden states in what a block returns: a tensor, or a tuple that starts with one."""
     found = output[0] if isinstance(output, (tuple, list)) else output
@@ -133,20 +177,17 @@ def _refuse_experts(model: str, block: nn.Module) -> None:
             continue
         if name not in known and not isinstance(module, nn.Conv1d):
             unknown[name] = sum(p.numel() for p in parameters if p.ndim > 1)
-        fused = any(p.ndim == 3 and min(p.shape) > 1 for p in parameters)
-        listed = isinstance(module, nn.ModuleList) and any(True for _ in linears(module))
-        if (fused and not isinstance(module, nn.Conv1d)) or (listed and name not in known):
-            raise _unknown_experts(model, name)
-    if sum(unknown.values()) > plain:
+    if sum(unknown.values()) > MOST_UNKNOWN * plain:
         raise _unknown_experts(model, max(unknown, key=lambda name: unknown[name]))
 
 
 def _unknown_experts(model: str, name: str) -> SourceError:
     return SourceError(
         model,
-        f"a mixture of experts (in '{name}' of each block) of a kind that is not known",
+        f"matrices that are in no linear layer (in '{name}' of each block): a mixture of experts, "
+        "or a layer, of a kind that is not known",
         needed="blocks of plain linear layers, or experts whose matrices are in 'gate_up_proj' "
         "and 'down_proj'",
-        do="This architecture cannot be converted yet; a newer transformers may keep its experts "
+        do="This architecture cannot be converted yet; a newer transformers may keep its matrices "
         "so.",
     )

@@ -7,7 +7,8 @@ rules are asked, so that what the loader does here is what `from_pretrained` wou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from zqfp_convert.errors import SourceError
 from zqfp_convert.model.experts import Fused, mixtures
 
+Make = Callable[[list[Tensor]], Tensor]
+
 
 class NameMap:
     """Names on disk and in the model.
@@ -28,36 +31,46 @@ class NameMap:
         to_disk: the other way round.
         fused: tensors on disk that hold matrices of all experts of a block: the experts' name in
             the model, and how they lie.
+        merged: places whose tensors are made of others on disk: their names, and what makes it.
         unused: names on disk without a place in the model (left-overs of older versions).
         unfilled: places that no tensor on disk fills; those of fused ones count as such.
         missing: those of them that are not tied to a filled one either.
+        shared: places that are tied to others.
     """
 
     def __init__(self, model: PreTrainedModel, disk: Iterable[str]) -> None:
         """Map the tensors of a checkpoint.
 
         Raises:
-            SourceError: tensors that transformers would merge or split while loading, experts' own
-                aside.
+            SourceError: tensors that transformers would merge or split while loading in a way that
+                is not known.
         """
         places = model.state_dict()
         rules = _Rules(model, places)
         self.to_model: dict[str, str] = {}
         self.fused: dict[str, tuple[str, Fused]] = {}
         self.unused: list[str] = []
+        whole: dict[str, list[tuple[str, str]]] = {}  # names and patterns of what is merged
         for name in disk:
             place, pattern = rules.renamed(name)
             if place in rules.fused:
                 if pattern is None or rules.keeps(pattern):
                     self.fused[name] = rules.fused[place]
                     continue
+                if "*" not in pattern:
+                    whole.setdefault(place, []).append((name, pattern))
+                    continue
                 place = rules.of_expert(name, place, pattern)
             elif pattern is not None and place in places:
-                raise _merged(name)
+                whole.setdefault(place, []).append((name, pattern))
+                continue
             if place in places:
                 self.to_model[name] = place
             else:
                 self.unused.append(name)
+        self.merged: dict[str, tuple[tuple[str, ...], Make]] = {}
+        for place, parts in whole.items():
+            self.merged |= rules.merges(place, parts)
         self.to_disk = {place: name for name, place in self.to_model.items()}
         self.unfilled = sorted(set(places) - set(self.to_disk))
         filled = set(self.to_disk)
@@ -65,10 +78,26 @@ class NameMap:
             if source in filled or target in filled:
                 filled |= {source, target}
         self.missing = [place for place in self.unfilled if place not in filled]
+        tied = model.all_tied_weights_keys.items()
+        pairs = [pair for one, other in tied for pair in ((one, other), (other, one))]
+        self._tied = {
+            place: self.to_disk[other]
+            for place, other in pairs
+            if place not in self.to_disk and other in self.to_disk
+        }
+        self.shared = {one for pair in pairs for one in pair}
 
     def within(self, module: str) -> list[str]:
         """The names on disk of the tensors in the module of that name in the model."""
         return [d for d, place in self.to_model.items() if place.startswith(module + ".")]
+
+    def tied_within(self, module: str) -> dict[str, str]:
+        """Tensors on disk by the places in a module that only those tied to another place fill.
+
+        The module's name may end in a dot.
+        """
+        prefix = module if not module or module.endswith(".") else f"{module}."
+        return {place: disk for place, disk in self._tied.items() if place.startswith(prefix)}
 
     def outside(self, module: str) -> list[str]:
         """The names on disk of the tensors that the model has elsewhere."""
@@ -101,14 +130,46 @@ class _Rules:
         renamed: tuple[str, str | None] = rename_source_key(
             name, self._renamings, self._converters, self._prefix, self._places
         )
-        return renamed
+        # A rule for the names of its authors' own checkpoints may catch the model's own.
+        return (name, None) if renamed[0] not in self._places and name in self._places else renamed
+
+    def merges(
+        self, place: str, parts: list[tuple[str, str]]
+    ) -> dict[str, tuple[tuple[str, ...], Make]]:
+        """What is made of tensors on disk, given with their patterns, by places.
+
+        `place` is the first of them.
+
+        Raises:
+            SourceError: a pattern stands for several tensors, or one is missing.
+        """
+        converter = self._converter(parts[0][1])
+        by_pattern = {pattern: name for name, pattern in parts}
+        sources, targets = list(converter.source_patterns), list(converter.target_patterns)
+        if sorted(by_pattern) != sorted(sources) or len(parts) != len(sources):
+            raise _merged(parts[0][0])
+
+        def make(tensors: list[Tensor], target: str) -> Tensor:
+            given = {one: [tensor] for one, tensor in zip(sources, tensors, strict=True)}
+            return _converted(converter, given)[target]
+
+        names = tuple(by_pattern[one] for one in sources)
+        result: dict[str, tuple[tuple[str, ...], Make]] = {
+            place.replace(targets[0], one): (names, partial(make, target=one)) for one in targets
+        }
+        if not result.keys() <= self._places.keys():
+            raise _merged(parts[0][0])
+        return result
 
     def keeps(self, pattern: str) -> bool:
         """Whether tensors of a pattern are taken as they are after all."""
         if "*" in pattern:
             return False
         sample = torch.arange(24.0).view(2, 3, 4)
-        (made,) = _converted(self._converter(pattern), {pattern: [sample]}).values()
+        try:
+            (made,) = _converted(self._converter(pattern), {pattern: [sample]}).values()
+        except (RuntimeError, ValueError, KeyError, IndexError):  # it asks for other shapes
+            return False
         return torch.equal(made, sample)
 
     def of_expert(self, name: str, fused: str, pattern: str) -> str:

@@ -29,7 +29,7 @@ from zqfp_convert.model.experts import (
 
 GATE_UP = "gate_up_proj"
 BIAS = "_bias"
-TOLERANCE = 1e-9  # relative, of float64 outputs: the two add in other orders
+TOLERANCE = 1e-6  # relative, of float64 outputs; some models add up in float32 all the same
 SMALLEST = 8  # features of the small copy that the proof is done on
 CHOSEN = 2  # experts of each token, in the proof
 TOKENS = 32

@@ -93,6 +93,9 @@ class PackedParts:
             elif name not in self._biases:
                 tensor = self.checkpoint.shards.read([name])[name].to(self._device)
                 skeleton.assign(module, {place: tensor}, self._cast)
+        for whole, name in (self.names.tied_within(prefix) if prefix else {}).items():
+            tensor = self.checkpoint.shards.read([name])[name].to(self._device)
+            skeleton.assign(module, {whole.removeprefix(prefix): tensor}, self._cast)
         siblings.link(module)
 
 
