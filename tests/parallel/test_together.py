@@ -221,3 +221,14 @@ def test_fewer_windows_than_processes(tiny_model: Maker, tmp_path: Path) -> None
 
     processes.run(2, work, tmp_path / "log")
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_mixture_is_tuned_by_one_process(tmp_path: Path) -> None:
+    source = write_mixture(tmp_path / "source", "qwen3_moe")
+
+    def work(world: World) -> None:
+        with pytest.raises(OptionError, match="a mixture of experts, with 2 processes"):
+            convert(source, tmp_path / "out", world=world, **{**FEW, "tune": 2})
+
+    processes.run(2, work, tmp_path / "log")
+    assert not (tmp_path / "out.partial").exists()

@@ -26,9 +26,10 @@ from zqfp_convert.conversion.result import Conversion, Progress
 from zqfp_convert.conversion.tuning import Tuned, tune
 from zqfp_convert.conversion.work import Work
 from zqfp_convert.distill.train import Outcome
-from zqfp_convert.errors import SourceError, Stopped
+from zqfp_convert.errors import OptionError, SourceError, Stopped
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.device import reproducible
+from zqfp_convert.model.experts import mixtures
 from zqfp_convert.numerics import codebook
 from zqfp_convert.parallel import ALONE, World
 from zqfp_convert.plan import Plan, make_plan
@@ -94,6 +95,7 @@ def run(
     try:
         conversion = identity(plan, world.size)
         _check_same(conversion, world)
+        _check_tuned_together(plan, world)
         overwrite, silent = plan.overwrite, progress is None or not world.leads
         with Partial(
             plan.out, conversion, overwrite=overwrite, resume=resume, world=world
@@ -173,6 +175,18 @@ def _check_same(conversion: dict[str, Any], world: World) -> None:
             f"another conversion than that of process 0: {'; '.join(found[:3])}",
             needed="the same model, text, versions and kind of device in all processes",
             do="Give all hosts the same.",
+        )
+
+
+def _check_tuned_together(plan: Plan, world: World) -> None:
+    """Refuse to tune a mixture: experts are handed out, and process 0 would need them all."""
+    together = world.size > 1 and plan.recipe.tune > 0
+    if together and any(mixtures(block) for block in plan.blocks.modules):
+        raise OptionError(
+            "tune",
+            f"{plan.recipe.tune} for a mixture of experts, with {world.size} processes",
+            needed="one process to tune a mixture of experts",
+            do="Give --tune 0 (as recipe best has), or start one process.",
         )
 
 
