@@ -215,9 +215,11 @@ def test_batches_shrink_everywhere(
 
 
 def test_fewer_windows_than_processes(tiny_model: Maker, tmp_path: Path) -> None:
+    source = tiny_model()
+
     def work(world: World) -> None:
         with pytest.raises(OptionError, match="1 windows of text for 2 processes"):
-            convert(tiny_model(), tmp_path / "out", world=world, **{**FEW, "samples": 1})
+            convert(source, tmp_path / "out", world=world, **{**FEW, "samples": 1})
 
     processes.run(2, work, tmp_path / "log")
     assert not (tmp_path / "out.partial").exists()
