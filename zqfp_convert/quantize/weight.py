@@ -108,7 +108,8 @@ def _quantize_together(
 class _Coded:
     """A weight on its way, or the rows of a share of it: `[n, K]` out of `[N, K]`.
 
-    `target` is what to aim at, `quantized` the values of its codes under `scales`.
+    `target` is what to aim at, `quantized` the values of its codes under `scales`; `codes` are
+    there where nothing is going to change them.
     """
 
     weight: Tensor
@@ -116,6 +117,7 @@ class _Coded:
     quantized: Tensor
     scales: Scales
     share: Share
+    codes: Tensor | None
 
 
 def _encode(
@@ -129,13 +131,15 @@ def _encode(
         target, recipe.scales, recipe.scale_rounding, group_size, importance, books
     )
 
+    codes = None
     if curvature is not None and recipe.solver == "gptq":
         Q = gptq(target, curvature, chosen)
     else:
-        Q = scales.dequantize(scales.quantize(target, chosen), chosen)
+        codes = scales.quantize(target, chosen)
+        Q = scales.dequantize(codes, chosen)
     if H is not None:
-        Q = descend(target, Q, H, chosen, recipe.sweeps)
-    return _Coded(weight, target, Q, chosen, share)
+        Q, codes = descend(target, Q, H, chosen, recipe.sweeps), None
+    return _Coded(weight, target, Q, chosen, share, codes)
 
 
 def _compensate(
@@ -158,7 +162,7 @@ def _compensate(
     if recipe.tune > 0:
         rest = target if factors is None else target - factors.product(here)
         doubt = rest if H is None else optimum(rest, Q, H)
-    codes = scales.quantize(Q, chosen)
+    codes = scales.quantize(Q, chosen) if coded.codes is None else coded.codes
     chosen = scales.canonical(codes, chosen)
     W = coded.weight.float()
     error = W - Q if factors is None else W - Q - factors.product(here)
