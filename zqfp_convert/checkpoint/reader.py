@@ -10,7 +10,7 @@ from torch import Tensor
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.description import AGAIN, read_config, read_manifest
 from zqfp_convert.checkpoint.disk import sha256
-from zqfp_convert.checkpoint.packed import PackedLayer
+from zqfp_convert.checkpoint.packed import PackedLayer, unpack
 from zqfp_convert.checkpoint.shards import Shards, TensorInfo, read_header, read_index
 from zqfp_convert.errors import CheckpointError
 from zqfp_convert.numerics import codebook
@@ -75,24 +75,8 @@ class PackedCheckpoint:
         columns = entry["shape"][1]
         size = self.quantization["weights"]["group_size"]
 
-        def optional(suffix: str) -> Tensor | None:
-            return tensors.get(name + suffix)
-
-        layer = PackedLayer(
-            name,
-            self.scales,
-            columns if size == "row" else size,
-            columns,
-            tensors[name + layout.PACKED],
-            tensors[name + layout.SCALE],
-            optional(layout.ROW_SCALE),
-            optional(layout.LORC_A),
-            optional(layout.LORC_B),
-            optional(layout.LORC_SCALE),
-            optional(layout.INPUT_OFFSET),
-            books=self.books,
-            choice=optional(layout.CODEBOOK),
-        )
+        group = columns if size == "row" else size
+        layer = unpack(name, tensors, self.scales, group, columns, self.books)
         layer.check()
         if layer.scales().span != entry["span"]:
             self._bad_manifest(f"span {entry['span']} of {name}, which has {layer.scales().span}")
