@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from zqfp_convert.parallel import ALONE, World
 from zqfp_convert.quantize import lorc, ranks
 from zqfp_convert.recipe import Recipe
 
+TOGETHER = 1 << 27  # weights of one input, at most, that are solved at once
 SOLVERS_COPIES = 7  # of a weight: target, values, errors, and what each step makes of them
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # of a calibration batch
 SHARD_BYTES = 2 << 30  # of tensors that belong to no block
@@ -397,10 +399,19 @@ def solving_bytes(plan: Plan) -> int:
 
     First two more of them, while the Hessian is factorized; then copies of the weight in float32.
     """
-    every = [layer for block in plan.layers for layer in block]
-    widest = max(layer.columns for layer in every)
-    copies = SOLVERS_COPIES * max(layer.weights for layer in every)
-    return 4 * max(copies, 2 * widest**2 if plan.recipe.needs_calibration else 0)
+    calibrated = plan.recipe.needs_calibration
+    widest = max(layer.columns for block in plan.layers for layer in block)
+    most = 0
+    for block in plan.layers:
+        weights: dict[tuple[str, int], list[int]] = defaultdict(list)  # that may share an input
+        for layer in block:
+            weights[layer.place.rpartition(".")[0], layer.columns].append(layer.weights)
+        for (_, columns), each in weights.items():
+            at_once = max(max(each), min(sum(each), TOGETHER)) if calibrated else max(each)
+            # What a narrower input's matrices leave of those of the widest input is free.
+            free = 2 * (widest**2 - columns**2) if calibrated else 0
+            most = max(most, SOLVERS_COPIES * at_once - free, 2 * columns**2 * calibrated)
+    return 4 * most
 
 
 def _memory(plan: Plan) -> tuple[int, int]:

@@ -87,14 +87,18 @@ def check_finite(name: str, hessian: Tensor, cross: Tensor | None) -> None:
     Raises:
         SourceError: the activations hold NaN or infinity.
     """
-    given = [one for one in (hessian, cross) if one is not None]
-    if not all(bool(one.sum(dtype=torch.float64).isfinite()) for one in given):  # in no new matrix
+    if not all(_finite(one) for one in (hessian, cross) if one is not None):
         raise SourceError(
             name,
             "NaN or infinity among its calibration activations",
             needed="finite activations",
             do="Try --device cpu (float32); if it persists, the model or the text is at fault.",
         )
+
+
+def _finite(matrix: Tensor) -> bool:
+    """Whether all elements are; their sum, which takes no memory, may still overflow."""
+    return bool(matrix.sum().isfinite()) or all(bool(row.isfinite().all()) for row in matrix)
 
 
 def _original(

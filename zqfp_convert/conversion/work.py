@@ -45,7 +45,7 @@ from zqfp_convert.model.head import Head
 from zqfp_convert.model.tokenizer import check_tokens
 from zqfp_convert.numerics import codebook
 from zqfp_convert.parallel import ALONE, OutOfMemory, World
-from zqfp_convert.plan import Plan, PlannedLayer, rotated
+from zqfp_convert.plan import TOGETHER, Plan, PlannedLayer, rotated
 from zqfp_convert.quantize.hessian import Curvature, activation_error, prepare
 from zqfp_convert.quantize.lorc import Factors
 from zqfp_convert.quantize.weight import QuantizedWeight, quantize_together
@@ -394,8 +394,8 @@ class Work:
             activation_order=recipe.activation_order,
         )
         moments.cross = None  # the mismatch now, which is given up as soon as it can be
-        if recipe.rank != "auto":  # one at a time takes less memory, but finds no rank for all
-            stages = [[place] for stage in stages for place in stage]
+        if recipe.rank != "auto":  # a part takes less memory, but finds no rank for all
+            stages = [part for stage in stages for part in _parts(stage, layers)]
         for together in stages:
             members = [layers[place] for place in together]
             linears = [get_linear(student, place) for place in together]
@@ -543,6 +543,17 @@ def _check_enough(windows: int, processes: int) -> None:
             needed="a window for each process",
             do="Give more text, more --samples, a shorter --seq-len, or start fewer processes.",
         )
+
+
+def _parts(stage: list[str], layers: dict[str, PlannedLayer]) -> Iterator[list[str]]:
+    """A stage's linears in as few parts as have at most TOGETHER weights, or are of one linear."""
+    part: list[str] = []
+    for place in stage:
+        if part and sum(layers[one].weights for one in [*part, place]) > TOGETHER:
+            yield part
+            part = []
+        part.append(place)
+    yield part
 
 
 def _student(block: nn.Module) -> nn.Module:

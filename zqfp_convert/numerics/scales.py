@@ -6,6 +6,7 @@ span at most 11, a row's largest exponent 0 under M2, harmless values for groups
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -84,6 +85,21 @@ class Scales:
         if self.kind == "free":
             return None
         return int((self.exponent.amax(1) - self.exponent.amin(1)).max())
+
+
+def stack(parts: Sequence[Scales]) -> Scales:
+    """The scales of weights of one width, chosen alike, that lie one below the other."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    choices = [part.choice for part in parts if part.choice is not None]
+    return replace(
+        first,
+        factor=torch.cat([part.factor for part in parts]),
+        exponent=torch.cat([part.exponent for part in parts]),
+        raised=sum(part.raised for part in parts),
+        choice=torch.cat(choices) if choices else None,
+    )
 
 
 def choose(

@@ -34,7 +34,7 @@ def settle(
     block: Tensor,
     moves: Tensor,
     coupling: Tensor,
-    columns: Tensor,
+    marks: Tensor,
     grid: Grid,
     step: Tensor | None = None,
 ) -> None:
@@ -49,19 +49,19 @@ def settle(
         block: float32 `[N, B]`, a part of a matrix; rounded afterwards.
         moves: float32 `[N, B]`, likewise; the moves m afterwards.
         coupling: float32 `[B, B]`; what lies above its diagonal is used.
-        columns: int64 `[B]`, where in the matrix the columns are.
+        marks: what the grid's `marks` gives for these columns, float32 `[N, B]`.
         grid: of the matrix.
         step: float32 `[B]`, or None.
     """
     if kernels.take(block) and isinstance(grid, Scales):
         from zqfp_convert.quantize.kernels import columns as fused
 
-        fused.settle(block, moves, coupling, columns, grid, step)
+        fused.settle(block, moves, coupling, marks, grid, step)
         return
     stood = block.t().contiguous()  # [B, N]: a column is a row here
     V = stood.clone() if step is None else torch.addcmul(stood, moves.t(), step[:, None])
     pulls = coupling if step is None else coupling * step
-    marks = grid.marks(columns).t().contiguous()
+    marks = marks.t().contiguous()
     moved = torch.empty_like(V)
     for j in range(len(V)):
         rounded = grid.round(V[j], marks[j])

@@ -43,13 +43,14 @@ def descend(target: Tensor, rounded: Tensor, hessian: Tensor, grid: Grid, sweeps
         for start in range(0, len(H), SPAN):
             end = min(start + SPAN, len(H))
             moves = E @ H[:, start:end]  # what the errors of all columns want of these, at first
+            marks = grid.marks(columns[start:end])
             for left in range(start, end, BLOCK):
                 right = min(left + BLOCK, end)
-                here, done = slice(left, right), left - start
-                wanted = moves[:, done : right - start]
-                if done:
-                    wanted.addmm_(moves[:, :done], H[start:left, here], alpha=-1)
-                settle(Q[:, here], wanted, H[here, here], columns[here], grid, step[here])
+                here, of_span = slice(left, right), slice(left - start, right - start)
+                wanted = moves[:, of_span]
+                if left > start:
+                    wanted.addmm_(moves[:, : left - start], H[start:left, here], alpha=-1)
+                settle(Q[:, here], wanted, H[here, here], marks[:, of_span], grid, step[here])
             E[:, start:end] = target[:, start:end] - Q[:, start:end]
     return Q
 

@@ -30,12 +30,13 @@ def gptq(weight: Tensor, curvature: Curvature, grid: Grid) -> Tensor:
     for start in range(0, len(U), SPAN):
         end = min(start + SPAN, len(U))
         _pay(W[:, start:end], errors[:, :start], U[:start, start:end])
+        marks = grid.marks(order[start:end])
         for left in range(start, end, BLOCK):
             right = min(left + BLOCK, end)
             block = W[:, left:right]
             _pay(block, errors[:, start:left], U[start:left, left:right])
-            here = slice(left, right)
-            settle(block, errors[:, here], U[here, here].contiguous(), order[here], grid)
+            here, of_span = slice(left, right), slice(left - start, right - start)
+            settle(block, errors[:, here], U[here, here].contiguous(), marks[:, of_span], grid)
     return W.index_select(1, torch.argsort(order))
 
 

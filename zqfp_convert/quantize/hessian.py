@@ -214,4 +214,5 @@ def energy(matrix: Tensor, hessian: Tensor | None, world: World = ALONE) -> floa
     """`tr(M H M^T)` for M `[N, K]`, of which processes have some rows each; H = I when absent."""
     with tensor_cores():
         weighted = matrix if hessian is None else matrix @ hessian
-    return max(world.total(float((weighted * matrix).sum(dtype=torch.float64))), 0.0)
+    rows = (weighted * matrix).sum(1)  # in float64 from here on: all elements in it would be a copy
+    return max(world.total(float(rows.sum(dtype=torch.float64))), 0.0)

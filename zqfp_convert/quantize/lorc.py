@@ -16,7 +16,7 @@ from zqfp_convert.parallel import ALONE, Share
 from zqfp_convert.recipe import FactorFormat
 
 OVERSAMPLING = 8
-ITERATIONS = 8
+ITERATIONS, ITERATIONS_AGAIN = 8, 3  # from a random basis, and from one that was good before
 DEPENDENT = 1e-6  # what a column keeps at least of its length beside those before it
 
 
@@ -44,7 +44,11 @@ class Factors:
 
 
 def fit(
-    error: Tensor, hessian: Tensor | None, rank: int, share: Share | None = None
+    error: Tensor,
+    hessian: Tensor | None,
+    rank: int,
+    share: Share | None = None,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The factors `B [N, r]`, `A [r, K]` that minimise `|(E - B A) H^(1/2)|` (Frobenius norm).
 
@@ -53,14 +57,17 @@ def fit(
     is the truncated singular value decomposition of E. The eigenvectors come from subspace
     iteration with a fixed seed (Halko et al., arXiv:0909.4061, algorithm 4.4).
 
-    With a `share` the error is its rows; every process gets all of B and A.
+    With a `share` the error is its rows; every process gets all of B and A. `start` is what B was
+    (`[n, r]`, the share's rows) for an error much like this one.
     """
     share = share or ALONE.share(len(error))
     sum_ = share.world.sum_
     width = min(rank + OVERSAMPLING, share.total, error.shape[1])
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(share.total, width, generator=generator)[share.here].to(error)
-    for _ in range(ITERATIONS):
+    if start is not None:
+        basis[:, : start.shape[1]] = start.to(basis)
+    for _ in range(ITERATIONS if start is None else ITERATIONS_AGAIN):
         back = sum_(error.t() @ _orthonormal(basis, share))  # [K, width]
         basis = error @ (back if hessian is None else hessian @ back)
     basis = _orthonormal(basis, share)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from zqfp_convert.numerics import codebook, scales
@@ -78,100 +79,138 @@ def quantize_together(
     with tensor_cores():
         shares = [world.share(len(weight)) for weight in weights]
         weights = [weight[share.here] for weight, share in zip(weights, shares, strict=True)]
-        targets = [weight.float() for weight in weights]
+        target = _below([weight.float() for weight in weights])
         if curvature is not None:
-            targets = [aim_at_original(W, curvature, recipe.asymmetry) for W in targets]
+            target = aim_at_original(target, curvature, recipe.asymmetry)
             curvature.mismatch = None if spend else curvature.mismatch
-        return _quantize_together(weights, targets, shares, curvature, recipe)
-
-
-def _quantize_together(
-    weights: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    shares: Sequence[Share],
-    curvature: Curvature | None,
-    recipe: Recipe,
-) -> list[QuantizedWeight]:
-    coded = [
-        _encode(weight, target, share, curvature, recipe)
-        for weight, target, share in zip(weights, targets, shares, strict=True)
-    ]
-    metric = None if curvature is None or recipe.low_rank == "svd" else curvature.hessian
-    rank = recipe.rank
-    if rank == "auto":
-        errors = ((one.target - one.quantized, one.weight.float()) for one in coded)
-        rank = ranks.worthwhile(errors, metric, recipe.factors, shares)
-    return [_compensate(one, curvature, metric, rank, recipe) for one in coded]
+        return _compensate(_encode(weights, target, shares, curvature, recipe), curvature, recipe)
 
 
 @dataclass(frozen=True)
 class _Coded:
-    """A weight on its way, or the rows of a share of it: `[n, K]` out of `[N, K]`.
+    """Weights on their way, one below the other, or the rows of a share of each: `[n, K]`.
 
-    `target` is what to aim at, `quantized` the values of its codes under `scales`; `codes` are
-    there where nothing is going to change them.
+    `target` is what to aim at, `quantized` the values of its codes under `grid`, which puts the
+    `scales` of the weights together; `codes` are there where nothing is going to change them.
     """
 
-    weight: Tensor
+    weights: Sequence[Tensor]
+    shares: Sequence[Share]
+    scales: Sequence[Scales]
+    grid: Scales
     target: Tensor
     quantized: Tensor
-    scales: Scales
-    share: Share
     codes: Tensor | None
+
+    def each(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each weight."""
+        return _apart(matrix, self.weights)
+
+
+def _apart(matrix: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return torch.split(matrix, [len(part) for part in like])
+
+
+def _below(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _encode(
-    weight: Tensor, target: Tensor, share: Share, curvature: Curvature | None, recipe: Recipe
+    weights: Sequence[Tensor],
+    target: Tensor,
+    shares: Sequence[Share],
+    curvature: Curvature | None,
+    recipe: Recipe,
 ) -> _Coded:
     H = None if curvature is None else curvature.hessian
     group_size = target.shape[1] if recipe.group_size == "row" else recipe.group_size
     importance = None if H is None else H.diagonal()
     books = codebook.PAIR if recipe.codebooks == "pair" else (codebook.E2M1,)
-    chosen = scales.choose(
-        target, recipe.scales, recipe.scale_rounding, group_size, importance, books
-    )
+    chosen = [
+        scales.choose(W, recipe.scales, recipe.scale_rounding, group_size, importance, books)
+        for W in _apart(target, weights)
+    ]
+    grid = scales.stack(chosen)
 
     codes = None
     if curvature is not None and recipe.solver == "gptq":
-        Q = gptq(target, curvature, chosen)
+        Q = gptq(target, curvature, grid)
     else:
-        codes = scales.quantize(target, chosen)
-        Q = scales.dequantize(codes, chosen)
+        codes = scales.quantize(target, grid)
+        Q = scales.dequantize(codes, grid)
     if H is not None:
-        Q, codes = descend(target, Q, H, chosen, recipe.sweeps), None
-    return _Coded(weight, target, Q, chosen, share, codes)
+        Q, codes = descend(target, Q, H, grid, recipe.sweeps), None
+    return _Coded(weights, shares, chosen, grid, target, Q, codes)
 
 
 def _compensate(
-    coded: _Coded, curvature: Curvature | None, metric: Tensor | None, rank: int, recipe: Recipe
-) -> QuantizedWeight:
-    target, Q, chosen = coded.target, coded.quantized, coded.scales
+    coded: _Coded, curvature: Curvature | None, recipe: Recipe
+) -> list[QuantizedWeight]:
+    target, Q, shares = coded.target, coded.quantized, coded.shares
     H = None if curvature is None else curvature.hessian
-    factors, share = None, coded.share
-    here, world = share.here, share.world
-    rank = min(rank, share.total, target.shape[1])
-    if rank > 0:
-        factors = lorc.encode(*lorc.fit(target - Q, metric, rank, share), recipe.factors)
-        if metric is not None:
-            for _ in range(recipe.low_rank_rounds):
-                rest = target - factors.product(here)
-                Q = descend(rest, Q, metric, chosen, SWEEPS_PER_ROUND)
-                factors = lorc.encode(*lorc.fit(target - Q, metric, rank, share), recipe.factors)
+    metric = None if recipe.low_rank == "svd" else H
+    rank = recipe.rank
+    if rank == "auto":
+        errors = zip(coded.each(target - Q), map(Tensor.float, coded.weights), strict=True)
+        rank = ranks.worthwhile(errors, metric, recipe.factors, shares)
 
-    doubt = None
+    def fitted(error: Tensor, before: Sequence[Factors] | None = None) -> list[Factors]:
+        found = []
+        for at, (E, share) in enumerate(zip(coded.each(error), shares, strict=True)):
+            most = min(rank, share.total, E.shape[1])
+            start = before[at].B[share.here] if before else None
+            found.append(lorc.encode(*lorc.fit(E, metric, most, share, start), recipe.factors))
+        return found
+
+    def uncompensated(weights: Tensor, factors: Sequence[Factors]) -> Tensor:
+        found = zip(coded.each(weights), factors, shares, strict=True)
+        return _below([W - one.product(share.here) for W, one, share in found])
+
+    factors: Sequence[Factors] | None = None
+    if rank > 0:
+        factors = fitted(target - Q)
+        for _ in range(0 if metric is None else recipe.low_rank_rounds):
+            assert metric is not None
+            rest = uncompensated(target, factors)
+            Q = descend(rest, Q, metric, coded.grid, SWEEPS_PER_ROUND)
+            del rest
+            factors = fitted(target - Q, factors)
+
+    doubts: Sequence[Tensor | None] = [None] * len(shares)
     if recipe.tune > 0:
-        rest = target if factors is None else target - factors.product(here)
-        doubt = rest if H is None else optimum(rest, Q, H)
-    codes = scales.quantize(Q, chosen) if coded.codes is None else coded.codes
-    chosen = scales.canonical(codes, chosen)
-    W = coded.weight.float()
-    error = W - Q if factors is None else W - Q - factors.product(here)
+        rest = target if factors is None else uncompensated(target, factors)
+        doubts = coded.each(rest if H is None else optimum(rest, Q, H))
+    codes = scales.quantize(Q, coded.grid) if coded.codes is None else coded.codes
+    compensated: Sequence[Factors | None] = factors or [None] * len(shares)
+    parts = zip(coded.each(Q), coded.each(codes), compensated, doubts, strict=True)
+    return [
+        _finished(weight, share, chosen, *part, H)
+        for weight, share, chosen, part in zip(
+            coded.weights, shares, coded.scales, parts, strict=True
+        )
+    ]
+
+
+def _finished(
+    weight: Tensor,
+    share: Share,
+    chosen: Scales,
+    quantized: Tensor,
+    codes: Tensor,
+    factors: Factors | None,
+    doubt: Tensor | None,
+    hessian: Tensor | None,
+) -> QuantizedWeight:
+    W = weight.float()
+    error = W - quantized
+    if factors is not None:
+        error -= factors.product(share.here)
     return QuantizedWeight(
         share.gather(codes),
-        _whole(chosen, share),
+        _whole(scales.canonical(codes, chosen), share),
         factors,
-        relative_error(error, W, None, world),
-        None if H is None else relative_error(error, W, H, world),
+        relative_error(error, W, None, share.world),
+        None if hessian is None else relative_error(error, W, hessian, share.world),
         None if doubt is None else share.gather(doubt),
     )
 

@@ -1,4 +1,4 @@
-"""`columns.settle` in one launch: rows go their way in parallel, columns one after another."""
+"""`columns.settle` in one launch: a thread to a row, columns one after another."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from zqfp_convert.numerics.kernels.books import bounds, magnitude_of
 from zqfp_convert.numerics.kernels.casts import on
 from zqfp_convert.numerics.scales import Scales
 
-ROWS = 16  # of one program
-STEPS = 16  # columns that a program holds at a time
+ROWS = 32  # of one program: one for each thread of a warp
+STEPS = 16  # columns that a program holds in registers
 
 
 def settle(
     block: Tensor,
     moves: Tensor,
     coupling: Tensor,
-    columns: Tensor,
+    marks: Tensor,
     grid: Scales,
     step: Tensor | None = None,
 ) -> None:
     """As `columns.settle`, on a grid of codebooks; the rows of all matrices are contiguous."""
     rows, width = block.shape
-    assert block.stride(1) == moves.stride(1) == coupling.stride(1) == 1
-    marks = grid.marks(columns)
+    assert block.stride(1) == moves.stride(1) == coupling.stride(1) == marks.stride(1) == 1
     above, rises = bounds(grid.books)
     with on(block):
         _settle[(triton.cdiv(rows, ROWS),)](
@@ -72,57 +71,72 @@ def _settle(
 ) -> None:
     """A program settles some rows: STEPS columns in registers, then the next ones."""
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    inside = n < rows
+    inside = (n < rows)[:, None]
     c = tl.arange(0, STEPS)
     marks += n[:, None] * marks_stride
     block += n[:, None] * block_stride
     moves += n[:, None] * moves_stride
     for start in range(0, width, STEPS):
-        mask = inside[:, None] & (start + c < width)[None, :]
-        stood = tl.load(block + (start + c)[None, :], mask, other=0.0)
-        tile = stood
-        if DESCENT:
-            size = tl.load(step + start + c, start + c < width, other=0.0)[None, :]
-            tile += tl.load(moves + (start + c)[None, :], mask, other=0.0) * size
+        mask = inside & (start + c < width)[None, :]
+        here = (start + c)[None, :]
+        tile = tl.load(block + here, mask, other=0.0)
+        wanted = tl.load(moves + here, mask, other=0.0) if DESCENT else tile
         for earlier in range(0, start, STEPS):
-            moved = tl.load(moves + (earlier + c)[None, :], inside[:, None], other=0.0)
-            earlier_pulls = tl.load(
-                coupling + (earlier + c)[:, None] * coupling_stride + (start + c)[None, :],
+            moved = tl.load(moves + (earlier + c)[None, :], inside, other=0.0)
+            pulls = tl.load(
+                coupling + (earlier + c)[:, None] * coupling_stride + here,
                 (start + c < width)[None, :],
                 other=0.0,
             )
+            wanted -= tl.dot(moved, pulls, input_precision="tf32x3")
+        stood = _apart(tile, ROWS, STEPS)
+        wants = _apart(wanted, ROWS, STEPS)
+        signed = _apart(tl.load(marks + here, mask, other=1.0), ROWS, STEPS)
+        settled: tl.tuple = ()
+        made: tl.tuple = ()
+        for j in tl.static_range(STEPS):
+            value = wants[j]
             if DESCENT:
-                earlier_pulls *= size
-            tile -= tl.dot(moved, earlier_pulls, input_precision="tf32x3")
-        made = tl.zeros((ROWS, STEPS), tl.float32)
-        # Through memory, as products lie in other registers than the steps below need them in: each
-        # of these would move its operands. And all that they need is there, so that none waits.
-        tl.store(block + (start + c)[None, :], tile, mask)
-        tl.debug_barrier()
-        tile = tl.load(block + (start + c)[None, :], mask, other=0.0)
-        signed = tl.load(marks + (start + c)[None, :], mask, other=1.0)
-        above = (start + c)[:, None]
-        pulls = tl.load(
-            coupling + above * coupling_stride + (start + c)[None, :],
-            (above < width) & (start + c < width)[None, :] & (c[:, None] < c[None, :]),
-            other=0.0,
-        )
-        if DESCENT:
-            pulls *= size
-        for j in range(min(STEPS, width - start)):
-            here = (c == j)[None, :]
-            value = tl.sum(tl.where(here, tile, 0.0), 1)
-            mark = tl.sum(tl.where(here, signed, 0.0), 1)
-            pull = tl.sum(tl.where((c == j)[:, None], pulls, 0.0), 0)
-            scale = tl.abs(mark)
-            magnitude = magnitude_of(tl.abs(value) / scale, mark < 0, ABOVE, RISES, PAIR) * scale
+                size = tl.load(step + start + j, start + j < width, other=0.0)
+                value = stood[j] + size * value
+            scale = tl.abs(signed[j])
+            steps = tl.abs(value) * (1.0 / scale)
+            magnitude = magnitude_of(steps, signed[j] < 0, ABOVE, RISES, PAIR) * scale
             rounded = tl.where(value < 0, -magnitude, magnitude)
-            if DESCENT:  # noqa: SIM108 (a constant: one of the two is compiled)
-                move = rounded - tl.sum(tl.where(here, stood, 0.0), 1)
-            else:
-                move = value - rounded
-            tile = tl.where(here, rounded[:, None], tile - move[:, None] * pull[None, :])
-            made = tl.where(here, move[:, None], made)
-        tl.store(block + (start + c)[None, :], tile, mask)
-        tl.store(moves + (start + c)[None, :], made, mask)
+            move = rounded - stood[j] if DESCENT else value - rounded
+            settled += (rounded,)
+            made += (move,)
+            later: tl.tuple = ()
+            for i in tl.static_range(j + 1):
+                later += (wants[i],)
+            for i in tl.static_range(j + 1, STEPS):
+                place = coupling + (start + j) * coupling_stride + start + i
+                later += (wants[i] - move * tl.load(place, start + i < width, other=0.0),)
+            wants = later
+        tl.store(block + here, _beside(settled, 0, ROWS, STEPS), mask)
+        tl.store(moves + here, _beside(made, 0, ROWS, STEPS), mask)
         tl.debug_barrier()  # other threads of this program read the moves next
+
+
+@triton.jit
+def _apart(tile: tl.tensor, ROWS: tl.constexpr, WIDTH: tl.constexpr) -> tl.tuple:
+    """The columns of a tile `[ROWS, WIDTH]`, each `[ROWS]`: registers of their own."""
+    if WIDTH == 1:
+        return (tl.reshape(tile, [ROWS]),)
+    else:
+        halves = tl.permute(tl.reshape(tile, [ROWS, 2, WIDTH // 2]), (0, 2, 1))
+        left, right = tl.split(halves)
+        return _apart(left, ROWS, WIDTH // 2) + _apart(right, ROWS, WIDTH // 2)
+
+
+@triton.jit
+def _beside(
+    columns: tl.tuple, FIRST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+) -> tl.tensor:
+    """WIDTH of the columns, from FIRST on, as a tile `[ROWS, WIDTH]`."""
+    if WIDTH == 1:
+        return tl.reshape(columns[FIRST], [ROWS, 1])
+    else:
+        left = _beside(columns, FIRST, ROWS, WIDTH // 2)
+        right = _beside(columns, FIRST + WIDTH // 2, ROWS, WIDTH // 2)
+        return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), [ROWS, WIDTH])
