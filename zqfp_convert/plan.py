@@ -458,11 +458,17 @@ def _memory(plan: Plan) -> tuple[int, int]:
         if plan.device.type == "cpu":  # on a GPU `windows_at_once` sees to it that they fit
             work += 6 * TOKENS_AT_ONCE["cpu"] * widest * 4
         outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
-        work += outside
+        # Without tuning there are no embeddings once hidden states have entered, and no head.
+        work += outside if recipe.tune > 0 else outside - _embeddings(model) * width
         whole = 0
+        if recipe.rotation != "none" and not any(
+            experts
+        ):  # two models, and what turns a matrix of one, in float32
+            largest = max(_count(shard.shape) for shard in shards.values())
+            whole = 2 * outside + 3 * 4 * largest
         if plan.text is None or (recipe.tune > 0 and recipe.tune_samples > 0):  # may be written
             everything = sum(block_numbers) * width + outside
-            whole = int(1.2 * everything) + _cache_bytes(plan, width)
+            whole = max(whole, int(1.2 * everything) + _cache_bytes(plan, width))
         if recipe.tune > 0:
             shapes = [[(layer.rows, layer.columns) for layer in block] for block in plan.layers]
             solved = [shape for block in shapes for shape in block]
@@ -481,6 +487,12 @@ def _memory(plan: Plan) -> tuple[int, int]:
         work = max(work, whole)
     together = plan.host_processes
     return (together * (host + work), 0) if plan.device.type == "cpu" else (together * host, work)
+
+
+def _embeddings(model: PreTrainedModel) -> int:
+    """How many numbers its token embedding and its output head have."""
+    found = {model.get_input_embeddings(), model.get_output_embeddings()} - {None}
+    return sum({id(p): p.numel() for part in found for p in part.parameters()}.values())
 
 
 def _cache_bytes(plan: Plan, width: int) -> int:

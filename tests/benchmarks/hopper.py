@@ -1,9 +1,10 @@
 """Converts a Llama with 8 B-like layers on a GPU, loads it, and compares its two paths.
 
-    python tests/benchmarks/hopper.py [--layers 4] [--calibration TEXT]
+    python tests/benchmarks/hopper.py [--layers 4] [--calibration TEXT] [--only-convert]
 
-Method: random weights (hidden 4096, intermediate 14336, GQA 32/8), recipe `best`; wall time and
-peak memory of the whole conversion; then each quantized linear by itself on the same inputs,
+Method: random weights (hidden 4096, intermediate 14336, GQA 32/8, 128256 tokens), recipe `best`;
+wall time of the whole conversion, its peak of GPU memory, and of host memory above what imports
+take, in a process of its own, step by step; then each quantized linear on the same inputs,
 expanded against reference path, and the logits of the whole model by either path. A difference in
 a bfloat16 output flips E4M3 roundings behind it, and random weights pass that on undamped; so
 there is a control: the reference path with noise of the size of the linears' difference on every
@@ -14,14 +15,17 @@ path. Prints tables, then one JSON line.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
+import re
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -34,13 +38,14 @@ from zqfp_convert.calibration.text import generate
 from zqfp_convert.evaluate.divergence import compare
 from zqfp_convert.runtime.linear import PATH_VARIABLE, QuantizedLinear
 
+STEP = re.compile(r"block \d+/\d+")
 DEMO = Path(zqfp_convert.__file__).parent / "demo" / "model"
 
 
 def write_model(folder: Path, layers: int, hidden: int, device: str) -> None:
     """A Llama with random weights, one shard for each block, and a tokenizer to read text with."""
     config = LlamaConfig(
-        vocab_size=32000,
+        vocab_size=128256,
         hidden_size=hidden,
         intermediate_size=hidden * 7 // 2,
         num_hidden_layers=layers,
@@ -113,6 +118,72 @@ def trained(device: str, paths: tuple[str, str]) -> dict[str, float]:
     return result
 
 
+def convert(given: argparse.Namespace) -> None:
+    """What a process of its own does: a conversion, and what it took."""
+    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    cuda = given.device.startswith("cuda")
+    steps: dict[str, list[float]] = {}  # seconds and the peak of GPU memory, in GB
+    marks: list[tuple[float, str]] = []
+
+    def end() -> None:
+        if marks:
+            step = steps.setdefault(marks[-1][1], [0.0, 0.0])
+            step[0] += time.monotonic() - marks[-1][0]
+            step[1] = max(step[1], torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+
+    def mark(text: str, done: int, total: int) -> None:
+        end()
+        marks.append((time.monotonic(), STEP.sub("block", text)))
+        print(f"{time.monotonic() - began:7.2f} s  {text}", file=sys.stderr, flush=True)
+
+    began = time.monotonic()
+    made = zqfp_convert.convert(
+        given.folder / "model",
+        given.folder / "out",
+        recipe=given.recipe,
+        calibration=given.calibration,
+        samples=given.samples,
+        seq_len=given.seq_len,
+        device=given.device,
+        progress=mark,
+    )
+    end()
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = {
+        "machine": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+        "layers": given.layers,
+        "recipe": given.recipe,
+        "samples": given.samples,
+        "seq_len": given.seq_len,
+        "seconds": round(time.monotonic() - began, 1),
+        "gpu_peak_gb": round(max(peak for _, peak in steps.values()), 2),
+        "gpu_planned_gb": round(made.plan.device_memory / 1e9, 2),
+        "host_peak_gb": round((host - imported) / 1e9, 2),
+        "host_planned_gb": round(made.plan.host_memory / 1e9, 2),
+        "bits": round(made.bits, 3),
+        "worst": dict(made.worst(3)),
+        "steps": {text: [round(value, 2) for value in step] for text, step in steps.items()},
+    }
+    (given.folder / "result.json").write_text(json.dumps(found))
+
+
+def converted(folder: Path) -> dict[str, Any]:
+    """Convert in a process of its own, so that its memory is its own."""
+    command = [sys.executable, __file__, "--folder", str(folder), *sys.argv[1:]]
+    subprocess.run(command, check=True)
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    table = Table("step", "seconds", "peak GPU memory, GB", box=None)
+    for text, (seconds, peak) in found["steps"].items():
+        table.add_row(text, f"{seconds:.2f}", f"{peak:.2f}")
+    console = Console(width=100)
+    console.print(table)
+    console.print({key: value for key, value in found.items() if key not in ("steps", "worst")})
+    return found
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -123,7 +194,12 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--recipe", default="best")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only-convert", action="store_true", help="and compare no paths")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the conversion alone
     given = parser.parse_args()
+    if given.folder:
+        convert(given)
+        return
     cuda = given.device.startswith("cuda")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -131,27 +207,10 @@ def main() -> None:
         write_model(folder / "model", given.layers, given.hidden, given.device)
         if cuda:
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        marks: list[tuple[float, float, str]] = []  # time, peak memory so far, what begins
-
-        def mark(text: str, done: int, total: int) -> None:
-            if cuda:
-                torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() if cuda else 0
-            marks.append((time.monotonic(), peak / 1e9, text))
-
-        made = zqfp_convert.convert(
-            folder / "model",
-            folder / "out",
-            recipe=given.recipe,
-            calibration=given.calibration,
-            samples=given.samples,
-            seq_len=given.seq_len,
-            device=given.device,
-            progress=mark,
-        )
-        gpu_peak = torch.cuda.max_memory_allocated() if cuda else 0
-        host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        result = converted(folder)
+        if given.only_convert:
+            print(json.dumps(result))
+            return
         began = time.monotonic()
         model = zqfp_convert.load(folder / "out", device=given.device)
         load_seconds = time.monotonic() - began
@@ -176,30 +235,16 @@ def main() -> None:
     console.print(table)
     control = relative(noisy(model, max(max(e.values()) for e in linears.values()), ids), logits[1])
     divergence = trained(given.device, paths)
-    result = {
-        "machine": torch.cuda.get_device_name() if cuda else "cpu",
-        "torch": torch.__version__,
-        "layers": given.layers,
-        "recipe": given.recipe,
-        "samples": given.samples,
-        "seq_len": given.seq_len,
-        "seconds": round(made.seconds, 1),
-        "gpu_peak_gb": round(gpu_peak / 1e9, 2),
-        "gpu_planned_gb": round(made.plan.device_memory / 1e9, 2),
-        "host_peak_gb": round(host_peak / 1e9, 2),
-        "bits": round(made.bits, 3),
+    result |= {
         "load_seconds": round(load_seconds, 1),
         "logits": whole,
         "logits_control": control,
         "trained_kl": divergence,
         "same_top": same_top,
         "generated": generated.shape[1],
-        "worst": dict(made.worst(3)),
+        "linears": linears,
     }
-    for now, later in list(itertools.pairwise(marks))[:16]:
-        console.print(f"{later[0] - now[0]:7.2f} s  peak so far {later[1]:6.2f} GB  {now[2]}")
-    console.print({key: value for key, value in result.items() if key != "worst"})
-    print(json.dumps({**result, "linears": linears}))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

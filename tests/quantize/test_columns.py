@@ -108,7 +108,7 @@ def test_solvers_with_the_kernel_are_as_good(monkeypatch: pytest.MonkeyPatch) ->
     """More columns than a span: what comes out is on the grid, and no worse than without it."""
     for module in ("gptq", "descent"):
         monkeypatch.setattr(f"zqfp_convert.quantize.{module}.SPAN", 64)
-        monkeypatch.setattr(f"zqfp_convert.quantize.{module}.BLOCK", 32)
+        monkeypatch.setattr(f"zqfp_convert.quantize.{module}.at_once", lambda matrix: 32)
     features = 100
     weight, hessian = normal(ROWS, features).to(DEVICE), correlated_hessian(features).to(DEVICE)
     curvature = prepare(hessian, None, damping=0.01, activation_order=True)

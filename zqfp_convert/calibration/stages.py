@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from zqfp_convert.calibration.halfway import Halfway
 from zqfp_convert.calibration.stream import Call, Stream, inputs_of, stop_at
 from zqfp_convert.errors import SourceError
 from zqfp_convert.numerics import fp8
@@ -40,6 +42,7 @@ def statistics(
     calls: Calls,
     *,
     last: bool = False,
+    place: Halfway | None = None,
     world: World = ALONE,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """H and C of the input that the linears of a stage share, and what FP8 costs each feature.
@@ -48,8 +51,8 @@ def statistics(
     the block with all earlier stages quantized, on hidden states that came through the quantized
     blocks before; the teacher the original block on the original's hidden states. Without a teacher
     there is no C. With the `last` stage of a block the teacher's batches move through the block,
-    which is run anyway. Processes of a `world` have batches of their own, and get what all have
-    seen.
+    which is run anyway; with a `place` in it those of both move there. Processes of a `world` have
+    batches of their own, and get what all have seen.
 
     Raises:
         SourceError: the activations hold NaN or infinity.
@@ -61,14 +64,16 @@ def statistics(
     with world.attempt():
         for index, hidden in enumerate(student_stream.hidden):
             call = calls(index)
-            exact = _input(student, name, call, hidden)
+            with place.moves(student, student_stream, index) if place else nullcontext():
+                exact = _input(student, name, call, hidden)
             seen = fp8.simulate(exact)
             missing = (exact - seen).flatten(0, -2)
             lost = torch.linalg.vector_norm(missing, dim=0, dtype=torch.float32)
             rounding = rounding + lost.square()
             original = None
             if teacher is not None and teacher_stream is not None:
-                original = _original(teacher, name, call, teacher_stream, index, last=last)
+                with place.moves(teacher, teacher_stream, index) if place else nullcontext():
+                    original = _original(teacher, name, call, teacher_stream, index, last=last)
             if total is None:
                 cross = teacher is not None
                 total = HessianSum(seen.shape[-1], cross=cross, device=features.device)

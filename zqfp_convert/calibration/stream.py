@@ -103,6 +103,7 @@ class Entrance:
         self._blocks, self._batches = blocks, batches
         self.returns: dict[type[nn.Module], int | None] = {}
         self._beside = Beside()
+        self._without: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
 
     @property
     def hands_on(self) -> bool:
@@ -125,6 +126,26 @@ class Entrance:
     def enter(self, batch: int) -> Tensor:
         """The hidden states `[batch, tokens, width]` that enter the first block, for one batch."""
         return self._record(0, batch)[1]
+
+    def do_without(self, embedding: nn.Module) -> bool:
+        """Call the decoder without the embedding of tokens from now on, if blocks do not mind.
+
+        For after the first states have entered: then only the shapes of what an embedding returns
+        should matter. Returns whether they do, so that its weights may go.
+        """
+        last = len(self._blocks.modules) - 1
+        given = embedding(self._batches[0][:1, :1])
+        shape, like = given.shape[2:], given.new_zeros(())
+        try:
+            before = [self._record(block, 0)[0] for block in (0, last)]
+            self._without = {embedding: lambda ids: like.expand(*ids.shape, *shape).clone()}
+            behind = [self._record(block, 0)[0] for block in (0, last)]
+            same = all(one.same_as(other) for one, other in zip(before, behind, strict=True))
+        except SourceError:
+            same = False
+        if not same:
+            self._without = {}
+        return same
 
     def split(self, size: int) -> None:
         """Make batches of at most so many windows out of the larger ones."""
@@ -214,8 +235,9 @@ class Entrance:
             return forward
 
         modules = self._blocks.modules
-        for index, module in enumerate(modules):
-            module.forward = stub(index)
+        stubs = {**{module: stub(index) for index, module in enumerate(modules)}, **self._without}
+        for module, forward in stubs.items():
+            module.forward = forward
         try:
             self._blocks.decoder(input_ids=self._batches[batch], use_cache=False)
         except _Reached as reached:
@@ -225,7 +247,7 @@ class Entrance:
         except Exception as error:  # of the model's own lines, which may ask for anything
             raise self._refused(f"it fails between its blocks ({_said(error)})") from error
         finally:
-            for module in modules:
+            for module in stubs:
                 del module.forward
         if not found:
             raise self._refused(f"'{self._blocks.name(wanted)}' is not called")

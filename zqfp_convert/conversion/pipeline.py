@@ -24,6 +24,7 @@ from zqfp_convert.checkpoint.writer import Writer
 from zqfp_convert.conversion.identity import identity
 from zqfp_convert.conversion.result import Conversion, Progress
 from zqfp_convert.conversion.tuning import Tuned, tune
+from zqfp_convert.conversion.warm import warm
 from zqfp_convert.conversion.work import Work
 from zqfp_convert.distill.train import Outcome
 from zqfp_convert.errors import OptionError, SourceError, Stopped
@@ -127,6 +128,7 @@ def run(
 @torch.no_grad()
 def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
     began, world = time.monotonic(), partial.world
+    warm(plan)
     roundings = partial.decided("roundings", plan.tunes_roundings)  # depends on free memory
     work = Work(replace(plan, tunes_roundings=roundings), report, partial, world)
     with _weights_checked(plan, partial, report):

@@ -48,8 +48,13 @@ class States:
         self._between = False
 
     @property
+    def alike(self) -> bool:
+        """Whether both streams, if there are two, have the same text."""
+        return self.teacher is None or len(self.teacher.hidden) == len(self.student.hidden)
+
+    @property
     def moved(self) -> bool:
-        """Whether an `advance` was left half-way, so that these are the states of no block.
+        """Whether some states have left the entrance of the block and others are still there.
 
         In any process, and all have to ask.
         """
@@ -63,13 +68,17 @@ class States:
 
     def advance(self, student: nn.Module, teacher: nn.Module, calls: Callable[[int], Call]) -> None:
         """Move through a block, quantized and original."""
-        self._between = self._world.size > 1  # others may get to the end of it
+        self._between |= self._world.size > 1  # others may get to the end of it
         with self._world.attempt():
             self.student.advance(student, calls)
             if self.teacher is not None:
                 self._between = True
                 self.teacher.advance(teacher, calls)
         self._between = False
+
+    def leave_entrance(self) -> None:
+        """Say that some will move to a place within the block."""
+        self._between = True
 
     def split(self, size: int) -> None:
         """Go on with batches of at most so many windows."""

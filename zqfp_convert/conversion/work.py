@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zqfp_convert.calibration.balancing import Balanced
 from zqfp_convert.calibration.experts import Moments, arrivals
 from zqfp_convert.calibration.folding import Change
+from zqfp_convert.calibration.halfway import Halfway, halfway
 from zqfp_convert.calibration.simulated import SimulatedExpertLinear, SimulatedLinear
 from zqfp_convert.calibration.stages import statistics, trace
 from zqfp_convert.calibration.stream import Call
@@ -33,6 +34,7 @@ from zqfp_convert.conversion.states import States
 from zqfp_convert.conversion.windows import Windows, find_windows
 from zqfp_convert.distill.tunable import TunableLinear
 from zqfp_convert.errors import OptionError
+from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import (
     bias_of,
     get_linear,
@@ -121,7 +123,6 @@ class Work:
         if start == count and not plan.recipe.tune:
             return
         if calibrated:
-            fill_outside(plan, head=plan.recipe.tune > 0)
             self._enter()
         passed = range(start) if calibrated else range(0)
         wanted = [*passed, *range(start, count)]
@@ -157,6 +158,7 @@ class Work:
         """Start the streams at the first block."""
         assert self.windows is not None
         plan, recipe = self.plan, self.plan.recipe
+        fill_outside(plan, head=recipe.tune > 0)
         self.states = States(
             plan.blocks,
             self.windows.every,
@@ -165,6 +167,11 @@ class Work:
             original=recipe.asymmetry > 0 or recipe.tune > 0,
             world=self.world,
         )
+        embedding = plan.model.get_input_embeddings()
+        if recipe.tune == 0 and self.states.entrance.do_without(embedding):
+            for module in (embedding, plan.model.get_output_embeddings()):
+                if module is not None:  # the same weights, it may be
+                    skeleton.empty(module)
 
     def _split(self, index: int) -> None:
         """Take the batches that the journal has for a block and those behind it."""
@@ -330,6 +337,7 @@ class Work:
         stages = self.world.agree(
             lambda: trace(student, traced, calls(0), states.student.hidden[0]) if traced else []
         )
+        moved = False
         for stage in stages:
             for path in [place for place in stage if place in experts]:
                 with self.world.attempt():
@@ -346,6 +354,8 @@ class Work:
                     entry["tokens"], entry["pooled"] = found.tokens, found.pooled
             linears = [place for place in stage if place not in experts]
             if linears:
+                mid = None if moved else self._place(stages, stage, student, layers, calls)
+                moved = moved or mid is not None
                 shared_input = statistics(
                     linears,
                     student,
@@ -354,8 +364,12 @@ class Work:
                     states.teacher,
                     calls,
                     last=stage is stages[-1],
+                    place=mid,
                     world=self.world,
                 )
+                if mid is not None:
+                    for module in [student] if teacher is None else [student, teacher]:
+                        mid.leave(module)
                 moments = Moments(*shared_input, 0)
                 del shared_input  # two of the largest matrices there are
                 self._solve_stages(
@@ -371,6 +385,28 @@ class Work:
             for place in one.linears:
                 self.entries[layers[place].disk]["balanced"] = norm
         return quantized, changes
+
+    def _place(
+        self,
+        stages: list[list[str]],
+        stage: list[str],
+        student: nn.Module,
+        layers: dict[str, PlannedLayer],
+        calls: Callable[[int], Call],
+    ) -> Halfway | None:
+        """Where in a block hidden states move to with the statistics of a stage, if anywhere."""
+        states = self.states
+        assert states is not None
+        done = [place for earlier in stages[: stages.index(stage)] for place in earlier]
+        if not done or stage is stages[-1] or not states.alike:
+            return None
+        left = [place for place in layers if place not in done]
+        place = self.world.agree(
+            lambda: halfway(student, done, left, calls(0), states.student.hidden[0])
+        )
+        if place is not None:
+            states.leave_entrance()
+        return place
 
     def _solve_stages(
         self,

@@ -14,7 +14,8 @@ from torch import Tensor
 from zqfp_convert.numerics import kernels
 from zqfp_convert.numerics.scales import Scales
 
-BLOCK = 128  # columns that are settled at a time
+BLOCK = 128  # columns that are settled at a time, at least
+FEW_ROWS = 8192
 SPAN = 512  # columns that get what all columns before them did to them at a time
 
 
@@ -28,6 +29,14 @@ class Grid(Protocol):
     def round(self, values: Tensor, marks: Tensor) -> Tensor:
         """The representable values nearest to `values` under `marks` (shapes that broadcast)."""
         ...
+
+
+def at_once(matrix: Tensor) -> int:
+    """How many columns of a matrix `[N, K]` are best settled at a time.
+
+    The kernel settles few rows, which leave a GPU idle, faster than several calls of it do.
+    """
+    return SPAN if kernels.take(matrix) and len(matrix) <= FEW_ROWS else BLOCK
 
 
 def settle(

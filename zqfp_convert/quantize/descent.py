@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zqfp_convert.quantize.columns import BLOCK, SPAN, Grid, settle
+from zqfp_convert.quantize.columns import SPAN, Grid, at_once, settle
 
 
 def optimum(target: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
@@ -38,14 +38,15 @@ def descend(target: Tensor, rounded: Tensor, hessian: Tensor, grid: Grid, sweeps
     H = hessian
     step = _step(H)
     columns = torch.arange(len(H), device=H.device)
+    width = at_once(rounded)
     Q, E = rounded.clone(memory_format=torch.contiguous_format), target - rounded
     for _ in range(sweeps):
         for start in range(0, len(H), SPAN):
             end = min(start + SPAN, len(H))
             moves = E @ H[:, start:end]  # what the errors of all columns want of these, at first
             marks = grid.marks(columns[start:end])
-            for left in range(start, end, BLOCK):
-                right = min(left + BLOCK, end)
+            for left in range(start, end, width):
+                right = min(left + width, end)
                 here, of_span = slice(left, right), slice(left - start, right - start)
                 wanted = moves[:, of_span]
                 if left > start:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zqfp_convert.quantize.columns import BLOCK, SPAN, Grid, settle
+from zqfp_convert.quantize.columns import SPAN, Grid, at_once, settle
 from zqfp_convert.quantize.hessian import Curvature
 
 
@@ -27,12 +27,13 @@ def gptq(weight: Tensor, curvature: Curvature, grid: Grid) -> Tensor:
     order, U = curvature.order, curvature.factor
     W = weight.index_select(1, order)
     errors = torch.empty_like(W)
+    step = at_once(W)
     for start in range(0, len(U), SPAN):
         end = min(start + SPAN, len(U))
         _pay(W[:, start:end], errors[:, :start], U[:start, start:end])
         marks = grid.marks(order[start:end])
-        for left in range(start, end, BLOCK):
-            right = min(left + BLOCK, end)
+        for left in range(start, end, step):
+            right = min(left + step, end)
             block = W[:, left:right]
             _pay(block, errors[:, start:left], U[start:left, left:right])
             here, of_span = slice(left, right), slice(left - start, right - start)

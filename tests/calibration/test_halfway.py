@@ -1,0 +1,63 @@
+"""Hidden states move on within a block where, and only where, nothing changes by it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, configuration, random_model, token_ids, write_model
+
+import zqfp_convert
+from zqfp_convert.calibration.halfway import halfway
+from zqfp_convert.calibration.stages import trace
+from zqfp_convert.calibration.stream import Entrance, Stream
+from zqfp_convert.conversion import work
+from zqfp_convert.model.blocks import find_blocks, linears
+
+# Attention and feed-forward start from the same states, or attention adds the states by itself.
+NOWHERE = {"gpt_neox", "falcon", "cohere", "bloom"}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@torch.no_grad()
+def test_the_rest_of_a_block_makes_the_same_of_states_that_have_moved(arch: str) -> None:
+    blocks = find_blocks(random_model(configuration(arch)))
+    entrance = Entrance(blocks, [token_ids()])
+    stream, call, block = Stream(entrance.first()), entrance.calls(0)(0), blocks.modules[0]
+    stages = trace(block, [name for name, _ in linears(block)], call, stream.hidden[0])
+    made = call.run(block, stream.hidden[0])
+    done = [name for stage in stages[:2] for name in stage]
+    left = [name for stage in stages[2:] for name in stage]
+    place = halfway(block, done, left, call, stream.hidden[0])
+    assert (place is None) == (arch in NOWHERE)
+    assert halfway(block, stages[0], [*stages[1], *left], call, stream.hidden[0]) is None
+    if place is not None:
+        with place.moves(block, stream, 0):
+            call.run(block, stream.hidden[0])
+        place.leave(block)
+        assert torch.equal(call.run(block, stream.hidden[0]), made)
+        assert not any(name in dict(linears(block)) for name in done)
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt"])
+def test_a_conversion_has_the_same_bytes_without(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "model", arch)
+    moved = []
+
+    def watched(*args: object) -> object:
+        moved.append(halfway(*args))  # type: ignore[arg-type]
+        return moved[-1]
+
+    hashes = []
+    for name, found in (("with", watched), ("without", lambda *args: None)):
+        monkeypatch.setattr(work, "halfway", found)
+        out = tmp_path / name
+        zqfp_convert.convert(tmp_path / "model", out, samples=4, seq_len=16, rank=2)
+        files = sorted(out.glob("*.safetensors"))
+        hashes.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+    assert any(moved)
+    assert hashes[0] == hashes[1]

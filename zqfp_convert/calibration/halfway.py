@@ -1,0 +1,168 @@
+"""Leaves behind what is done of a block: hidden states move on to a place within it.
+
+Most blocks add what attention makes to the hidden states, and then what the rest makes of the sum.
+Once the linears of attention are quantized, the sum can stand for the hidden states: the block
+without attention makes of it what the whole block makes of them. Whether that is so, bit for bit,
+is tried out on the block itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, MutableMapping, MutableSequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from zqfp_convert.calibration.stream import Call, Stream
+from zqfp_convert.errors import SourceError
+from zqfp_convert.model.blocks import others
+
+
+@dataclass(frozen=True)
+class Halfway:
+    """A place in a block.
+
+    Attributes:
+        entrance: the child whose input can stand for the block's.
+        added: children before it whose outputs are in that input already, and how many outputs
+            they have beside it (None for a bare tensor).
+        spent: other children before it, on whose outputs nothing depends any more.
+    """
+
+    entrance: str
+    added: dict[str, int | None]
+    spent: tuple[str, ...]
+
+    @contextmanager
+    def moves(self, block: nn.Module, stream: Stream, index: int) -> Iterator[None]:
+        """While this context is open, a batch of the stream moves here as the block runs on it."""
+        hidden = stream.hidden[index]
+
+        def move(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            stream.hidden[index] = _tensor(args, kwargs).view(hidden.shape)
+
+        child = block.get_submodule(self.entrance)
+        handle = child.register_forward_pre_hook(move, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def leave(self, block: nn.Module) -> None:
+        """Let the block run from here on, with hidden states that have moved here."""
+        for name, beside in self.added.items():
+            setattr(block, name, _Zeros(beside))
+        for name in self.spent:
+            setattr(block, name, nn.Identity())
+
+
+class _Zeros(nn.Module):
+    """Stands in for a module whose output has been added."""
+
+    def __init__(self, beside: int | None) -> None:
+        super().__init__()
+        self._beside = beside
+
+    def forward(self, *args: Any, **kwargs: Any) -> object:
+        """Zeros of the first tensor's shape, in the form of the module's outputs."""
+        zeros = torch.zeros_like(_tensor(args, kwargs))
+        return zeros if self._beside is None else (zeros, *[None] * self._beside)
+
+
+def halfway(
+    block: nn.Module,
+    done: Collection[str],
+    left: Collection[str],
+    call: Call,
+    hidden: Tensor,
+) -> Halfway | None:
+    """A place in a block behind linears that are done and before all that are left.
+
+    None where hidden states cannot move to one, or blocks hand on more than hidden states.
+
+    Args:
+        done: names of linears of the block.
+        left: likewise.
+        hidden: a batch at its entrance.
+    """
+    containers = (MutableMapping, MutableSequence)
+    if call.keep or any(isinstance(v, containers) for v in (*call.args, *call.kwargs.values())):
+        return None
+    seen, made = _watched(block, call, hidden)
+    before: list[str] = []
+    for name, child in seen.items():
+        if child.given.numel() == hidden.numel():
+            added = {one: seen[one].beside for one in before if _within(one, done)}
+            found = Halfway(name, added, tuple(one for one in before if one not in added))
+            if added and _holds(found, block, call, child.given.view(hidden.shape), made):
+                return found
+        if child.again or _within(name, left):
+            return None
+        before.append(name)
+    return None
+
+
+def _within(child: str, linears: Collection[str]) -> bool:
+    return any(f"{linear}.".startswith(f"{child}.") for linear in linears)
+
+
+@dataclass
+class _Seen:
+    """What a child is given, whether more than once, and what it returns beside a tensor."""
+
+    given: Tensor
+    again: bool = False
+    beside: int | None = None
+
+
+def _watched(block: nn.Module, call: Call, hidden: Tensor) -> tuple[dict[str, _Seen], Tensor]:
+    """The children of a block in the order of their calls, and what it makes of hidden states."""
+    seen: dict[str, _Seen] = {}
+
+    def watch(name: str, child: nn.Module) -> list[RemovableHandle]:
+        def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            again = name in seen
+            seen.setdefault(name, _Seen(_tensor(args, kwargs))).again = again
+
+        def returned(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            seen[name].beside = others(output)
+
+        return [
+            child.register_forward_pre_hook(called, with_kwargs=True),
+            child.register_forward_hook(returned),
+        ]
+
+    handles = [one for name, child in block.named_children() for one in watch(name, child)]
+    try:
+        return seen, call.run(block, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _holds(found: Halfway, block: nn.Module, call: Call, moved: Tensor, made: Tensor) -> bool:
+    """Whether the block makes the same of the hidden states there, bit for bit."""
+    rest = copy.copy(block)
+    rest._modules = dict(block._modules)
+    found.leave(rest)
+    try:
+        return torch.equal(call.run(rest, moved), made)
+    except (torch.OutOfMemoryError, SourceError):
+        raise
+    except Exception:  # of the model's own lines, which may ask for anything
+        return False
+
+
+def _tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that a module is given."""
+    given = [
+        *args,
+        *(kwargs[name] for name in ("hidden_states",) if name in kwargs),
+        *kwargs.values(),
+    ]
+    return next(value for value in given if isinstance(value, torch.Tensor))

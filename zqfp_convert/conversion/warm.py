@@ -1,0 +1,47 @@
+"""Makes a GPU ready while text is read: its context, its libraries, the kernels to be compiled."""
+
+from __future__ import annotations
+
+from threading import Thread
+from typing import Any
+
+import torch
+
+from zqfp_convert.numerics import codebook, fp8, kernels, scales
+from zqfp_convert.plan import Plan
+from zqfp_convert.quantize.columns import BLOCK, settle
+
+ROWS, COLUMNS = 256, 512  # multiples of 16, as those of most models are: that is compiled for
+
+
+def warm(plan: Plan) -> None:
+    """Begin to do so, if the plan is for a GPU; what the calls that follow need they wait for."""
+    if plan.device.type == "cuda":
+        Thread(target=_run_all, args=(plan,), name="warm", daemon=True).start()
+
+
+@torch.no_grad()
+def _run_all(plan: Plan) -> None:
+    """Run what conversions run, on noise and on a stream of its own; it changes no setting."""
+    recipe, device = plan.recipe, plan.device
+    cuda: Any = torch.cuda
+    with cuda.device(device), cuda.stream(cuda.Stream(device)):
+        noise = torch.full((ROWS, COLUMNS), 0.01, device=device)
+        if not kernels.take(noise):
+            return
+        books = codebook.PAIR if recipe.codebooks == "pair" else (codebook.E2M1,)
+        size = COLUMNS if recipe.group_size == "row" else recipe.group_size
+        chosen = scales.choose(noise, recipe.scales, recipe.scale_rounding, size, None, books)
+        if recipe.needs_calibration:
+            fp8.simulate(noise.bfloat16())
+            marks = chosen.marks(torch.arange(COLUMNS, device=device))
+            block, ones = slice(BLOCK), noise.new_ones(COLUMNS)
+            for step in (None, ones[block]):
+                given = noise[:, block], noise.clone()[:, block], noise[block, block]
+                settle(*given, marks[:, block], chosen, step)
+            small = torch.eye(16, device=device)
+            torch.linalg.cholesky_ex(small)
+            torch.linalg.cholesky_ex(small.double())
+            torch.linalg.solve_triangular(small, small, upper=True)
+            torch.linalg.eigh(small)
+        cuda.current_stream(device).synchronize()
