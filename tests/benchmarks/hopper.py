@@ -71,7 +71,9 @@ def write_model(folder: Path, layers: int, hidden: int, device: str) -> None:
     for part, tensors in parts.items():
         save_file(tensors, folder / f"{part}.safetensors")
         index |= dict.fromkeys(tensors, f"{part}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
 
 
 def relative(have: torch.Tensor, want: torch.Tensor) -> float:

@@ -126,7 +126,10 @@ def main() -> None:
             (folder / name).mkdir()
             write_model(folder / name, layers, given.hidden, given.device or "cuda")
         run(max(given.processes), folder / "small", folder, given)
-        found = [run(count, folder / "large", folder, given) for count in given.processes]
+        found = []
+        for count in given.processes:
+            found.append(run(count, folder / "large", folder, given))
+            print(json.dumps(found[-1]), flush=True)  # a machine may go before all is done
     table = Table("processes", "seconds", "against the first", "command", "peak GB", box=None)
     for one in found:
         ratio = f"{found[0]['seconds'] / one['seconds']:.2f}"
