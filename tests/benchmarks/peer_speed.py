@@ -13,6 +13,7 @@ out, which have other work in them; for llm-compressor a layer begins when it is
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -101,7 +102,7 @@ def measured(given: argparse.Namespace) -> None:
     """What that process does."""
     began = time.monotonic()
     begins = sorted(SIDES[given.side](given).values())
-    steps = [later - earlier for earlier, later in zip(begins[1:], begins[2:], strict=False)]
+    steps = [later - earlier for earlier, later in itertools.pairwise(begins[1:])]
     found = {
         "side": given.side,
         "a layer": round(statistics.mean(steps), 2),

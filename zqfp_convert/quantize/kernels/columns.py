@@ -11,7 +11,7 @@ from zqfp_convert.numerics.kernels.casts import on
 from zqfp_convert.numerics.scales import Scales
 
 ROWS = 32  # of one program: one for each thread of a warp
-STEPS = 32  # columns that a program holds in registers
+STEPS = 16  # columns that a program holds in registers
 
 
 def settle(
