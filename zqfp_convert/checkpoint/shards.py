@@ -1,11 +1,13 @@
 """Safetensors shards of a folder, read by tensor name; headers are checked before any data.
 
-Serves sources and packed checkpoints alike. Files are mapped only while they are read.
+Serves sources and packed checkpoints alike. Tensors are read into memory of their own, so that what
+a process holds is what it has asked for, and not what it has looked at in mapped files.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,17 +39,24 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
 }
+MOST_AT_ONCE = 1 << 30  # bytes that the system is asked for
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a shard's header says of a tensor: its file's name, dtype as spelled there, shape."""
+    """What a shard's header says of a tensor: its file's name, dtype as spelled there, shape.
+
+    `start` is where its bytes begin in the file.
+    """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    start: int = 0
 
 
 class Shards:
@@ -100,16 +109,35 @@ class Shards:
             by_file[self.tensors[name].file].append(name)
         result: dict[str, Tensor] = {}
         for file, members in by_file.items():
-            with safe_open(str(self.folder / file), framework="pt") as shard:
+            with (self.folder / file).open("rb", buffering=0) as shard:
                 for name in members:
-                    result[name] = shard.get_tensor(name).to(device)
+                    info = self.tensors[name]
+                    tensor = _read(shard.fileno(), info.dtype, info.shape, info.start)
+                    result[name] = tensor.to(device)
         return result
 
     def read_at(self, name: str, index: int) -> Tensor:
         """What lies at an index along the first dimension of the named tensor; no more is read."""
-        with safe_open(str(self.folder / self.tensors[name].file), framework="pt") as shard:
-            part: Tensor = shard.get_slice(name)[index]
-            return part
+        info = self.tensors[name]
+        start = info.start + index * (info.bytes // info.shape[0])
+        with (self.folder / info.file).open("rb", buffering=0) as shard:
+            return _read(shard.fileno(), info.dtype, info.shape[1:], start)
+
+
+def _read(file: int, dtype: str, shape: tuple[int, ...], start: int) -> Tensor:
+    """A tensor that begins at an offset of an open file.
+
+    Raises:
+        OSError: the file has become shorter.
+    """
+    tensor = torch.empty(shape, dtype=DTYPES[dtype])
+    rest = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    while rest:
+        got = os.preadv(file, [rest[:MOST_AT_ONCE]], start)
+        if got == 0:
+            raise OSError(f"the file ends at byte {start}, within a tensor")
+        rest, start = rest[got:], start + got
+    return tensor
 
 
 def read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
@@ -141,7 +169,8 @@ def read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
     result = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        result[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), end - begin)
+        shape, start = tuple(entry["shape"]), 8 + length + begin
+        result[name] = TensorInfo(file, entry["dtype"], shape, end - begin, start)
     return result
 
 

@@ -71,12 +71,8 @@ class Scales:
     def round(self, values: Tensor, marks: Tensor) -> Tensor:
         """The representable values nearest to `values` under `marks` (shapes that broadcast)."""
         scale = marks.abs()
-        steps = values / scale
-        rounded = codebook.round_to(steps, self.books[0])
-        if self.choice is not None:
-            other = codebook.round_to(steps, self.books[1])
-            rounded = torch.where(marks < 0, other, rounded)
-        return rounded * scale
+        second = None if self.choice is None else marks < 0
+        return codebook.round_to(values / scale, *self.books, second=second).mul_(scale)
 
     @property
     def span(self) -> int | None:
@@ -142,22 +138,18 @@ def quantize(weight: Tensor, scales: Scales) -> Tensor:
     """The codes, uint8 `[N, K]`, of the values nearest to `weight / scale`."""
     columns = torch.arange(weight.shape[1], device=weight.device)
     steps = weight.float() / scales.per_column(columns)
-    codes = codebook.encode(steps, scales.books[0])
-    if scales.choice is None:
-        return codes
-    other = codebook.encode(steps, scales.books[1])
-    return torch.where(scales.choice[:, columns // scales.group_size], other, codes)
+    second = None if scales.choice is None else scales.choice[:, columns // scales.group_size]
+    return codebook.encode(steps, *scales.books, second=second)
 
 
 def dequantize(codes: Tensor, scales: Scales) -> Tensor:
     """The float32 weight `[N, K]` that codes uint8 `[N, K]` and scales stand for."""
     group = torch.arange(codes.shape[1], device=codes.device) // scales.group_size
-    values = codebook.decode(codes, scales.books[0])
-    if scales.choice is not None:
-        other = codebook.decode(codes, scales.books[1])
-        values = torch.where(scales.choice[:, group], other, values)
-    values = values * power_of_two(scales.exponent)[:, group]
-    return values * (scales.factor[:, group] if scales.kind == "free" else scales.factor)
+    second = None if scales.choice is None else scales.choice[:, group]
+    values = codebook.decode(codes, *scales.books, second=second)
+    values *= power_of_two(scales.exponent)[:, group]
+    values *= scales.factor[:, group] if scales.kind == "free" else scales.factor
+    return values
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
