@@ -23,6 +23,7 @@ from zqfp_convert.checkpoint.packed import PackedLayer, pack, unpack
 from zqfp_convert.checkpoint.partial import Partial
 from zqfp_convert.checkpoint.rotated import Rotation
 from zqfp_convert.checkpoint.series import Series
+from zqfp_convert.conversion import host
 from zqfp_convert.conversion.ahead import read_ahead
 from zqfp_convert.conversion.batches import windows_at_once
 from zqfp_convert.conversion.block import fill, fill_outside, fold
@@ -121,6 +122,7 @@ class Work:
         if start == count and not plan.recipe.tune:
             return
         if calibrated:
+            host.tidy()
             fill_outside(plan, head=plan.recipe.tune > 0)
             self._enter()
         passed = range(start) if calibrated else range(0)
@@ -131,9 +133,14 @@ class Work:
             if index in passed:
                 self.report(f"block {index + 1}/{count}  done before", self.done, plan.weights)
                 self._pass(index, tensors, files, first)
+                tensors.clear()
             else:
                 self._split(index)
-                yield self._block_that_fits(index, tensors, files, first)
+                found = self._block_that_fits(index, tensors, files, first)
+                tensors.clear()
+                host.tidy()
+                yield found
+                del found
 
     def _rotated(self, windows: Tensor) -> Plan:
         """The plan with or without a rotation, as chosen now or by an earlier run."""

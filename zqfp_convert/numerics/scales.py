@@ -6,6 +6,7 @@ span at most 11, a row's largest exponent 0 under M2, harmless values for groups
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -136,19 +137,19 @@ def _rounded(
 
 def quantize(weight: Tensor, scales: Scales) -> Tensor:
     """The codes, uint8 `[N, K]`, of the values nearest to `weight / scale`."""
-    columns = torch.arange(weight.shape[1], device=weight.device)
-    steps = weight.float() / scales.per_column(columns)
-    second = None if scales.choice is None else scales.choice[:, columns // scales.group_size]
+    width, size = weight.shape[1], scales.group_size
+    steps = weight.float() / _spread(scales.per_group(), width, size)
+    second = None if scales.choice is None else _spread(scales.choice, width, size)
     return codebook.encode(steps, *scales.books, second=second)
 
 
 def dequantize(codes: Tensor, scales: Scales) -> Tensor:
     """The float32 weight `[N, K]` that codes uint8 `[N, K]` and scales stand for."""
-    group = torch.arange(codes.shape[1], device=codes.device) // scales.group_size
-    second = None if scales.choice is None else scales.choice[:, group]
+    width, size = codes.shape[1], scales.group_size
+    second = None if scales.choice is None else _spread(scales.choice, width, size)
     values = codebook.decode(codes, *scales.books, second=second)
-    values *= power_of_two(scales.exponent)[:, group]
-    values *= scales.factor[:, group] if scales.kind == "free" else scales.factor
+    values *= _spread(power_of_two(scales.exponent), width, size)
+    values *= _spread(scales.factor, width, size) if scales.kind == "free" else scales.factor
     return values
 
 
@@ -168,7 +169,7 @@ def canonical(codes: Tensor, scales: Scales) -> Scales:
     """
     if scales.kind == "free":
         return scales
-    empty = ~_grouped(codes, scales.group_size).bool().any(-1)  # [N, G]
+    empty = _grouped(codes, scales.group_size).amax(-1) == 0  # [N, G]
     zero_row = empty.all(1, keepdim=True)
     exponent = torch.where(empty, scales.exponent.amax(1, keepdim=True), scales.exponent)
     return replace(
@@ -179,11 +180,28 @@ def canonical(codes: Tensor, scales: Scales) -> Scales:
     )
 
 
+def stack(parts: Sequence[Scales]) -> Scales:
+    """The scales of all rows, given those of some rows each."""
+    choices = [part.choice for part in parts if part.choice is not None]
+    return replace(
+        parts[0],
+        factor=torch.cat([part.factor for part in parts]),
+        exponent=torch.cat([part.exponent for part in parts]),
+        raised=sum(part.raised for part in parts),
+        choice=torch.cat(choices) if choices else None,
+    )
+
+
 def _grouped(values: Tensor, group_size: int) -> Tensor:
     """`[N, K]` to `[N, G, group_size]`, the last group filled up with zeros."""
     missing = -values.shape[-1] % group_size
-    padded = torch.nn.functional.pad(values, (0, missing))
-    return padded.view(*values.shape[:-1], -1, group_size)
+    padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
+    return padded.reshape(*values.shape[:-1], -1, group_size)
+
+
+def _spread(groups: Tensor, columns: int, group_size: int) -> Tensor:
+    """What groups `[N, G]` have, for each of their columns: `[N, K]`."""
+    return groups[..., None].expand(*groups.shape, group_size).flatten(1)[:, :columns]
 
 
 def _absmax(groups: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from zqfp_convert.numerics import codebook, scales
@@ -22,6 +23,7 @@ from zqfp_convert.quantize.tensor_cores import tensor_cores
 from zqfp_convert.recipe import Recipe
 
 SWEEPS_PER_ROUND = 2  # of coordinate descent after each fit of the low-rank factors
+IN_THE_CACHE = 1 << 17  # weights that the CPU rounds at a time where rows do not meet
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,9 @@ def quantize_together(
         spend: the curvature's mismatch is given up once the targets are known; it takes as much
             memory as the Hessian.
     """
+    apart = curvature is None and recipe.rank == 0 and recipe.tune == 0 and world.size == 1
+    if apart and all(weight.device.type == "cpu" for weight in weights):
+        return [_round_by_rows(weight, recipe) for weight in weights]
     with tensor_cores():
         shares = [world.share(len(weight)) for weight in weights]
         weights = [weight[share.here] for weight, share in zip(weights, shares, strict=True)]
@@ -102,6 +107,26 @@ def _quantize_together(
         errors = ((one.target - one.quantized, one.weight.float()) for one in coded)
         rank = ranks.worthwhile(errors, metric, recipe.factors, shares)
     return [_compensate(one, curvature, metric, rank, recipe) for one in coded]
+
+
+def _round_by_rows(weight: Tensor, recipe: Recipe) -> QuantizedWeight:
+    """Round a weight to nearest, some rows at a time, so that what that takes stays in the cache."""
+    codes, chosen = [], []
+    lost = whole = 0.0
+    for rows in weight.split(max(1, IN_THE_CACHE // weight.shape[1])):
+        W = rows.float()
+        coded = _encode(rows, W, ALONE.share(len(rows)), None, recipe)
+        assert coded.codes is not None
+        codes.append(coded.codes)
+        chosen.append(scales.canonical(coded.codes, coded.scales))
+        lost += _energy(W.sub_(coded.quantized) if W is not rows else W - coded.quantized)
+        whole += _energy(rows.float())
+    error = (lost / whole) ** 0.5 if whole > 0 else 0.0
+    return QuantizedWeight(torch.cat(codes), scales.stack(chosen), None, error, None)
+
+
+def _energy(rows: Tensor) -> float:
+    return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
 
 
 @dataclass(frozen=True)
