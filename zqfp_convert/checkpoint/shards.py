@@ -131,7 +131,7 @@ def _read(file: int, dtype: str, shape: tuple[int, ...], start: int) -> Tensor:
         OSError: the file has become shorter.
     """
     tensor = torch.empty(shape, dtype=DTYPES[dtype])
-    rest = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    rest = tensor.reshape(-1).view(torch.uint8).numpy().data
     while rest:
         got = os.preadv(file, [rest[:MOST_AT_ONCE]], start)
         if got == 0:

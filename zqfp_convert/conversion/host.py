@@ -1,4 +1,4 @@
-"""What this process takes of the host's memory: given back at once, and measured."""
+"""What this process takes of memory: given back at once on the host, and measured."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 MMAP_THRESHOLD = -3  # malloc.h of glibc
 LARGE = 1 << 20  # bytes from which on a tensor has pages of its own
@@ -47,19 +49,31 @@ def _call(name: str, *numbers: int) -> None:
 
 
 class Peak:
-    """The peak of this process's resident memory above what it has when this is made."""
+    """The peaks of this process's memory above what it has when this is made."""
 
-    def __init__(self) -> None:
-        self._before: int | None = None
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._host_before: int | None = None
         try:
             (PROCESS / "clear_refs").write_text(RESET_PEAK)
-            self._before = _status("VmRSS")
+            self._host_before = _status("VmRSS")
         except (OSError, StopIteration):  # no Linux, or no right to
             pass
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._device_before = torch.cuda.memory_allocated(device)
 
-    def bytes(self) -> int | None:
-        """Since then; None where the system does not tell."""
-        return None if self._before is None else max(0, _status("VmHWM") - self._before)
+    def host(self) -> int | None:
+        """Bytes of resident memory; None where the system does not tell."""
+        if self._host_before is None:
+            return None
+        return max(0, _status("VmHWM") - self._host_before)
+
+    def device(self) -> int | None:
+        """Bytes of tensors on a GPU; None on the CPU."""
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self._device) - self._device_before
 
 
 def _status(field: str) -> int:

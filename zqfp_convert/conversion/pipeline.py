@@ -127,7 +127,7 @@ def run(
 
 @torch.no_grad()
 def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
-    began, world, peak = time.monotonic(), partial.world, Peak()
+    began, world, peak = time.monotonic(), partial.world, Peak(plan.device)
     roundings = partial.decided("roundings", plan.tunes_roundings)  # depends on free memory
     work = Work(replace(plan, tunes_roundings=roundings), report, partial, world)
     with _weights_checked(plan, partial, report):
@@ -140,9 +140,9 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
     count = others + len(plan.layers)
     with Writer(partial, count, anew=tunes, shared=not tunes) as writer:
         for names in plan.other_shards[writer.shards.done :]:
-            mine = writer.shards.writes_next
-            tensors = plan.source.shards.read(names) if mine else {}
+            tensors = plan.source.shards.read(names) if writer.shards.writes_next else {}
             writer.add_shard(tensors if tuned is None else tuned.of(tensors))
+            del tensors  # else they are here while all blocks are computed
         if not tunes:
             for block, about in work.blocks(writer.shards, others):
                 writer.add_shard(block, about)
@@ -163,7 +163,17 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
     seconds = time.monotonic() - began
     outcome: Outcome | None = None if tuned is None else tuned.outcome
     return Conversion(
-        plan.out, plan, work.entries, work.changed, bits, after, seconds, calibration, outcome
+        plan.out,
+        plan,
+        work.entries,
+        work.changed,
+        bits,
+        after,
+        seconds,
+        peak.host(),
+        peak.device(),
+        calibration,
+        outcome,
     )
 
 

@@ -18,6 +18,7 @@ from zqfp_convert.calibration.rotating import find_rotation
 from zqfp_convert.calibration.simulated import SimulatedLinear
 from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
 from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
+from zqfp_convert.conversion import host
 from zqfp_convert.conversion.ahead import read_ahead
 from zqfp_convert.conversion.block import fill, fill_outside, fold, rounded
 from zqfp_convert.distill.train import kl
@@ -123,6 +124,7 @@ def _rehearse(plan: Plan, windows: Tensor, report: Report) -> Plan | None:
     turned, other = plan, plain
     for index, tensors in enumerate(read_ahead(plan.source.shards, groups, plan.device)):
         report(f"rehearsing, block {index + 1}/{count}", 0, plan.weights)
+        host.tidy()
         plain.fill(index, tensors)
         if index == 0:
             rotation = plain.find_rotation()

@@ -110,17 +110,17 @@ def _quantize_together(
 
 
 def _round_by_rows(weight: Tensor, recipe: Recipe) -> QuantizedWeight:
-    """Round a weight to nearest, some rows at a time, so that what that takes stays in the cache."""
+    """Round a weight to nearest, some rows at a time: what that takes stays in the cache."""
     codes, chosen = [], []
     lost = whole = 0.0
-    for rows in weight.split(max(1, IN_THE_CACHE // weight.shape[1])):
+    for rows in torch.split(weight, max(1, IN_THE_CACHE // weight.shape[1])):
         W = rows.float()
         coded = _encode(rows, W, ALONE.share(len(rows)), None, recipe)
         assert coded.codes is not None
         codes.append(coded.codes)
         chosen.append(scales.canonical(coded.codes, coded.scales))
-        lost += _energy(W.sub_(coded.quantized) if W is not rows else W - coded.quantized)
-        whole += _energy(rows.float())
+        lost += _energy(W - coded.quantized)
+        whole += _energy(W)
     error = (lost / whole) ** 0.5 if whole > 0 else 0.0
     return QuantizedWeight(torch.cat(codes), scales.stack(chosen), None, error, None)
 

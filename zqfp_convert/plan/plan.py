@@ -12,28 +12,25 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from zqfp_convert.calibration.experts import sums_bytes
-from zqfp_convert.calibration.text import GENERATED_AT_ONCE, Text
+from zqfp_convert.calibration.text import Text
 from zqfp_convert.checkpoint import hub, layout
 from zqfp_convert.checkpoint.partial import check_free, partial_folder
 from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
 from zqfp_convert.checkpoint.source import Source
-from zqfp_convert.distill import memory
 from zqfp_convert.errors import CheckpointError, OutputError, SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
 from zqfp_convert.model.configured import configured
-from zqfp_convert.model.device import compute_dtype, resolve_device, too_little_memory
+from zqfp_convert.model.device import resolve_device, too_little_memory
 from zqfp_convert.model.experts import routers
 from zqfp_convert.model.names import NameMap
 from zqfp_convert.model.tokenizer import tokenizer_of
 from zqfp_convert.original import match
 from zqfp_convert.parallel import ALONE, World
+from zqfp_convert.plan import memory
 from zqfp_convert.quantize import lorc, ranks
 from zqfp_convert.recipe import Recipe
 
-SOLVERS_COPIES = 7  # of a weight: target, values, errors, and what each step makes of them
-TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # of a calibration batch
 SHARD_BYTES = 2 << 30  # of tensors that belong to no block
 
 
@@ -383,113 +380,13 @@ def positions(model: PreTrainedModel) -> int:
 
 
 def _estimated(plan: Plan) -> Plan:
-    host, on_device = _memory(plan)
+    host, on_device = memory.peaks(plan)
     return dataclasses.replace(plan, host_memory=host, device_memory=on_device)
 
 
 def _short_of(plan: Plan) -> tuple[str, str, str] | None:
     """The memory that will not do: where, what is free, what is needed."""
     return too_little_memory(plan.host_memory, plan.device, plan.device_memory)
-
-
-def solving_bytes(plan: Plan) -> int:
-    """What solving takes beside a layer's Hessian and one more matrix of its size.
-
-    First two more of them, while the Hessian is factorized; then copies of the weight in float32.
-    """
-    every = [layer for block in plan.layers for layer in block]
-    widest = max(layer.columns for layer in every)
-    copies = SOLVERS_COPIES * max(layer.weights for layer in every)
-    return 4 * max(copies, 2 * widest**2 if plan.recipe.needs_calibration else 0)
-
-
-def _memory(plan: Plan) -> tuple[int, int]:
-    """Estimated peaks in host and device memory; on the CPU both are one and in the first."""
-    shards, model, recipe = plan.source.shards.tensors, plan.model, plan.recipe
-    width = compute_dtype(plan.device, plan.dtype).itemsize
-    block_numbers = [
-        sum(_count(shards[name].shape) for name in plan.block_tensors(index))
-        for index in range(len(plan.layers))
-    ]
-    block_bytes = max(
-        sum(shards[name].bytes for name in plan.block_tensors(index))
-        for index in range(len(plan.layers))
-    )
-    largest_shard = max(
-        [sum(shards[name].bytes for name in members) for members in plan.other_shards] or [0]
-    )
-    every = [layer for block in plan.layers for layer in block]
-    solving = solving_bytes(plan)
-    if plan.recipe.rank == "auto":  # layers of one input wait for one another
-        solving += 4 * 3 * max(sum(layer.weights for layer in block) for block in plan.layers)
-    # Twice, as the next block is read and the last shard written while one is computed.
-    host = 2 * (max(block_bytes, largest_shard) + max(block_bytes // 3, largest_shard))
-    work = solving
-    if recipe.needs_calibration:
-        hidden = configured(model, "hidden_size") or 0
-        streams = 2 if recipe.asymmetry > 0 or recipe.tune > 0 else 1
-        window = recipe.seq_len * hidden * width
-        tuned_on = max(recipe.samples, recipe.tune_samples) if recipe.tune > 0 else recipe.samples
-        behind = tuned_on * window  # the original, when it is tuned
-        samples = -(-recipe.samples // plan.processes)
-        stream = -(-tuned_on // plan.processes) * window
-        widest = max(layer.columns for layer in every)
-        # A block, what its linears are replaced with, and on a GPU the next one, read ahead.
-        work += (2 if plan.device.type == "cpu" else 3) * max(block_numbers) * width
-        work += samples * window + (stream if streams == 2 else 0)
-        work += 2 * 4 * widest**2
-        experts = [
-            sums_bytes(block, plan.device, cross=recipe.asymmetry > 0)
-            for block in plan.blocks.modules
-        ]
-        work += max(experts)
-        host += streams * samples * window if any(experts) else 0  # what reaches them
-        if plan.device.type == "cpu":  # on a GPU `windows_at_once` sees to it that they fit
-            work += 6 * TOKENS_AT_ONCE["cpu"] * widest * 4
-        outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
-        work += outside
-        whole = 0
-        if plan.text is None or (recipe.tune > 0 and recipe.tune_samples > 0):  # may be written
-            everything = sum(block_numbers) * width + outside
-            whole = int(1.2 * everything) + _cache_bytes(plan, width)
-        if recipe.tune > 0:
-            shapes = [[(layer.rows, layer.columns) for layer in block] for block in plan.layers]
-            solved = [shape for block in shapes for shape in block]
-            work += memory.waiting(solved, recipe, roundings=plan.tunes_roundings)
-            tuning = memory.tuning(
-                shapes,
-                recipe,
-                roundings=plan.tunes_roundings,
-                hidden=hidden,
-                vocabulary=configured(model, "vocab_size") or 0,
-                width=width,
-                rest=outside + (sum(block_numbers) - plan.weights) * width,
-            )
-            work = max(work, tuning)
-            host += behind // plan.host_processes + sum(layer.packed_bytes for layer in every)
-        work = max(work, whole)
-    together = plan.host_processes
-    return (together * (host + work), 0) if plan.device.type == "cpu" else (together * host, work)
-
-
-def _cache_bytes(plan: Plan, width: int) -> int:
-    """Keys, values and logits of the windows that the model writes at once."""
-    model = plan.model
-    heads = configured(model, "num_attention_heads") or 1
-    groups = configured(model, "num_key_value_heads") or heads
-    extent = configured(model, "head_dim") or (configured(model, "hidden_size") or 0) // heads
-    recipe = plan.recipe
-    written = max(recipe.samples, recipe.tune_samples if recipe.tune > 0 else 0)
-    together = min(GENERATED_AT_ONCE, written)
-    keys_and_values = 2 * len(plan.layers) * groups * extent * plan.recipe.seq_len * width
-    return int(together * (keys_and_values + 8 * (configured(model, "vocab_size") or 0)))
-
-
-def _count(extents: tuple[int, ...]) -> int:
-    number = 1
-    for extent in extents:
-        number *= extent
-    return number
 
 
 def _check_disk(plan: Plan) -> None:
