@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -171,7 +171,9 @@ def _check_possible(plan: Plan) -> None:
         )
 
 
-def _divergence(original: tuple[Head, list[Tensor]], other: tuple[Head, list[Tensor]]) -> float:
+def _divergence(
+    original: tuple[Head, Sequence[Tensor]], other: tuple[Head, Sequence[Tensor]]
+) -> float:
     """Mean token KL, nats."""
     total, tokens = 0.0, 0
     for want, have in zip(original[1], other[1], strict=True):

@@ -170,6 +170,8 @@ class Work:
             self.partial.noted(BATCH)[0]["windows"],
             plan.device,
             original=recipe.asymmetry > 0 or recipe.tune > 0,
+            place=plan.states,
+            folder=self.partial.folder / "states",
             world=self.world,
         )
 

@@ -1,10 +1,19 @@
 """What a conversion is going to do, take and leave alone, worked out before any work begins."""
 
 from zqfp_convert.plan.memory import TOKENS_AT_ONCE, solving_bytes
-from zqfp_convert.plan.plan import Plan, PlannedLayer, check_fit, make_plan, positions, rotated
+from zqfp_convert.plan.plan import (
+    Place,
+    Plan,
+    PlannedLayer,
+    check_fit,
+    make_plan,
+    positions,
+    rotated,
+)
 
 __all__ = [
     "TOKENS_AT_ONCE",
+    "Place",
     "Plan",
     "PlannedLayer",
     "check_fit",

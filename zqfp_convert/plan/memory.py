@@ -50,6 +50,8 @@ def peaks(plan: Plan) -> tuple[int, int]:
     if plan.recipe.needs_calibration:
         work = _calibrating(plan)
         host += _handed_on(plan)
+        if plan.states == "host":
+            host += states_bytes(plan)
     elif not on_cpu:
         work = solving_bytes(plan)
     together = plan.host_processes
@@ -134,7 +136,8 @@ def _calibrating(plan: Plan) -> int:
         solving = max(solving, batch)  # one after the other
     # A block, what its linears are replaced with, and on a GPU the next one, read ahead.
     work = (2 if on_cpu else 3) * max(numbers) * width + outside
-    work += states_bytes(plan) + 2 * 4 * widest**2 + experts + solving
+    work += states_bytes(plan) if plan.states == "device" else 0
+    work += 2 * 4 * widest**2 + experts + solving
     whole = 0
     if plan.text is None or (recipe.tune > 0 and recipe.tune_samples > 0):  # may be written
         whole = int(1.2 * (sum(numbers) * width + outside)) + _cache_bytes(plan, width)

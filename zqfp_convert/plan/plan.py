@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from zqfp_convert.calibration.text import Text
 from zqfp_convert.checkpoint import hub, layout
-from zqfp_convert.checkpoint.partial import check_free, partial_folder
+from zqfp_convert.checkpoint.partial import check_free
 from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
 from zqfp_convert.checkpoint.source import Source
 from zqfp_convert.errors import CheckpointError, OutputError, SourceError
@@ -27,11 +27,16 @@ from zqfp_convert.model.names import NameMap
 from zqfp_convert.model.tokenizer import tokenizer_of
 from zqfp_convert.original import match
 from zqfp_convert.parallel import ALONE, World
+from zqfp_convert.plan import disk as room
 from zqfp_convert.plan import memory
 from zqfp_convert.quantize import lorc, ranks
 from zqfp_convert.recipe import Recipe
 
+NUMBER = re.compile(r"\.\d+(?=\.|$)")  # of an expert, in the middle of a name
 SHARD_BYTES = 2 << 30  # of tensors that belong to no block
+
+
+Place = Literal["device", "host", "file"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Plan:
         tunes_roundings: whether tuning moves roundings too; where memory does not suffice for that,
             row scales, low-rank factors and norms alone.
         host_memory, device_memory: estimated peaks in bytes, beside the program itself.
+        states: where the hidden states of the calibration text lie: `device`, `host` or `file`.
+        spilled: bytes of the states that lie in a file in OUT.partial.
         processes, host_processes: that share out the samples, everywhere and on this host.
     """
 
@@ -87,6 +94,8 @@ class Plan:
     tunes_roundings: bool
     host_memory: int
     device_memory: int
+    states: Place = "device"
+    spilled: int = 0
     processes: int = 1
     host_processes: int = 1
     rotation: Rotation | None = None
@@ -123,6 +132,14 @@ class Plan:
             return f"{self.recipe.tune} steps of roundings, {moved}"
         return f"{self.recipe.tune} steps of {moved}; there is too little memory for roundings"
 
+    def kinds(self) -> dict[tuple[str, int, int], list[PlannedLayer]]:
+        """Layers by their names in a block, stars for the numbers of experts, and their shapes."""
+        found: dict[tuple[str, int, int], list[PlannedLayer]] = {}
+        for layer in (layer for block in self.layers for layer in block):
+            place = NUMBER.sub(".*", layer.place)
+            found.setdefault((place, layer.rows, layer.columns), []).append(layer)
+        return found
+
     def skeleton(self) -> PreTrainedModel:
         """Another skeleton of the model."""
         return skeleton.build(self.source.folder, self.device, untied=self.rotation is not None)
@@ -145,6 +162,18 @@ class Plan:
             "bytes_after": self.bytes_after,
             "host_memory": self.host_memory,
             "device_memory": self.device_memory,
+            "states": self.states,
+            "disk": {
+                "output": self.bytes_after,
+                "beside": room.journal_bytes(self),
+                "free": room.free(self),
+            },
+            "kinds": [
+                {"place": place, "rows": rows, "columns": columns, "count": len(alike)}
+                | {"bits": 8 * alike[0].packed_bytes / alike[0].weights}
+                | {"bytes": sum(layer.packed_bytes for layer in alike)}
+                for (place, rows, columns), alike in self.kinds().items()
+            ],
             "device": str(self.device),
             "calibration": self.calibration,
             "tuning": self.tuning,
@@ -230,9 +259,7 @@ def make_plan(
         processes=world.size,
         host_processes=world.local_size,
     )
-    plan = _estimated(plan)
-    if recipe.tune > 0 and _short_of(plan) is not None:
-        plan = _estimated(dataclasses.replace(plan, tunes_roundings=False))
+    plan = _that_fits(plan)
     _check_room(plan)
     return plan
 
@@ -267,7 +294,7 @@ def rotated(plan: Plan, rotation: Rotation) -> Plan:
         other_shards=_split(source, others),
         bytes_after=plan.bytes_after + now - before,
     )
-    _check_disk(turned)
+    room.check(turned)
     return _estimated(turned)
 
 
@@ -379,6 +406,27 @@ def positions(model: PreTrainedModel) -> int:
     return limit if limit is not None and limit > 1 else 1 << 30
 
 
+def _that_fits(plan: Plan) -> Plan:
+    """The plan with its estimates; where memory is short, with less tuned or states elsewhere.
+
+    Where nothing fits, as if all states lay on the device.
+    """
+    places: tuple[Place, ...] = ("device", "file")
+    if plan.device.type != "cpu":
+        places = ("device", "host", "file")
+    if not plan.recipe.needs_calibration:
+        places = ("device",)
+    tried = []
+    for roundings in (True, False) if plan.recipe.tune > 0 else (False,):
+        for place in places:
+            spilled = memory.states_bytes(plan) * plan.processes if place == "file" else 0
+            tuned = dataclasses.replace(plan, tunes_roundings=roundings)
+            tried.append(_estimated(dataclasses.replace(tuned, states=place, spilled=spilled)))
+            if _short_of(tried[-1]) is None:
+                return tried[-1]
+    return tried[-len(places)]
+
+
 def _estimated(plan: Plan) -> Plan:
     host, on_device = memory.peaks(plan)
     return dataclasses.replace(plan, host_memory=host, device_memory=on_device)
@@ -389,25 +437,8 @@ def _short_of(plan: Plan) -> tuple[str, str, str] | None:
     return too_little_memory(plan.host_memory, plan.device, plan.device_memory)
 
 
-def _check_disk(plan: Plan) -> None:
-    folder = next(p for p in plan.out.absolute().parents if p.exists())
-    needed = plan.bytes_after + (64 << 20)
-    if plan.recipe.tune > 0:  # before that, all blocks are kept, and where each weight starts from
-        needed += plan.bytes_after + (2 * plan.weights if plan.tunes_roundings else 0)
-    free = shutil.disk_usage(folder).free
-    earlier = partial_folder(plan.out)  # is gone on with, or thrown away
-    free += sum(path.stat().st_size for path in earlier.rglob("*") if path.is_file())
-    if free < needed:
-        raise OutputError(
-            str(folder),
-            f"{free / 1e6:,.0f} MB of free disk space",
-            needed=f"{needed / 1e6:,.0f} MB for the checkpoint",
-            do="Make room, or give an output folder on another disk.",
-        )
-
-
 def _check_room(plan: Plan) -> None:
-    _check_disk(plan)
+    room.check(plan)
     tunes = plan.recipe.tune > 0
     generated = plan.recipe.needs_calibration and plan.text is None
     short = _short_of(plan)
