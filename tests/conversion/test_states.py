@@ -3,62 +3,61 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from mixtures import QUICK
-from small_models import tiny_model
+from architectures import QUICK, Maker
 
 from zqfp_convert import conversion
 from zqfp_convert.calibration.shelf import Shelf
+from zqfp_convert.errors import SourceError
 from zqfp_convert.model import device
 from zqfp_convert.plan import Place, Plan, make_plan, memory
 from zqfp_convert.recipe import Recipe
 
 
-def planned(out: Path) -> Plan:
-    choices = {key: value for key, value in QUICK.items() if key != "device"}
-    recipe = Recipe.named("best", **{**choices, "samples": 6, "rank": 2, "rotation": "none"})
-    return make_plan(tiny_model(), out, recipe=recipe, device="cpu")
+@pytest.fixture
+def planned(tiny_model: Maker, tmp_path: Path) -> Callable[..., Plan]:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog; " * 400)
+
+    def plan(out: str, samples: int = 6) -> Plan:
+        choices = {**QUICK, "samples": samples, "rank": 2, "rotation": "none"}
+        device = choices.pop("device")
+        recipe = Recipe.named("best", **choices)
+        return make_plan(
+            tiny_model(), tmp_path / out, recipe=recipe, calibration=text, device=device
+        )
+
+    return plan
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return contents(planned(tmp_path_factory.mktemp("states") / "out"))
-
-
-def contents(plan: Plan) -> dict[str, bytes]:
-    assert plan.states == "device"
-    return made(plan)
-
-
-def made(plan: Plan) -> dict[str, bytes]:
-    out = conversion.run(plan).out
-    assert not out.with_name(out.name + ".partial").exists()
-    return {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
-
-
-@pytest.mark.parametrize("place", ["host", "file"])
-def test_the_same_bytes_wherever_they_lie(
-    place: Place, shards: dict[str, bytes], tmp_path: Path
-) -> None:
-    plan = dataclasses.replace(planned(tmp_path / "out"), states=place)
-    assert made(plan) == shards
+def test_the_same_bytes_wherever_they_lie(planned: Callable[..., Plan]) -> None:
+    places: list[Place] = ["device", "host", "file"]
+    made = []
+    for place in places:
+        out = conversion.run(dataclasses.replace(planned(place), states=place)).out
+        assert not out.with_name(out.name + ".partial").exists()
+        made.append({path.name: path.read_bytes() for path in out.glob("*.safetensors")})
+    assert made[0] == made[1] == made[2]
 
 
 def test_they_go_to_a_file_where_memory_is_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = planned(tmp_path / "out")
-    states = memory.states_bytes(plan)
-    short = dataclasses.replace(plan, text=None)
-    need = memory.peaks(dataclasses.replace(short, states="file"))[0]
-    assert memory.peaks(short)[0] >= need
+    plan = planned("out", 200)
+    assert (plan.states, plan.spilled) == ("device", 0)
+    need = memory.peaks(dataclasses.replace(plan, states="file"))[0]
+    assert need == plan.host_memory - memory.states_bytes(plan)
     monkeypatch.setattr(device, "free_memory", lambda place: need)
-    found = planned(tmp_path / "out")
-    if memory.peaks(short)[0] > need:
-        assert (found.states, found.spilled) == ("file", states)
+    short = planned("out", 200)
+    assert (short.states, short.spilled) == ("file", memory.states_bytes(plan))
+    assert short.host_memory == need
+    monkeypatch.setattr(device, "free_memory", lambda place: need - 1)
+    with pytest.raises(SourceError, match="memory of cpu"):
+        planned("out", 200)
 
 
 @pytest.mark.parametrize("in_file", [False, True])

@@ -21,7 +21,9 @@ def journal_bytes(plan: Plan) -> int:
     """What lies in OUT.partial beside the checkpoint: journal, text, what waits for tuning."""
     recipe = plan.recipe
     layers = sum(len(block) for block in plan.layers)
-    total = ENTRY * layers + (TOKEN * recipe.samples * recipe.seq_len)
+    total = ENTRY * layers
+    if recipe.needs_calibration:
+        total += TOKEN * recipe.samples * recipe.seq_len
     if recipe.tune > 0:  # all blocks are kept, and where each weight starts from
         total += TOKEN * recipe.tune_samples * recipe.seq_len
         total += plan.bytes_after + (2 * plan.weights if plan.tunes_roundings else 0)
