@@ -42,6 +42,13 @@ def tidy() -> None:
     _call("malloc_trim", 0)
 
 
+def give_back(device: torch.device) -> None:
+    """Let go of what a try that ran out of memory has left."""
+    tidy()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _call(name: str, *numbers: int) -> None:
     function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
     if function is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -224,9 +223,7 @@ class Work:
         size, moved = self.states.size // 2, self.states.moved
         if moved:
             self.states = None
-        gc.collect()
-        if self.plan.device.type == "cuda":
-            torch.cuda.empty_cache()
+        host.give_back(self.plan.device)
         self.partial.note(BATCH, {"block": index, "windows": size})
         if self.states is not None:
             self.states.split(size)
