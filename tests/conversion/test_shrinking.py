@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import QUICK, Maker
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 import zqfp_convert
 from zqfp_convert.conversion import rehearsal, windows
@@ -18,7 +18,7 @@ def test_fewer_windows_are_written_at_once(
     tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
-    generate = PreTrainedModel.generate
+    generate = GenerationMixin.generate
 
     def limited(model: PreTrainedModel, prompt: torch.Tensor, **options: Any) -> torch.Tensor:
         tried.append(len(prompt))
@@ -26,7 +26,7 @@ def test_fewer_windows_are_written_at_once(
             raise torch.OutOfMemoryError("no room for so many")
         return generate(model, prompt, **options)
 
-    monkeypatch.setattr(PreTrainedModel, "generate", limited)
+    monkeypatch.setattr(GenerationMixin, "generate", limited)
     made = zqfp_convert.convert(tiny_model(), tmp_path / "shrunk", **QUICK)
     assert tried == [12, 12, 8, 4, 4, 4]
     monkeypatch.setattr(windows.text, "GENERATED_AT_ONCE", 4)
