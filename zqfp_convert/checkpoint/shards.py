@@ -7,10 +7,10 @@ a process holds is what it has asked for, and not what it has looked at in mappe
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -111,32 +111,37 @@ class Shards:
         for file, members in by_file.items():
             with (self.folder / file).open("rb", buffering=0) as shard:
                 for name in members:
-                    info = self.tensors[name]
-                    tensor = _read(shard.fileno(), info.dtype, info.shape, info.start)
-                    result[name] = tensor.to(device)
+                    result[name] = _read(shard, name, self.tensors[name]).to(device)
         return result
 
     def read_at(self, name: str, index: int) -> Tensor:
         """What lies at an index along the first dimension of the named tensor; no more is read."""
         info = self.tensors[name]
-        start = info.start + index * (info.bytes // info.shape[0])
+        size = info.bytes // info.shape[0]
+        part = replace(info, shape=info.shape[1:], bytes=size, start=info.start + index * size)
         with (self.folder / info.file).open("rb", buffering=0) as shard:
-            return _read(shard.fileno(), info.dtype, info.shape[1:], start)
+            return _read(shard, name, part)
 
 
-def _read(file: int, dtype: str, shape: tuple[int, ...], start: int) -> Tensor:
-    """A tensor that begins at an offset of an open file.
+def _read(file: FileIO, name: str, info: TensorInfo) -> Tensor:
+    """A tensor out of an open file.
 
     Raises:
-        OSError: the file has become shorter.
+        CheckpointError: `bad-shard`, for a dtype that is not known, or a file that is shorter now.
     """
-    tensor = torch.empty(shape, dtype=DTYPES[dtype])
+    if info.dtype not in DTYPES:
+        found, needed = f"dtype {info.dtype}", f"one of {', '.join(DTYPES)}"
+        raise CheckpointError("bad-shard", f"{name} in {info.file}", found, needed=needed, do=AGAIN)
+    tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
     rest = tensor.reshape(-1).view(torch.uint8).numpy().data
+    file.seek(info.start)
     while rest:
-        got = os.preadv(file, [rest[:MOST_AT_ONCE]], start)
-        if got == 0:
-            raise OSError(f"the file ends at byte {start}, within a tensor")
-        rest, start = rest[got:], start + got
+        got = file.readinto(rest[:MOST_AT_ONCE])
+        if not got:
+            found, needed = "a file that ends within it", "a complete shard"
+            where = f"{name} in {info.file}"
+            raise CheckpointError("bad-shard", where, found, needed=needed, do=AGAIN)
+        rest = rest[got:]
     return tensor
 
 
