@@ -117,6 +117,7 @@ def main() -> None:
         for blocks in given.blocks:
             row = measured(recipe, blocks, hidden)
             rows.append(row)
+            print(json.dumps(row), file=sys.stderr)
             peak, planned = row["peak"], row["planned"]
             first = first or peak
             table.add_row(
