@@ -19,6 +19,7 @@ TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # of a calibration batch
 INPUTS = 6  # float32 copies of a batch at the widest linear: as it is, quantized, what that loses
 ROUNDED = 3.5  # bytes a weight that codes take while a layer is packed and checked
 CHECKED_AT_ONCE = 4  # tensors that are looked at for NaN
+CALIBRATING = 8 << 20  # small tensors of a model's passes, among others in heaps
 ALWAYS = 12 << 20  # slices that are rounded, heaps of threads, journal and manifest
 
 
@@ -49,7 +50,7 @@ def peaks(plan: Plan) -> tuple[int, int]:
     on_cpu = plan.device.type == "cpu"
     if plan.recipe.needs_calibration:
         work = _calibrating(plan)
-        host += _handed_on(plan)
+        host += _handed_on(plan) + (CALIBRATING if on_cpu else 0)
         if plan.states == "host":
             host += states_bytes(plan)
     elif not on_cpu:
