@@ -1,6 +1,6 @@
 """`fast` on the CPU, against one plain torch pass over the same weights and a copy of the files.
 
-    python tests/benchmarks/fast_cpu.py [--gigabytes 2] [--rounds 3] [--hidden 2048]
+    python tests/benchmarks/fast_cpu.py [--gigabytes 0.5 1 2] [--rounds 3] [--hidden 2048]
 
 Method: a Llama with random bf16 weights is written block by block. In turn, each in a process of
 its own, `--rounds` times: (a) every linear weight of the blocks is read and rounded in the plainest
@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from memory import write_model
@@ -86,9 +87,28 @@ def here(way: str, source: Path, out: Path) -> None:
     print(json.dumps({"seconds": seconds, "memory": max(0, peak[0] - before)}))
 
 
+def measured(gigabytes: float, hidden: int, rounds: int) -> dict[str, Any]:
+    """The figures for a model of about that size."""
+    block = 2 * (3 * hidden**2 + 9 * hidden**2)  # about, in bytes
+    found: dict[str, list[dict[str, float]]] = {"plain": [], "fast": []}
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        size = write_model(source, max(1, round(gigabytes * 1e9 / block)), hidden)
+        for number in range(rounds):
+            for way in found:
+                out = Path(folder) / f"{way}{number}"
+                command = [sys.executable, __file__, "--here", way, str(source), str(out)]
+                run = subprocess.run(command, check=True, capture_output=True, text=True)
+                found[way].append(json.loads(run.stdout.splitlines()[-1]))
+                shutil.rmtree(out)
+    pairs = zip(found["fast"], found["plain"], strict=True)
+    ratio = statistics.median(fast["seconds"] / one["seconds"] for fast, one in pairs)
+    return {"bytes": size, "ratio": ratio, "runs": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[2.0])
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--here", nargs=3, help=argparse.SUPPRESS)
@@ -96,28 +116,18 @@ def main() -> None:
     if options.here:
         here(options.here[0], Path(options.here[1]), Path(options.here[2]))
         return
-    block = 2 * (3 * options.hidden**2 + 9 * options.hidden**2)  # about, in bytes
-    found: dict[str, list[dict[str, float]]] = {"plain": [], "fast": []}
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "source"
-        size = write_model(source, max(1, round(options.gigabytes * 1e9 / block)), options.hidden)
-        for number in range(options.rounds):
-            for way in found:
-                out = Path(folder) / f"{way}{number}"
-                command = [sys.executable, __file__, "--here", way, str(source), str(out)]
-                run = subprocess.run(command, check=True, capture_output=True, text=True)
-                found[way].append(json.loads(run.stdout.splitlines()[-1]))
-                shutil.rmtree(out)
-    table = Table("way", "seconds", "anonymous memory above imports, MB")
-    for way, runs in found.items():
-        seconds = statistics.median(run["seconds"] for run in runs)
-        table.add_row(way, f"{seconds:.1f}", f"{max(run['memory'] for run in runs) / 1e6:.0f}")
+    table = Table("weights", "way", "seconds", "over the plain pass", "anonymous memory", box=None)
+    rows = [measured(size, options.hidden, options.rounds) for size in options.gigabytes]
+    for row in rows:
+        for way, runs in row["runs"].items():
+            seconds = statistics.median(run["seconds"] for run in runs)
+            memory = max(run["memory"] for run in runs) / 1e6
+            ratio = f"{row['ratio']:.2f}" if way == "fast" else ""
+            weights = f"{row['bytes'] / 1e9:.2f} GB"
+            table.add_row(weights, way, f"{seconds:.1f}", ratio, f"{memory:.0f} MB")
     Console().print(table)
-    pairs = zip(found["fast"], found["plain"], strict=True)
-    ratio = statistics.median(fast["seconds"] / one["seconds"] for fast, one in pairs)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{size / 1e9:.2f} GB of weights, {machine}: fast takes {ratio:.2f} times the plain pass")
-    print(json.dumps({"bytes": size, "ratio": ratio, "machine": machine, "runs": found}))
+    print(json.dumps({"machine": machine, "rows": rows}))
 
 
 if __name__ == "__main__":

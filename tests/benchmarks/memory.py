@@ -1,10 +1,13 @@
 """Peak host memory of converting models that differ only in their number of blocks.
 
-    python tests/benchmarks/memory.py [--blocks 4 32] [--recipe best]
+    python tests/benchmarks/memory.py [--blocks 4 16 64] [--recipe fast best] [--hidden 1024 256]
 
-Method: for each number of blocks a Llama with random weights is written to disk and converted in a
-process of its own; what counts is that process's peak resident memory above what it had after its
-imports. Linux only. Prints a table, then one JSON line.
+Method: for each recipe, with a hidden size of its own, and each number of blocks, a Llama with
+random weights is written to disk and converted on the CPU in a process of its own. That process
+first converts a Llama of one block of width 128, so that all modules are imported and all libraries
+have what they keep; what counts is the peak of resident memory above what the process has then, as
+the conversion itself reports it, and beside it what the plan has estimated. Linux only. Prints a
+table, with the peak over that of the fewest blocks, then one JSON line.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -40,7 +44,7 @@ def write_model(folder: Path, blocks: int, hidden: int) -> int:
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
-    config.save_pretrained(folder)
+    config.save_pretrained(folder)  # makes the folder
     with torch.device("meta"):
         shapes = {
             k: v.shape for k, v in AutoModelForCausalLM.from_config(config).state_dict().items()
@@ -59,59 +63,71 @@ def write_model(folder: Path, blocks: int, hidden: int) -> int:
     return total
 
 
-def memory(field: str) -> int:
-    """Resident memory of this process in bytes, now (VmRSS) or at its peak (VmHWM)."""
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
-def convert_here(source: str, out: str, recipe: str) -> None:
-    """In a process of its own: convert, and print the peak before and after."""
-    import zqfp_convert.conversion  # the imports are not what is measured
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = memory("VmRSS")
-    made = zqfp_convert.conversion.convert(
-        source, out, recipe=recipe, device="cpu", samples=SAMPLES, seq_len=SEQ_LEN,
-        calibration=f"{source}/text.txt" if recipe != "fast" else None,
-    )  # fmt: skip
+def convert_here(small: str, source: str, out: str, recipe: str) -> None:
+    """In a process of its own: convert, and print the peak and what was planned."""
+    for model, folder in ((small, f"{out}.small"), (source, out)):
+        made = zqfp_convert.convert(
+            model, folder, recipe=recipe, device="cpu", samples=SAMPLES, seq_len=SEQ_LEN,
+            calibration=f"{model}/text.txt" if recipe != "fast" else None,
+        )  # fmt: skip
     print(
-        json.dumps({"before": before, "after": memory("VmHWM"), "planned": made.plan.host_memory})
+        json.dumps(
+            {"peak": made.host_peak, "planned": made.plan.host_memory, "seconds": made.seconds}
+        )
     )
+
+
+def measured(recipe: str, blocks: int, hidden: int) -> dict[str, Any]:
+    """The figures of one conversion."""
+    with tempfile.TemporaryDirectory() as folder:
+        small, source = Path(folder) / "small", Path(folder) / "model"
+        write_model(small, 1, 128)
+        size = write_model(source, blocks, hidden)
+        for model in (small, source):
+            copy_tokenizer(model)
+        here = ["--here", str(small), str(source), f"{folder}/out", recipe]
+        command = [sys.executable, __file__, *here]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {"recipe": recipe, "hidden": hidden, "blocks": blocks, "bytes": size, **found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 32])
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--recipe", default="fast")
-    parser.add_argument("--here", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--recipe", nargs="+", default=["fast", "best"])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 256])
+    parser.add_argument("--here", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.here:
         convert_here(*given.here)
         return
     rows = []
-    for blocks in given.blocks:
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "model"
-            source.mkdir()
-            size = write_model(source, blocks, given.hidden)
-            if given.recipe != "fast":
-                copy_tokenizer(source)
-            command = [sys.executable, __file__, "--here", str(source), f"{folder}/out"]
-            done = subprocess.run(
-                [*command, given.recipe], check=True, capture_output=True, text=True
-            )
-        measured = json.loads(done.stdout.splitlines()[-1])
-        growth = measured["after"] - measured["before"]
-        rows.append({"blocks": blocks, "bytes": size, "peak": growth, **measured})
-    table = Table("blocks", "weights on disk", "peak memory above imports", box=None)
-    for row in rows:
-        table.add_row(
-            str(row["blocks"]), f"{row['bytes'] / 1e6:.0f} MB", f"{row['peak'] / 1e6:.0f} MB"
-        )
+    names = (
+        "recipe",
+        "hidden",
+        "blocks",
+        "weights on disk",
+        "peak above imports",
+        "over the first",
+    )
+    table = Table(*names, "planned", "planned over peak", box=None)
+    for recipe, hidden in zip(given.recipe, given.hidden, strict=True):
+        first = None
+        for blocks in given.blocks:
+            row = measured(recipe, blocks, hidden)
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr)
+            peak, planned = row["peak"], row["planned"]
+            first = first or peak
+            table.add_row(
+                recipe, str(hidden), str(blocks), f"{row['bytes'] / 1e6:.0f} MB",
+                f"{peak / 1e6:.1f} MB", f"{peak / first:.3f}",
+                f"{planned / 1e6:.1f} MB", f"{planned / peak:.2f}",
+            )  # fmt: skip
     Console().print(table)
-    print(json.dumps({"machine": platform.machine(), "recipe": given.recipe, "rows": rows}))
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(json.dumps({"machine": machine, "rows": rows}))
 
 
 def copy_tokenizer(folder: Path) -> None:

@@ -132,7 +132,7 @@ def test_no_room_for_a_head(
 
     recipe = Recipe.named("best", group_size=32)
     plan = make_plan(tiny_model("opt"), tmp_path / "out", recipe=recipe, device="cpu")
-    monkeypatch.setattr("zqfp_convert.plan._check_disk", full)
+    monkeypatch.setattr("zqfp_convert.plan.plan.room.check", full)
     chosen = rehearsal.choose_rotation(plan, token_ids(4, 32), lambda *said: None)
     assert chosen.rotation is None
     assert chosen.recipe.rotation == "none"

@@ -53,6 +53,9 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "mlp.down_proj" in done.stdout
     plan = json.loads(run(DEMO, tmp_path / "out", "--dry-run", "--json").stdout)
+    assert sum(kind["count"] for kind in plan["kinds"]) == plan["layers"]
+    assert plan["disk"]["output"] == plan["bytes_after"] < plan["disk"]["free"]
+    assert plan["estimated_seconds"] > 0
     assert plan["architecture"] == "LlamaForCausalLM"
     assert plan["recipe"]["name"] == "best"
     assert 4 < plan["bits"] < 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib.resources import as_file, files
 from itertools import count
 from pathlib import Path
@@ -25,7 +26,7 @@ from zqfp_convert.distill import train
 from zqfp_convert.distill.train import HELD_BACK
 from zqfp_convert.errors import SourceError
 from zqfp_convert.model import device
-from zqfp_convert.plan import Plan, make_plan
+from zqfp_convert.plan import Plan, make_plan, memory
 from zqfp_convert.verify import verify
 
 MODEL = files("zqfp_convert.demo") / "model"
@@ -173,7 +174,8 @@ def test_with_too_little_memory_roundings_stay(
     full = planned()
     assert full.tunes_roundings
     assert "roundings, row scales" in full.tuning
-    monkeypatch.setattr(device, "free_memory", lambda place: full.host_memory - 1)
+    spilled = memory.peaks(dataclasses.replace(full, states="file"))[0]
+    monkeypatch.setattr(device, "free_memory", lambda place: spilled - 1)
     plan = planned()
     assert not plan.tunes_roundings
     assert "too little memory for roundings" in plan.to_json()["tuning"]

@@ -66,6 +66,33 @@ def test_rounding_is_nearest(book: Codebook, dtype: torch.dtype) -> None:
     assert torch.equal(spelled, everything.where(everything != 8, torch.zeros_like(everything)))
 
 
+@pytest.mark.parametrize("book", BOOKS)
+def test_every_place_where_rounding_turns(book: Codebook) -> None:
+    points = torch.arange(-8 * 64, 8 * 64 + 1) / 64  # all halves of sums of magnitudes among them
+    up, down = torch.full_like(points, 9.0), torch.full_like(points, -9.0)
+    beside = [torch.nextafter(points, up), torch.nextafter(points, down)]
+    values = torch.cat([points, *beside])
+    ties = [code % 2 if book == E2M1 else code for code in range(8)]
+    want = []
+    for value in values.double().abs().tolist():
+        want.append(min(range(8), key=lambda code: (abs(book[code] - value), ties[code])))
+    magnitudes = torch.tensor(book)[want]
+    assert torch.equal(codebook.round_to(values, book), magnitudes.copysign(values))
+    codes = torch.tensor(want, dtype=torch.uint8)
+    negative = (values < 0) & (codes > 0)
+    assert torch.equal(codebook.encode(values, book), codes + 8 * negative)
+
+
+def test_the_second_of_two_where_so_marked() -> None:
+    values, second = 4 * normal(64, 40), normal(64, 40) > 0
+    first, other = codebook.PAIR
+    both = torch.where(second, codebook.round_to(values, other), codebook.round_to(values, first))
+    assert torch.equal(codebook.round_to(values, *codebook.PAIR, second=second), both)
+    codes = codebook.encode(values, *codebook.PAIR, second=second)
+    decoded = codebook.decode(codes, *codebook.PAIR, second=second)
+    assert torch.equal(decoded, both + 0.0)
+
+
 def test_signs_and_nan_stay() -> None:
     values = torch.tensor([-0.0, 0.0, -1e-30, float("nan"), -1e30])
     for book in BOOKS:

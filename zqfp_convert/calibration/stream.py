@@ -7,7 +7,7 @@ to learn with which arguments it calls that block (masks, positions, rotary tabl
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zqfp_convert.calibration.beside import Beside
+from zqfp_convert.calibration.shelf import Shelf
 from zqfp_convert.errors import SourceError
 from zqfp_convert.model.blocks import Blocks, as_returned, first_tensor, others
 
@@ -65,7 +66,7 @@ class Stream:
         moved: how many batches `advance` has moved; 0 again once all are.
     """
 
-    def __init__(self, hidden: list[Tensor]) -> None:
+    def __init__(self, hidden: MutableSequence[Tensor]) -> None:
         self.hidden = hidden
         self.moved = 0
 
@@ -82,6 +83,9 @@ class Stream:
 
     def split(self, size: int, dimension: int = 0) -> None:
         """Make batches of at most so many windows out of the larger ones; windows lie there."""
+        if isinstance(self.hidden, Shelf):
+            self.hidden.split(size, dimension)
+            return
         parts = (torch.split(hidden, size, dimension) for hidden in self.hidden)
         self.hidden = [part for batch in parts for part in batch]
 

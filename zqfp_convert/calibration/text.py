@@ -127,17 +127,24 @@ def windows_and_more(
 
 
 def generate(
-    model: PreTrainedModel, samples: int, seq_len: int, seed: int, world: World = ALONE
+    model: PreTrainedModel,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    world: World = ALONE,
+    *,
+    at_once: int = GENERATED_AT_ONCE,
 ) -> Tensor:
     """Windows that the model writes itself, int64 `[samples, seq_len]`, on the CPU.
 
     Each starts with the begin-of-text token (a random one where the model has none) and goes on by
     sampling from the model's own distribution, past ends of text. Deterministic for a seed on one
-    machine; the global random state is left as it was. Processes of a `world` take turns; all get
-    everything.
+    machine and a number of windows that are written `at_once`; the global random state is left as
+    it was. Processes of a `world` take turns; all get everything.
 
     Raises:
         SourceError: the model cannot write.
+        torch.OutOfMemoryError: so many at once do not fit; on all processes.
     """
     config = model.config.get_text_config(decoder=True)
     begins = getattr(config, "bos_token_id", None)
@@ -157,30 +164,34 @@ def generate(
     habits, model.generation_config = model.generation_config, settings  # else they are mixed in
     devices = [model.device] if model.device.type == "cuda" else []
     parts: dict[int, Tensor] = {}
-    with torch.random.fork_rng(devices=devices), torch.inference_mode():
-        every = range(0, samples, GENERATED_AT_ONCE)
-        for start in every[world.rank :: world.size]:
-            torch.manual_seed((seed + start) % 2**63)  # whoever writes these, writes the same
-            count = min(GENERATED_AT_ONCE, samples - start)
-            if first is not None and first < vocabulary:
-                prompt = torch.full((count, 1), first)
-            else:
-                prompt = torch.randint(vocabulary, (count, 1))
-            prompt = prompt.to(model.device)
-            mask = torch.ones_like(prompt)  # else a first token that is also the padding is hidden
-            try:
-                parts[start] = model.generate(prompt, attention_mask=mask).cpu()
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # of the model's own lines, which may ask for anything
-                raise SourceError(
-                    type(model).__name__,
-                    "a model that cannot write its own calibration text "
-                    f"({type(error).__name__}: {' '.join(str(error).split())[:120]})",
-                    needed="a model that transformers can generate text with, or text",
-                    do="Give --calibration FILE.",
-                ) from error
-    model.generation_config = habits
+    try:
+        random_state = torch.random.fork_rng(devices=devices)
+        with world.attempt(), random_state, torch.inference_mode():
+            every = range(0, samples, at_once)
+            for start in every[world.rank :: world.size]:
+                torch.manual_seed((seed + start) % 2**63)  # whoever writes these, writes the same
+                count = min(at_once, samples - start)
+                if first is not None and first < vocabulary:
+                    prompt = torch.full((count, 1), first)
+                else:
+                    prompt = torch.randint(vocabulary, (count, 1))
+                prompt = prompt.to(model.device)
+                # Else a first token that is also the padding is hidden.
+                mask = torch.ones_like(prompt)
+                try:
+                    parts[start] = model.generate(prompt, attention_mask=mask).cpu()
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # of the model's own lines, which may ask for anything
+                    raise SourceError(
+                        type(model).__name__,
+                        "a model that cannot write its own calibration text "
+                        f"({type(error).__name__}: {' '.join(str(error).split())[:120]})",
+                        needed="a model that transformers can generate text with, or text",
+                        do="Give --calibration FILE.",
+                    ) from error
+    finally:
+        model.generation_config = habits
     found = {start: part for own in world.gather(parts) for start, part in own.items()}
     return torch.cat([found[start] for start in sorted(found)]).clone()
 

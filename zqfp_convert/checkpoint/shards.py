@@ -1,6 +1,7 @@
 """Safetensors shards of a folder, read by tensor name; headers are checked before any data.
 
-Serves sources and packed checkpoints alike. Files are mapped only while they are read.
+Serves sources and packed checkpoints alike. Tensors are read into memory of their own, so that what
+a process holds is what it has asked for, and not what it has looked at in mapped files.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +39,24 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
 }
+MOST_AT_ONCE = 1 << 30  # bytes that the system is asked for
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a shard's header says of a tensor: its file's name, dtype as spelled there, shape."""
+    """What a shard's header says of a tensor: its file's name, dtype as spelled there, shape.
+
+    `start` is where its bytes begin in the file.
+    """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    start: int = 0
 
 
 class Shards:
@@ -100,16 +109,40 @@ class Shards:
             by_file[self.tensors[name].file].append(name)
         result: dict[str, Tensor] = {}
         for file, members in by_file.items():
-            with safe_open(str(self.folder / file), framework="pt") as shard:
+            with (self.folder / file).open("rb", buffering=0) as shard:
                 for name in members:
-                    result[name] = shard.get_tensor(name).to(device)
+                    result[name] = _read(shard, name, self.tensors[name]).to(device)
         return result
 
     def read_at(self, name: str, index: int) -> Tensor:
         """What lies at an index along the first dimension of the named tensor; no more is read."""
-        with safe_open(str(self.folder / self.tensors[name].file), framework="pt") as shard:
-            part: Tensor = shard.get_slice(name)[index]
-            return part
+        info = self.tensors[name]
+        size = info.bytes // info.shape[0]
+        part = replace(info, shape=info.shape[1:], bytes=size, start=info.start + index * size)
+        with (self.folder / info.file).open("rb", buffering=0) as shard:
+            return _read(shard, name, part)
+
+
+def _read(file: FileIO, name: str, info: TensorInfo) -> Tensor:
+    """A tensor out of an open file.
+
+    Raises:
+        CheckpointError: `bad-shard`, for a dtype that is not known, or a file that is shorter now.
+    """
+    if info.dtype not in DTYPES:
+        found, needed = f"dtype {info.dtype}", f"one of {', '.join(DTYPES)}"
+        raise CheckpointError("bad-shard", f"{name} in {info.file}", found, needed=needed, do=AGAIN)
+    tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    rest = tensor.reshape(-1).view(torch.uint8).numpy().data
+    file.seek(info.start)
+    while rest:
+        got = file.readinto(rest[:MOST_AT_ONCE])
+        if not got:
+            found, needed = "a file that ends within it", "a complete shard"
+            where = f"{name} in {info.file}"
+            raise CheckpointError("bad-shard", where, found, needed=needed, do=AGAIN)
+        rest = rest[got:]
+    return tensor
 
 
 def read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
@@ -141,7 +174,8 @@ def read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
     result = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        result[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), end - begin)
+        shape, start = tuple(entry["shape"]), 8 + length + begin
+        result[name] = TensorInfo(file, entry["dtype"], shape, end - begin, start)
     return result
 
 

@@ -30,7 +30,7 @@ OTHER_WEIGHTS = (
     ".tflite",
     ".ot",
 )
-CHUNK = 1 << 20  # numbers looked at together, to bound the memory
+CHUNK = 1 << 17  # numbers looked at together, so that they stay in the cache
 REWRITTEN = (layout.CONFIG_FILE, layout.INDEX_FILE, layout.MANIFEST_FILE)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,8 @@ from zqfp_convert.cli import console
 
 if TYPE_CHECKING:
     from zqfp_convert.conversion import Conversion
-    from zqfp_convert.plan import Plan, PlannedLayer
+    from zqfp_convert.conversion.probe import Estimate
+    from zqfp_convert.plan import Plan
 
 QUALITY = "Quality and size"
 CALIBRATION = "Calibration"
@@ -194,6 +196,7 @@ def command(
 
     with console.errors(debug, as_json), parallel.join(device) as world:
         from zqfp_convert.conversion import run
+        from zqfp_convert.conversion.probe import estimate
         from zqfp_convert.errors import Stopped
         from zqfp_convert.plan import make_plan
         from zqfp_convert.recipe import Recipe
@@ -229,14 +232,16 @@ def command(
             world=world,
         )
         silent = quiet or as_json or not world.leads
+        time = estimate(plan) if world.leads and (dry_run or not silent) else None
         if dry_run:
             if world.leads and as_json:
-                console.print_json(plan.to_json())
+                seconds = {} if time is None else {"estimated_seconds": round(time.seconds, 1)}
+                console.print_json(plan.to_json() | seconds)
             elif world.leads:
-                _show_plan(plan, every_layer=True)
+                _show_plan(plan, time, every_layer=True)
             return
         if not silent:
-            _show_plan(plan, every_layer=False)
+            _show_plan(plan, time, every_layer=False)
         try:
             with console.progress(silent) as report:
                 result = run(plan, report, resume=resume, world=world)
@@ -248,7 +253,7 @@ def command(
         if world.leads and as_json:
             console.print_json(result.to_json())
         elif not silent:
-            _show_result(result)
+            _show_result(result, time)
 
 
 def _number(text: str | None) -> int | str | None:
@@ -256,8 +261,15 @@ def _number(text: str | None) -> int | str | None:
     return int(text) if text is not None and text.isdigit() else text
 
 
-def _show_plan(plan: Plan, *, every_layer: bool) -> None:
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _show_plan(plan: Plan, time: Estimate | None, *, every_layer: bool) -> None:
     from zqfp_convert.checkpoint.partial import partial_folder
+    from zqfp_convert.plan import disk
 
     recipe = plan.recipe
     layers = [layer for block in plan.layers for layer in block]
@@ -279,8 +291,19 @@ def _show_plan(plan: Plan, *, every_layer: bool) -> None:
         "device": str(plan.device),
         "memory": f"about {console.size(plan.host_memory)} of host memory"
         + (f", {console.size(plan.device_memory)} on the GPU" if plan.device_memory else ""),
-        "left alone": console.kinds(plan.left_alone),
+        "disk": f"{console.size(plan.bytes_after)} for the checkpoint, "
+        f"{console.size(disk.journal_bytes(plan))} beside it meanwhile, "
+        f"{console.size(disk.free(plan))} free",
+        "left alone": _left_alone(plan),
     }
+    if plan.states != "device":
+        where = "host memory" if plan.states == "host" else "a file in OUT.partial"
+        rows["states"] = f"of the calibration text are kept in {where}, for want of memory"
+    if time is not None:
+        rows["time"] = (
+            f"about {_duration(time.seconds)}, an estimate from steps timed on {plan.device} "
+            f"({time.took:.1f} s)"
+        )
     unfinished = partial_folder(plan.out)
     if unfinished.exists():
         rows["unfinished"] = f"{unfinished}, gone on with if it is the same conversion"
@@ -294,25 +317,46 @@ def _show_plan(plan: Plan, *, every_layer: bool) -> None:
     console.out.print(table)
     if not every_layer:
         return
-    kinds: dict[tuple[str, int, int], list[PlannedLayer]] = {}
-    for layer in layers:
-        kinds.setdefault((console.starred(layer.place), layer.rows, layer.columns), []).append(
-            layer
-        )
-    shapes = Table("layer of a block", "N", "K", "how many", f"{most}bits a weight", box=None)
-    for (place, n, k), alike in kinds.items():
-        bits = 8 * alike[0].packed_bytes / (n * k)
-        shapes.add_row(escape(place), str(n), str(k), str(len(alike)), f"{bits:.3f}")
+    title = "layer of a block", "N", "K", "how many", f"{most}bits a weight", f"{most}size"
+    shapes = Table(*title, box=None)
+    for (place, n, k), alike in plan.kinds().items():
+        size = sum(layer.packed_bytes for layer in alike)
+        bits = 8 * size / (n * k * len(alike))
+        row = place, str(n), str(k), str(len(alike)), f"{bits:.3f}", console.size(size)
+        shapes.add_row(*map(escape, row))
     console.out.print(shapes)
 
 
-def _show_result(result: Conversion) -> None:
+def _left_alone(plan: Plan) -> str:
+    """Which layers stay as they are, and why."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in plan.left_alone.items():
+        reasons.setdefault(reason, []).append(name)
+    told = (f"{console.kinds(names)} ({reason})" for reason, names in reasons.items())
+    return "; ".join(told) or "nothing"
+
+
+def _estimated(result: Conversion, time: Estimate | None) -> Iterator[str]:
+    """What it took, beside what the plan had estimated."""
+    plan = result.plan
+    if time is not None:
+        yield f"{_duration(result.seconds)} (estimated: {_duration(time.seconds)})"
+    for where, peak, planned in (
+        ("host memory", result.host_peak, plan.host_memory),
+        ("GPU memory", result.device_peak, plan.device_memory),
+    ):
+        if peak is not None:
+            yield f"{console.size(peak)} of {where} (estimated: {console.size(planned)})"
+
+
+def _show_result(result: Conversion, time: Estimate | None) -> None:
     plan, layers = result.plan, result.layers
     console.out.print(
         f"\n[bold]{escape(str(result.out))}[/]: {console.size(plan.bytes_before)} to "
         f"{console.size(result.bytes_after)}, {result.bits:.2f} bits a weight, "
         f"{result.seconds:.1f} s"
     )
+    console.out.print(f"took {', '.join(_estimated(result, time))}")
     if plan.rotation is not None:
         console.out.print("residual stream rotated")
     if plan.recipe.rank == "auto":

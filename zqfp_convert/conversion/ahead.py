@@ -12,8 +12,6 @@ from torch import Tensor
 
 from zqfp_convert.checkpoint.shards import Shards
 
-PAGE = 4096  # bytes, or fewer than a page of memory has
-
 
 def read_ahead(
     shards: Shards, groups: Sequence[list[str]], device: torch.device
@@ -24,20 +22,16 @@ def read_ahead(
     # As many threads as here: how a sum is split up among them decides over its last bits.
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, "read", torch.set_num_threads, (threads,)) as pool:
-        read = partial(_to_gpu if device.type == "cuda" else _read, shards, device)
+        if device.type == "cuda":
+            read = partial(_to_gpu, shards, device)
+        else:
+            read = partial(shards.read, device=device)
         reading = pool.submit(read, groups[0])
         for following in [*groups[1:], None]:
             found = reading.result()
             if following is not None:
                 reading = pool.submit(read, following)
             yield found
-
-
-def _read(shards: Shards, device: torch.device, names: list[str]) -> dict[str, Tensor]:
-    tensors = shards.read(names, device)
-    for tensor in tensors.values():  # mapped files are read where they are touched
-        tensor.contiguous().flatten().view(torch.uint8)[::PAGE].sum()
-    return tensors
 
 
 def _to_gpu(shards: Shards, device: torch.device, names: list[str]) -> dict[str, Tensor]:

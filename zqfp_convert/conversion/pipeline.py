@@ -21,6 +21,7 @@ from zqfp_convert.checkpoint.partial import Partial, differences, partial_folder
 from zqfp_convert.checkpoint.series import Series
 from zqfp_convert.checkpoint.source import fingerprint
 from zqfp_convert.checkpoint.writer import Writer
+from zqfp_convert.conversion.host import Peak, given_back
 from zqfp_convert.conversion.identity import identity
 from zqfp_convert.conversion.result import Conversion, Progress
 from zqfp_convert.conversion.tuning import Tuned, tune
@@ -102,7 +103,7 @@ def run(
             plan.out, conversion, overwrite=overwrite, resume=resume, world=world
         ) as partial:
             threads = partial.decided("threads", torch.get_num_threads())
-            with reproducible(threads):
+            with reproducible(threads), given_back():
                 report = (lambda text, done, total: None) if silent else progress
                 assert report is not None
                 return _run(plan, partial, report)
@@ -127,7 +128,7 @@ def run(
 
 @torch.no_grad()
 def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
-    began, world = time.monotonic(), partial.world
+    began, world, peak = time.monotonic(), partial.world, Peak(plan.device)
     warm(plan)
     roundings = partial.decided("roundings", plan.tunes_roundings)  # depends on free memory
     work = Work(replace(plan, tunes_roundings=roundings), report, partial, world)
@@ -141,12 +142,13 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
     count = others + len(plan.layers)
     with Writer(partial, count, anew=tunes, shared=not tunes) as writer:
         for names in plan.other_shards[writer.shards.done :]:
-            mine = writer.shards.writes_next
-            tensors = plan.source.shards.read(names) if mine else {}
+            tensors = plan.source.shards.read(names) if writer.shards.writes_next else {}
             writer.add_shard(tensors if tuned is None else tuned.of(tensors))
+            del tensors  # else they are here while all blocks are computed
         if not tunes:
             for block, about in work.blocks(writer.shards, others):
                 writer.add_shard(block, about)
+                del block  # else it is still here when the next but one is computed
         else:
             for block in [{}] * len(plan.layers) if tuned is None else tuned.blocks():
                 writer.add_shard(block)
@@ -163,7 +165,17 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
     seconds = time.monotonic() - began
     outcome: Outcome | None = None if tuned is None else tuned.outcome
     return Conversion(
-        plan.out, plan, work.entries, work.changed, bits, after, seconds, calibration, outcome
+        plan.out,
+        plan,
+        work.entries,
+        work.changed,
+        bits,
+        after,
+        seconds,
+        peak.host(),
+        peak.device(),
+        calibration,
+        outcome,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from zqfp_convert.calibration.rotating import find_rotation
 from zqfp_convert.calibration.simulated import SimulatedLinear
 from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
 from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
+from zqfp_convert.conversion import host
 from zqfp_convert.conversion.ahead import read_ahead
 from zqfp_convert.conversion.block import fill, fill_outside, fold, rounded
 from zqfp_convert.distill.train import kl
@@ -44,10 +45,11 @@ class _Rehearsal:
         rotation: that the model allows, once the first block is there.
     """
 
-    def __init__(self, plan: Plan, windows: Tensor) -> None:
+    def __init__(self, plan: Plan, windows: Tensor, size: int) -> None:
+        """With `size` windows at once."""
         fill_outside(plan)
         self._plan = plan
-        batches = batches_of(windows, TOKENS_AT_ONCE[plan.device.type], plan.device)
+        batches = batches_of(windows, size * windows.shape[1], plan.device)
         self._first = batches[0][:1]
         self._entrance = Entrance(plan.blocks, batches)
         self.original = Stream(self._entrance.first())
@@ -110,19 +112,34 @@ def choose_rotation(plan: Plan, windows: Tensor, report: Report) -> Plan:
     as_it_is = dataclasses.replace(plan, recipe=plan.recipe.changed(rotation="none"))
     if wanted == "auto" and any(mixtures(block) for block in plan.blocks.modules):
         return as_it_is  # a rotation is not known there, see `find_rotation`: no need to rehearse
-    turned = _rehearse(plan, windows[:WINDOWS, :WINDOW], report)
+    turned = _rehearse_what_fits(plan, windows[:WINDOWS, :WINDOW], report)
     return as_it_is if turned is None else turned
 
 
+def _rehearse_what_fits(plan: Plan, windows: Tensor, report: Report) -> Plan | None:
+    """`_rehearse`, again with half the windows at once as often as memory does not suffice."""
+    size = max(1, TOKENS_AT_ONCE[plan.device.type] // windows.shape[1])
+    while True:
+        try:
+            return _rehearse(plan, windows, size, report)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        skeleton.empty(plan.model)
+        host.give_back(plan.device)
+        size = min(size, len(windows)) // 2 or 1
+
+
 @torch.no_grad()
-def _rehearse(plan: Plan, windows: Tensor, report: Report) -> Plan | None:
+def _rehearse(plan: Plan, windows: Tensor, size: int, report: Report) -> Plan | None:
     """The rotated plan, or None where it is not to be; raises as `choose_rotation`."""
     wanted, count = plan.recipe.rotation, len(plan.blocks.modules)
-    plain = _Rehearsal(plan, windows)
+    plain = _Rehearsal(plan, windows, size)
     groups = [plan.block_tensors(index) for index in range(count)]
     turned, other = plan, plain
     for index, tensors in enumerate(read_ahead(plan.source.shards, groups, plan.device)):
         report(f"rehearsing, block {index + 1}/{count}", 0, plan.weights)
+        host.tidy()
         plain.fill(index, tensors)
         if index == 0:
             rotation = plain.find_rotation()
@@ -135,7 +152,7 @@ def _rehearse(plan: Plan, windows: Tensor, report: Report) -> Plan | None:
                 if wanted == "auto":
                     return None
                 raise
-            other = _Rehearsal(turned, windows)
+            other = _Rehearsal(turned, windows, size)
         plain.step(index)
         shards = turned.source.shards
         assert isinstance(shards, RotatedShards)
@@ -169,7 +186,9 @@ def _check_possible(plan: Plan) -> None:
         )
 
 
-def _divergence(original: tuple[Head, list[Tensor]], other: tuple[Head, list[Tensor]]) -> float:
+def _divergence(
+    original: tuple[Head, Sequence[Tensor]], other: tuple[Head, Sequence[Tensor]]
+) -> float:
     """Mean token KL, nats."""
     total, tokens = 0.0, 0
     for want, have in zip(original[1], other[1], strict=True):

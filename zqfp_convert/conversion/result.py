@@ -28,6 +28,8 @@ class Conversion:
         bits: for each quantized weight, scales and low-rank factors included.
         bytes_after: of all weights on disk.
         seconds: wall time.
+        host_peak, device_peak: bytes above what this process had before; None where the system does
+            not tell, and of a GPU where none is used.
         calibration: text, number and length of the windows used; None where none were needed.
         tuning: what end-to-end tuning did; None without.
     """
@@ -39,6 +41,8 @@ class Conversion:
     bits: float
     bytes_after: int
     seconds: float
+    host_peak: int | None
+    device_peak: int | None
     calibration: dict[str, Any] | None
     tuning: Outcome | None = None
 
@@ -91,4 +95,6 @@ class Conversion:
                 "minutes": round(self.tuning.seconds / 60, 3),
             },
             "seconds": round(self.seconds, 3),
+            "host_memory": {"estimated": self.plan.host_memory, "measured": self.host_peak},
+            "device_memory": {"estimated": self.plan.device_memory, "measured": self.device_peak},
         }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from zqfp_convert.calibration.shelf import Shelf
 from zqfp_convert.calibration.stream import Call, Entrance, Stream, batches_of
 from zqfp_convert.model.blocks import Blocks
 from zqfp_convert.parallel import ALONE, World
+from zqfp_convert.plan import Place
 
 
 class States:
@@ -30,21 +33,31 @@ class States:
         device: torch.device,
         *,
         original: bool,
+        place: Place = "device",
+        folder: Path | None = None,
         world: World = ALONE,
     ) -> None:
         """Enter the first block with windows of several texts, each int64 `[samples, seq_len]`.
 
-        Calibration is on the first text; the original alone runs on the others.
+        Calibration is on the first text; the original alone runs on the others. `place` says where
+        the states lie; those in a file do in the folder.
         """
         self.size, self._world = size, world
         self._whole = texts
         texts = [text[world.part(len(text))] for text in texts]
         batches = [batches_of(text, size * text.shape[1], device) for text in texts]
         self.entrance = Entrance(blocks, [batch for text in batches for batch in text])
+        student = _shelf(place, device, folder, f"student-{world.rank}")
+        teacher = _shelf(place, device, folder, f"teacher-{world.rank}") if original else None
         with world.attempt():
-            entering = self.entrance.first()
-        self.student = Stream(entering[: len(batches[0])])
-        self.teacher = Stream(entering) if original else None
+            for index in range(sum(map(len, batches))):
+                entering = self.entrance.enter(index)
+                if index < len(batches[0]):
+                    student.append(entering)
+                if teacher is not None:
+                    teacher.append(entering)
+        self.student = Stream(student)
+        self.teacher = None if teacher is None else Stream(teacher)
         self._between = False
 
     @property
@@ -98,7 +111,10 @@ class States:
     def original(self) -> Tensor | None:
         """The original's hidden states of all windows, on the CPU of the leading process alone."""
         assert self.teacher is not None
-        world, left = self._world, list(self.teacher.hidden)
+        world = self._world
+        if world.size == 1:
+            return torch.cat([hidden.cpu() for hidden in self.teacher.hidden])
+        left = list(self.teacher.hidden)
         texts = []
         for text in self._whole:
             count, mine = len(text[world.part(len(text))]), list[Tensor]()
@@ -113,3 +129,18 @@ class States:
                     if world.leads:
                         texts.append(hidden.cpu())
         return torch.cat(texts) if world.leads else None
+
+
+def _shelf(
+    place: Place, device: torch.device, folder: Path | None, name: str
+) -> MutableSequence[Tensor]:
+    """Where the states of one stream will lie."""
+    match place:
+        case "device":
+            return []
+        case "host":
+            return Shelf(device)
+        case "file":
+            assert folder is not None
+            folder.mkdir(exist_ok=True)
+            return Shelf(device, folder / name)

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 from zqfp_convert.calibration import text
 from zqfp_convert.checkpoint.partial import Partial
 from zqfp_convert.conversion.block import fill
+from zqfp_convert.conversion.host import give_back
 from zqfp_convert.conversion.result import Progress
 from zqfp_convert.model.tokenizer import tokenizer_of
-from zqfp_convert.parallel import World
 from zqfp_convert.plan import Plan
 
 FILE = "text.safetensors"
+AT_ONCE = "written"  # in the journal: how many windows the model writes at once
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,23 @@ def find_windows(plan: Plan, partial: Partial, report: Progress) -> Windows:
     """
     if partial.is_whole(FILE):
         return Windows(**{name: ids.clone() for name, ids in partial.load(FILE).items()})
-    calibration, more, written = _text(plan, report, partial.world)
+    calibration, more, written = _text(plan, partial, report)
     partial.save(FILE, {"calibration": calibration, "more": more, "written": written})
     return Windows(calibration, written, more)
 
 
-def _text(plan: Plan, report: Progress, world: World) -> tuple[Tensor, Tensor, Tensor]:
+def _text(plan: Plan, partial: Partial, report: Progress) -> tuple[Tensor, Tensor, Tensor]:
     """Windows to calibrate on, more of the same text to tune on, and self-written ones."""
     recipe = plan.recipe
     length, count = recipe.seq_len, recipe.samples
     extra = max(0, recipe.tune_samples - count) if recipe.tune > 0 else 0
     if plan.text is None:
         report("writing calibration text", 0, plan.weights)
-        written = text.generate(_whole(plan), count + extra, length, recipe.seed, world)
+        written = _written(plan, partial, count + extra)
         return written[:count], written[:0], written[count:]
     report("reading calibration text", 0, plan.weights)
     source, where = plan.text, plan.source.folder
-    found, more = world.lead(
+    found, more = partial.world.lead(
         lambda: text.windows_and_more(
             source, tokenizer_of(where), count, length, recipe.seed, extra
         )
@@ -77,7 +78,22 @@ def _text(plan: Plan, report: Progress, world: World) -> tuple[Tensor, Tensor, T
     if missing <= 0:
         return found, more, found[:0]
     report("writing text to tune on", 0, plan.weights)
-    return found, more, text.generate(_whole(plan), missing, length, recipe.seed, world)
+    return found, more, _written(plan, partial, missing)
+
+
+def _written(plan: Plan, partial: Partial, count: int) -> Tensor:
+    """Windows that the model writes, at once as many as fit; fewer than planned are noted."""
+    recipe, world, whole = plan.recipe, partial.world, _whole(plan)
+    while True:
+        size = [text.GENERATED_AT_ONCE, *partial.noted(AT_ONCE)][-1]
+        try:
+            return text.generate(whole, count, recipe.seq_len, recipe.seed, world, at_once=size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        # Out of the handler, which keeps alive what the failed try has computed.
+        give_back(plan.device)
+        partial.note(AT_ONCE, size // 2)
 
 
 @torch.no_grad()

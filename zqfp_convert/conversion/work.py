@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,6 +23,7 @@ from zqfp_convert.checkpoint.packed import PackedLayer, pack, unpack
 from zqfp_convert.checkpoint.partial import Partial
 from zqfp_convert.checkpoint.rotated import Rotation
 from zqfp_convert.checkpoint.series import Series
+from zqfp_convert.conversion import host
 from zqfp_convert.conversion.ahead import read_ahead
 from zqfp_convert.conversion.batches import windows_at_once
 from zqfp_convert.conversion.block import fill, fill_outside, fold
@@ -123,6 +123,7 @@ class Work:
         if start == count and not plan.recipe.tune:
             return
         if calibrated:
+            host.tidy()
             self._enter()
         passed = range(start) if calibrated else range(0)
         wanted = [*passed, *range(start, count)]
@@ -132,9 +133,14 @@ class Work:
             if index in passed:
                 self.report(f"block {index + 1}/{count}  done before", self.done, plan.weights)
                 self._pass(index, tensors, files, first)
+                tensors.clear()
             else:
                 self._split(index)
-                yield self._block_that_fits(index, tensors, files, first)
+                found = self._block_that_fits(index, tensors, files, first)
+                tensors.clear()
+                host.tidy()
+                yield found
+                del found
 
     def _rotated(self, windows: Tensor) -> Plan:
         """The plan with or without a rotation, as chosen now or by an earlier run."""
@@ -165,6 +171,8 @@ class Work:
             self.partial.noted(BATCH)[0]["windows"],
             plan.device,
             original=recipe.asymmetry > 0 or recipe.tune > 0,
+            place=plan.states,
+            folder=self.partial.folder / "states",
             world=self.world,
         )
         embedding = plan.model.get_input_embeddings()
@@ -222,9 +230,7 @@ class Work:
         size, moved = self.states.size // 2, self.states.moved
         if moved:
             self.states = None
-        gc.collect()
-        if self.plan.device.type == "cuda":
-            torch.cuda.empty_cache()
+        host.give_back(self.plan.device)
         self.partial.note(BATCH, {"block": index, "windows": size})
         if self.states is not None:
             self.states.split(size)

@@ -19,6 +19,8 @@ from zqfp_convert.numerics import e2m1
 Codebook = tuple[float, ...]
 
 SIZE = len(e2m1.MAGNITUDES)
+STEPS = 32  # of which halves of sums of E4M3 numbers from 0.5 on are multiples
+MOST = 7 * STEPS
 # E4M3 numbers from 0.5 to 7.
 MAGNITUDES = frozenset(
     (8 + mantissa) * 2.0**exponent
@@ -47,45 +49,73 @@ def admissible(book: Codebook) -> bool:
 
 
 @cache
-def _table(book: Codebook, device: torch.device) -> Tensor:
-    """Made once, for solvers that round each column: on a GPU it is a copy which waits."""
-    with torch.inference_mode(False):
-        return torch.tensor(book, device=device)
+def _tables(books: tuple[Codebook, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The value and the code of each cell, book after book: float32 and uint8.
+
+    Cell `2 k` is the point `k / STEPS`, `2 k + 1` what lies between it and the next; they go from
+    `-MOST` to `MOST`, and one more is for NaN. Halfway between two magnitudes of a codebook lie
+    points, so that a cell has one nearest value.
+    """
+    values: list[float] = []
+    codes: list[int] = []
+    for book in books:
+        assert all((magnitude * STEPS / 2).is_integer() for magnitude in book)
+        for cell in range(-2 * MOST, 2 * MOST + 1):
+            code = _nearest(abs(cell) / 2, book)
+            values.append(-book[code] if cell < 0 else book[code])
+            codes.append(code + SIZE if cell < 0 < code else code)
+        values.append(float("nan"))
+        codes.append(SIZE - 1)
+    with torch.inference_mode(False):  # made once; on a GPU it is a copy which waits
+        return (
+            torch.tensor(values, device=device),
+            torch.tensor(codes, dtype=torch.uint8, device=device),
+        )
 
 
-@cache
-def _middles(book: Codebook, device: torch.device) -> Tensor:
-    table = _table(book, device)
-    with torch.inference_mode(False):
-        return (table[1:] + table[:-1]) / 2
+def _nearest(steps: float, book: Codebook) -> int:
+    """The code of the magnitude nearest to so many steps; of two the smaller, for E2M1 the even."""
+    even = book == E2M1
+
+    def distance(code: int) -> tuple[float, int]:
+        return abs(book[code] * STEPS - steps), code % 2 if even else code
+
+    return min(range(SIZE), key=distance)
 
 
-def round_to(values: Tensor, book: Codebook) -> Tensor:
+def _cells(values: Tensor, second: Tensor | None) -> Tensor:
+    """The cell of each value, int32 `[values]`; in the second codebook's part where so marked."""
+    wide = values if values.dtype == torch.float64 else values.float()
+    steps = (wide * STEPS).clamp_(-MOST, MOST)
+    cells = steps.floor().add_(steps.ceil_()).nan_to_num_(nan=2 * MOST + 1).add_(2 * MOST)
+    if second is not None:
+        cells.add_(second, alpha=4 * MOST + 2)
+    return cells.flatten().int()
+
+
+def round_to(values: Tensor, *books: Codebook, second: Tensor | None = None) -> Tensor:
     """The nearest values of a codebook; halfway between two of them the smaller, for E2M1 the even.
 
-    Signs of zeros and NaN stay. dtype and shape are kept (a floating dtype).
+    Signs of zeros and NaN stay. dtype and shape are kept (a floating dtype). Of two codebooks the
+    second holds where `second`, bool of a shape that expands to that of the values, is true.
     """
-    if book == E2M1:
-        return e2m1.round_to_grid(values)
-    table = _table(book, values.device)
-    magnitude = values.abs().float().contiguous()
-    nearest = table[torch.bucketize(magnitude, _middles(book, values.device))]
-    nearest = torch.where(magnitude.isnan(), magnitude, nearest)
-    return nearest.to(values.dtype).copysign(values)
+    table = _tables(books, values.device)[0]
+    nearest = table.index_select(0, _cells(values, second)).view(values.shape)
+    return nearest.to(values.dtype).copysign_(values)
 
 
-def encode(values: Tensor, book: Codebook) -> Tensor:
+def encode(values: Tensor, *books: Codebook, second: Tensor | None = None) -> Tensor:
     """The code of the nearest value of each element, uint8 of the same shape, never 8 (-0)."""
-    grid = round_to(values, book).float().contiguous()
-    bounds = _table(book, values.device)[1:]
-    code = torch.bucketize(grid.abs(), bounds, right=True).to(torch.uint8)
-    return code | ((grid < 0).to(torch.uint8) << 3)
+    table = _tables(books, values.device)[1]
+    return table.index_select(0, _cells(values, second)).view(values.shape)
 
 
-def decode(codes: Tensor, book: Codebook) -> Tensor:
+def decode(codes: Tensor, *books: Codebook, second: Tensor | None = None) -> Tensor:
     """The float32 value of each code (uint8, 0 to 15); code 8 gives -0."""
-    table = torch.tensor(book + tuple(-value for value in book), device=codes.device)
-    return table[codes.int()]
+    values = [value for book in books for value in book + tuple(-value for value in book)]
+    index = codes.int() if second is None else codes.int().add_(second, alpha=2 * SIZE)
+    table = torch.tensor(values, device=codes.device)
+    return table.index_select(0, index.flatten()).view(codes.shape)
 
 
 def split(magnitudes: Sequence[float]) -> tuple[Codebook, ...]:

@@ -72,12 +72,8 @@ class Scales:
     def round(self, values: Tensor, marks: Tensor) -> Tensor:
         """The representable values nearest to `values` under `marks` (shapes that broadcast)."""
         scale = marks.abs()
-        steps = values / scale
-        rounded = codebook.round_to(steps, self.books[0])
-        if self.choice is not None:
-            other = codebook.round_to(steps, self.books[1])
-            rounded = torch.where(marks < 0, other, rounded)
-        return rounded * scale
+        second = None if self.choice is None else marks < 0
+        return codebook.round_to(values / scale, *self.books, second=second).mul_(scale)
 
     @property
     def span(self) -> int | None:
@@ -85,21 +81,6 @@ class Scales:
         if self.kind == "free":
             return None
         return int((self.exponent.amax(1) - self.exponent.amin(1)).max())
-
-
-def stack(parts: Sequence[Scales]) -> Scales:
-    """The scales of weights of one width, chosen alike, that lie one below the other."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    choices = [part.choice for part in parts if part.choice is not None]
-    return replace(
-        first,
-        factor=torch.cat([part.factor for part in parts]),
-        exponent=torch.cat([part.exponent for part in parts]),
-        raised=sum(part.raised for part in parts),
-        choice=torch.cat(choices) if choices else None,
-    )
 
 
 def choose(
@@ -156,24 +137,20 @@ def _rounded(
 
 def quantize(weight: Tensor, scales: Scales) -> Tensor:
     """The codes, uint8 `[N, K]`, of the values nearest to `weight / scale`."""
-    columns = torch.arange(weight.shape[1], device=weight.device)
-    steps = weight.float() / scales.per_column(columns)
-    codes = codebook.encode(steps, scales.books[0])
-    if scales.choice is None:
-        return codes
-    other = codebook.encode(steps, scales.books[1])
-    return torch.where(scales.choice[:, columns // scales.group_size], other, codes)
+    width, size = weight.shape[1], scales.group_size
+    steps = weight.float() / _spread(scales.per_group(), width, size)
+    second = None if scales.choice is None else _spread(scales.choice, width, size)
+    return codebook.encode(steps, *scales.books, second=second)
 
 
 def dequantize(codes: Tensor, scales: Scales) -> Tensor:
     """The float32 weight `[N, K]` that codes uint8 `[N, K]` and scales stand for."""
-    group = torch.arange(codes.shape[1], device=codes.device) // scales.group_size
-    values = codebook.decode(codes, scales.books[0])
-    if scales.choice is not None:
-        other = codebook.decode(codes, scales.books[1])
-        values = torch.where(scales.choice[:, group], other, values)
-    values = values * power_of_two(scales.exponent)[:, group]
-    return values * (scales.factor[:, group] if scales.kind == "free" else scales.factor)
+    width, size = codes.shape[1], scales.group_size
+    second = None if scales.choice is None else _spread(scales.choice, width, size)
+    values = codebook.decode(codes, *scales.books, second=second)
+    values *= _spread(power_of_two(scales.exponent), width, size)
+    values *= _spread(scales.factor, width, size) if scales.kind == "free" else scales.factor
+    return values
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -192,7 +169,7 @@ def canonical(codes: Tensor, scales: Scales) -> Scales:
     """
     if scales.kind == "free":
         return scales
-    empty = ~_grouped(codes, scales.group_size).bool().any(-1)  # [N, G]
+    empty = _grouped(codes, scales.group_size).amax(-1) == 0  # [N, G]
     zero_row = empty.all(1, keepdim=True)
     exponent = torch.where(empty, scales.exponent.amax(1, keepdim=True), scales.exponent)
     return replace(
@@ -203,11 +180,28 @@ def canonical(codes: Tensor, scales: Scales) -> Scales:
     )
 
 
+def stack(parts: Sequence[Scales]) -> Scales:
+    """The scales of all rows, given those of some rows each."""
+    choices = [part.choice for part in parts if part.choice is not None]
+    return replace(
+        parts[0],
+        factor=torch.cat([part.factor for part in parts]),
+        exponent=torch.cat([part.exponent for part in parts]),
+        raised=sum(part.raised for part in parts),
+        choice=torch.cat(choices) if choices else None,
+    )
+
+
 def _grouped(values: Tensor, group_size: int) -> Tensor:
     """`[N, K]` to `[N, G, group_size]`, the last group filled up with zeros."""
     missing = -values.shape[-1] % group_size
-    padded = torch.nn.functional.pad(values, (0, missing))
-    return padded.view(*values.shape[:-1], -1, group_size)
+    padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
+    return padded.reshape(*values.shape[:-1], -1, group_size)
+
+
+def _spread(groups: Tensor, columns: int, group_size: int) -> Tensor:
+    """What groups `[N, G]` have, for each of their columns: `[N, K]`."""
+    return groups[..., None].expand(*groups.shape, group_size).flatten(1)[:, :columns]
 
 
 def _absmax(groups: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from zqfp_convert.quantize.tensor_cores import tensor_cores
 from zqfp_convert.recipe import Recipe
 
 SWEEPS_PER_ROUND = 2  # of coordinate descent after each fit of the low-rank factors
+IN_THE_CACHE = 1 << 16  # weights that the CPU rounds at a time where rows do not meet
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ def quantize_together(
         spend: the curvature's mismatch is given up once the targets are known; it takes as much
             memory as the Hessian.
     """
+    apart = curvature is None and recipe.rank == 0 and recipe.tune == 0 and world.size == 1
+    if apart and all(weight.device.type == "cpu" for weight in weights):
+        return [_round_by_rows(weight, recipe) for weight in weights]
     with tensor_cores():
         shares = [world.share(len(weight)) for weight in weights]
         weights = [weight[share.here] for weight, share in zip(weights, shares, strict=True)]
@@ -84,6 +88,26 @@ def quantize_together(
             target = aim_at_original(target, curvature, recipe.asymmetry)
             curvature.mismatch = None if spend else curvature.mismatch
         return _compensate(_encode(weights, target, shares, curvature, recipe), curvature, recipe)
+
+
+def _round_by_rows(weight: Tensor, recipe: Recipe) -> QuantizedWeight:
+    """Round a weight to nearest, some rows at a time: what that takes stays in the cache."""
+    codes, chosen = [], []
+    lost = whole = 0.0
+    for rows in torch.split(weight, max(1, IN_THE_CACHE // weight.shape[1])):
+        W = rows.float()
+        coded = _encode([rows], W, [ALONE.share(len(rows))], None, recipe)
+        assert coded.codes is not None
+        codes.append(coded.codes)
+        chosen.append(scales.canonical(coded.codes, coded.grid))
+        lost += _energy(W - coded.quantized)
+        whole += _energy(W)
+    error = (lost / whole) ** 0.5 if whole > 0 else 0.0
+    return QuantizedWeight(torch.cat(codes), scales.stack(chosen), None, error, None)
+
+
+def _energy(rows: Tensor) -> float:
+    return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
 
 
 @dataclass(frozen=True)

@@ -4,39 +4,39 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import shutil
-from collections import defaultdict
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from zqfp_convert.calibration.experts import sums_bytes
-from zqfp_convert.calibration.text import GENERATED_AT_ONCE, Text
+from zqfp_convert.calibration.text import Text
 from zqfp_convert.checkpoint import hub, layout
-from zqfp_convert.checkpoint.partial import check_free, partial_folder
+from zqfp_convert.checkpoint.partial import check_free
 from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
 from zqfp_convert.checkpoint.source import Source
-from zqfp_convert.distill import memory
 from zqfp_convert.errors import CheckpointError, OutputError, SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
 from zqfp_convert.model.configured import configured
-from zqfp_convert.model.device import compute_dtype, resolve_device, too_little_memory
+from zqfp_convert.model.device import resolve_device, too_little_memory
 from zqfp_convert.model.experts import routers
 from zqfp_convert.model.names import NameMap
 from zqfp_convert.model.tokenizer import tokenizer_of
 from zqfp_convert.original import match
 from zqfp_convert.parallel import ALONE, World
+from zqfp_convert.plan import disk as room
+from zqfp_convert.plan import memory
 from zqfp_convert.quantize import lorc, ranks
 from zqfp_convert.recipe import Recipe
 
-TOGETHER = 1 << 27  # weights of one input, at most, that are solved at once
-SOLVERS_COPIES = 7  # of a weight: target, values, errors, and what each step makes of them
-TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # of a calibration batch
+NUMBER = re.compile(r"\.\d+(?=\.|$)")  # of an expert, in the middle of a name
 SHARD_BYTES = 2 << 30  # of tensors that belong to no block
+
+
+Place = Literal["device", "host", "file"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Plan:
         tunes_roundings: whether tuning moves roundings too; where memory does not suffice for that,
             row scales, low-rank factors and norms alone.
         host_memory, device_memory: estimated peaks in bytes, beside the program itself.
+        states: where the hidden states of the calibration text lie: `device`, `host` or `file`.
+        spilled: bytes of the states that lie in a file in OUT.partial.
         processes, host_processes: that share out the samples, everywhere and on this host.
     """
 
@@ -92,6 +94,8 @@ class Plan:
     tunes_roundings: bool
     host_memory: int
     device_memory: int
+    states: Place = "device"
+    spilled: int = 0
     processes: int = 1
     host_processes: int = 1
     rotation: Rotation | None = None
@@ -128,6 +132,14 @@ class Plan:
             return f"{self.recipe.tune} steps of roundings, {moved}"
         return f"{self.recipe.tune} steps of {moved}; there is too little memory for roundings"
 
+    def kinds(self) -> dict[tuple[str, int, int], list[PlannedLayer]]:
+        """Layers by their names in a block, stars for the numbers of experts, and their shapes."""
+        found: dict[tuple[str, int, int], list[PlannedLayer]] = {}
+        for layer in (layer for block in self.layers for layer in block):
+            place = NUMBER.sub(".*", layer.place)
+            found.setdefault((place, layer.rows, layer.columns), []).append(layer)
+        return found
+
     def skeleton(self) -> PreTrainedModel:
         """Another skeleton of the model."""
         return skeleton.build(self.source.folder, self.device, untied=self.rotation is not None)
@@ -150,6 +162,18 @@ class Plan:
             "bytes_after": self.bytes_after,
             "host_memory": self.host_memory,
             "device_memory": self.device_memory,
+            "states": self.states,
+            "disk": {
+                "output": self.bytes_after,
+                "beside": room.journal_bytes(self),
+                "free": room.free(self),
+            },
+            "kinds": [
+                {"place": place, "rows": rows, "columns": columns, "count": len(alike)}
+                | {"bits": 8 * alike[0].packed_bytes / alike[0].weights}
+                | {"bytes": sum(layer.packed_bytes for layer in alike)}
+                for (place, rows, columns), alike in self.kinds().items()
+            ],
             "device": str(self.device),
             "calibration": self.calibration,
             "tuning": self.tuning,
@@ -235,9 +259,7 @@ def make_plan(
         processes=world.size,
         host_processes=world.local_size,
     )
-    plan = _estimated(plan)
-    if recipe.tune > 0 and _short_of(plan) is not None:
-        plan = _estimated(dataclasses.replace(plan, tunes_roundings=False))
+    plan = _that_fits(plan)
     _check_room(plan)
     return plan
 
@@ -272,7 +294,7 @@ def rotated(plan: Plan, rotation: Rotation) -> Plan:
         other_shards=_split(source, others),
         bytes_after=plan.bytes_after + now - before,
     )
-    _check_disk(turned)
+    room.check(turned)
     return _estimated(turned)
 
 
@@ -384,8 +406,29 @@ def positions(model: PreTrainedModel) -> int:
     return limit if limit is not None and limit > 1 else 1 << 30
 
 
+def _that_fits(plan: Plan) -> Plan:
+    """The plan with its estimates; where memory is short, with less tuned or states elsewhere.
+
+    Where nothing fits, as if all states lay on the device.
+    """
+    places: tuple[Place, ...] = ("device", "file")
+    if plan.device.type != "cpu":
+        places = ("device", "host", "file")
+    if not plan.recipe.needs_calibration:
+        places = ("device",)
+    tried = []
+    for roundings in (True, False) if plan.recipe.tune > 0 else (False,):
+        for place in places:
+            spilled = memory.states_bytes(plan) * plan.processes if place == "file" else 0
+            tuned = dataclasses.replace(plan, tunes_roundings=roundings)
+            tried.append(_estimated(dataclasses.replace(tuned, states=place, spilled=spilled)))
+            if _short_of(tried[-1]) is None:
+                return tried[-1]
+    return tried[-len(places)]
+
+
 def _estimated(plan: Plan) -> Plan:
-    host, on_device = _memory(plan)
+    host, on_device = memory.peaks(plan)
     return dataclasses.replace(plan, host_memory=host, device_memory=on_device)
 
 
@@ -394,146 +437,8 @@ def _short_of(plan: Plan) -> tuple[str, str, str] | None:
     return too_little_memory(plan.host_memory, plan.device, plan.device_memory)
 
 
-def solving_bytes(plan: Plan) -> int:
-    """What solving takes beside a layer's Hessian and one more matrix of its size.
-
-    First two more of them, while the Hessian is factorized; then copies of the weight in float32.
-    """
-    calibrated = plan.recipe.needs_calibration
-    widest = max(layer.columns for block in plan.layers for layer in block)
-    most = 0
-    for block in plan.layers:
-        weights: dict[tuple[str, int], list[int]] = defaultdict(list)  # that may share an input
-        for layer in block:
-            weights[layer.place.rpartition(".")[0], layer.columns].append(layer.weights)
-        for (_, columns), each in weights.items():
-            at_once = max(max(each), min(sum(each), TOGETHER)) if calibrated else max(each)
-            # What a narrower input's matrices leave of those of the widest input is free.
-            free = 2 * (widest**2 - columns**2) if calibrated else 0
-            most = max(most, SOLVERS_COPIES * at_once - free, 2 * columns**2 * calibrated)
-    return 4 * most
-
-
-def _memory(plan: Plan) -> tuple[int, int]:
-    """Estimated peaks in host and device memory; on the CPU both are one and in the first."""
-    shards, model, recipe = plan.source.shards.tensors, plan.model, plan.recipe
-    width = compute_dtype(plan.device, plan.dtype).itemsize
-    block_numbers = [
-        sum(_count(shards[name].shape) for name in plan.block_tensors(index))
-        for index in range(len(plan.layers))
-    ]
-    block_bytes = max(
-        sum(shards[name].bytes for name in plan.block_tensors(index))
-        for index in range(len(plan.layers))
-    )
-    largest_shard = max(
-        [sum(shards[name].bytes for name in members) for members in plan.other_shards] or [0]
-    )
-    every = [layer for block in plan.layers for layer in block]
-    solving = solving_bytes(plan)
-    if plan.recipe.rank == "auto":  # layers of one input wait for one another
-        solving += 4 * 3 * max(sum(layer.weights for layer in block) for block in plan.layers)
-    # Twice, as the next block is read and the last shard written while one is computed.
-    host = 2 * (max(block_bytes, largest_shard) + max(block_bytes // 3, largest_shard))
-    work = solving
-    if recipe.needs_calibration:
-        hidden = configured(model, "hidden_size") or 0
-        streams = 2 if recipe.asymmetry > 0 or recipe.tune > 0 else 1
-        window = recipe.seq_len * hidden * width
-        tuned_on = max(recipe.samples, recipe.tune_samples) if recipe.tune > 0 else recipe.samples
-        behind = tuned_on * window  # the original, when it is tuned
-        samples = -(-recipe.samples // plan.processes)
-        stream = -(-tuned_on // plan.processes) * window
-        widest = max(layer.columns for layer in every)
-        # A block, what its linears are replaced with, and on a GPU the next one, read ahead.
-        work += (2 if plan.device.type == "cpu" else 3) * max(block_numbers) * width
-        work += samples * window + (stream if streams == 2 else 0)
-        work += 2 * 4 * widest**2
-        experts = [
-            sums_bytes(block, plan.device, cross=recipe.asymmetry > 0)
-            for block in plan.blocks.modules
-        ]
-        work += max(experts)
-        host += streams * samples * window if any(experts) else 0  # what reaches them
-        if plan.device.type == "cpu":  # on a GPU `windows_at_once` sees to it that they fit
-            work += 6 * TOKENS_AT_ONCE["cpu"] * widest * 4
-        outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
-        # Without tuning there are no embeddings once hidden states have entered, and no head.
-        work += outside if recipe.tune > 0 else outside - _embeddings(model) * width
-        whole = 0
-        if recipe.rotation != "none" and not any(
-            experts
-        ):  # two models, and what turns a matrix of one, in float32
-            largest = max(_count(shard.shape) for shard in shards.values())
-            whole = 2 * outside + 3 * 4 * largest
-        if plan.text is None or (recipe.tune > 0 and recipe.tune_samples > 0):  # may be written
-            everything = sum(block_numbers) * width + outside
-            whole = max(whole, int(1.2 * everything) + _cache_bytes(plan, width))
-        if recipe.tune > 0:
-            shapes = [[(layer.rows, layer.columns) for layer in block] for block in plan.layers]
-            solved = [shape for block in shapes for shape in block]
-            work += memory.waiting(solved, recipe, roundings=plan.tunes_roundings)
-            tuning = memory.tuning(
-                shapes,
-                recipe,
-                roundings=plan.tunes_roundings,
-                hidden=hidden,
-                vocabulary=configured(model, "vocab_size") or 0,
-                width=width,
-                rest=outside + (sum(block_numbers) - plan.weights) * width,
-            )
-            work = max(work, tuning)
-            host += behind // plan.host_processes + sum(layer.packed_bytes for layer in every)
-        work = max(work, whole)
-    together = plan.host_processes
-    return (together * (host + work), 0) if plan.device.type == "cpu" else (together * host, work)
-
-
-def _embeddings(model: PreTrainedModel) -> int:
-    """How many numbers its token embedding and its output head have."""
-    found = {model.get_input_embeddings(), model.get_output_embeddings()} - {None}
-    return sum({id(p): p.numel() for part in found for p in part.parameters()}.values())
-
-
-def _cache_bytes(plan: Plan, width: int) -> int:
-    """Keys, values and logits of the windows that the model writes at once."""
-    model = plan.model
-    heads = configured(model, "num_attention_heads") or 1
-    groups = configured(model, "num_key_value_heads") or heads
-    extent = configured(model, "head_dim") or (configured(model, "hidden_size") or 0) // heads
-    recipe = plan.recipe
-    written = max(recipe.samples, recipe.tune_samples if recipe.tune > 0 else 0)
-    together = min(GENERATED_AT_ONCE, written)
-    keys_and_values = 2 * len(plan.layers) * groups * extent * plan.recipe.seq_len * width
-    return int(together * (keys_and_values + 8 * (configured(model, "vocab_size") or 0)))
-
-
-def _count(extents: tuple[int, ...]) -> int:
-    number = 1
-    for extent in extents:
-        number *= extent
-    return number
-
-
-def _check_disk(plan: Plan) -> None:
-    folder = next(p for p in plan.out.absolute().parents if p.exists())
-    needed = plan.bytes_after + (64 << 20)
-    if plan.recipe.tune > 0:  # before that, all blocks are kept, and where each weight starts from
-        needed += plan.bytes_after + (2 * plan.weights if plan.tunes_roundings else 0)
-    free = shutil.disk_usage(folder).free
-    earlier = partial_folder(plan.out)  # is gone on with, or thrown away
-    free += sum(path.stat().st_size for path in earlier.rglob("*") if path.is_file())
-    if free < needed:
-        raise OutputError(
-            str(folder),
-            f"{free / 1e6:,.0f} MB of free disk space",
-            needed=f"{needed / 1e6:,.0f} MB for the checkpoint",
-            do="Make room, or give an output folder on another disk.",
-        )
-
-
 def _check_room(plan: Plan) -> None:
-    _check_disk(plan)
+    room.check(plan)
     tunes = plan.recipe.tune > 0
     generated = plan.recipe.needs_calibration and plan.text is None
     short = _short_of(plan)

@@ -1,0 +1,78 @@
+"""Hidden states that lie elsewhere than on the device: the same bytes come out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import QUICK, Maker
+
+from zqfp_convert import conversion
+from zqfp_convert.calibration.shelf import Shelf
+from zqfp_convert.errors import SourceError
+from zqfp_convert.model import device
+from zqfp_convert.plan import Place, Plan, make_plan, memory
+from zqfp_convert.recipe import Recipe
+
+
+@pytest.fixture
+def planned(tiny_model: Maker, tmp_path: Path) -> Callable[..., Plan]:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog; " * 400)
+
+    def plan(out: str, samples: int = 6) -> Plan:
+        choices = {**QUICK, "samples": samples, "rank": 2, "rotation": "none"}
+        device = choices.pop("device")
+        recipe = Recipe.named("best", **choices)
+        return make_plan(
+            tiny_model(), tmp_path / out, recipe=recipe, calibration=text, device=device
+        )
+
+    return plan
+
+
+def test_the_same_bytes_wherever_they_lie(planned: Callable[..., Plan]) -> None:
+    places: list[Place] = ["device", "host", "file"]
+    made = []
+    for place in places:
+        out = conversion.run(dataclasses.replace(planned(place), states=place)).out
+        assert not out.with_name(out.name + ".partial").exists()
+        made.append({path.name: path.read_bytes() for path in out.glob("*.safetensors")})
+    assert made[0] == made[1] == made[2]
+
+
+def test_they_go_to_a_file_where_memory_is_short(
+    planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned("out", 200)
+    assert (plan.states, plan.spilled) == ("device", 0)
+    need = memory.peaks(dataclasses.replace(plan, states="file"))[0]
+    assert need == plan.host_memory - memory.states_bytes(plan)
+    monkeypatch.setattr(device, "free_memory", lambda place: need)
+    short = planned("out", 200)
+    assert (short.states, short.spilled) == ("file", memory.states_bytes(plan))
+    assert short.host_memory == need
+    monkeypatch.setattr(device, "free_memory", lambda place: need - 1)
+    with pytest.raises(SourceError, match="memory of cpu"):
+        planned("out", 200)
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_shelf_is_a_list_of_tensors(in_file: bool, tmp_path: Path) -> None:
+    shelf = Shelf(torch.device("cpu"), tmp_path / "states" if in_file else None)
+    values = [torch.randn(3, 4, 5, dtype=torch.bfloat16), torch.randn(2, 4, 5).bfloat16()]
+    for value in values:
+        shelf.append(value)
+    assert [torch.equal(a, b) for a, b in zip(shelf, values, strict=True)] == [True, True]
+    shelf[0] = values[0] = values[0] + 1
+    shelf.split(2, 0)
+    parts = [values[0][:2], values[0][2:], values[1]]
+    assert [torch.equal(a, b) for a, b in zip(shelf, parts, strict=True)] == [True] * 3
+    shelf[1] = parts[1] * 2
+    assert torch.equal(shelf[1], parts[1] * 2)
+    assert torch.equal(shelf[0], parts[0])
+    if in_file:
+        assert (tmp_path / "states").stat().st_size == 2 * 100

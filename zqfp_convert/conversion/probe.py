@@ -1,0 +1,189 @@
+"""How long a conversion will take: its main steps are timed on the device, at sizes of a moment.
+
+Each is then scaled up to the plan by how its work grows with rows, columns and tokens. What comes
+out is an estimate: attention, norms and the system's caches are in one factor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zqfp_convert.calibration.text import GENERATED_AT_ONCE
+from zqfp_convert.conversion.block import rounded
+from zqfp_convert.conversion.rehearsal import WINDOW, WINDOWS
+from zqfp_convert.distill.train import WINDOWS_AT_ONCE
+from zqfp_convert.model.configured import configured
+from zqfp_convert.model.device import compute_dtype
+from zqfp_convert.model.experts import mixtures
+from zqfp_convert.plan import Plan, PlannedLayer
+from zqfp_convert.quantize.hessian import HessianSum, prepare
+from zqfp_convert.quantize.tensor_cores import tensor_cores
+from zqfp_convert.quantize.weight import SWEEPS_PER_ROUND, quantize_weight
+
+ROWS = {"cpu": 512, "cuda": 4096}  # of the weight that is solved, and a quarter of them
+COLUMNS = {"cpu": 256, "cuda": 4096}
+TOKENS = {"cpu": 1024, "cuda": 16384}
+READ = 32 << 20  # bytes, at most
+PASSES = 4.5  # of all tokens through a block: those before its stages end on the way
+REST = 1.5  # a block's forward pass over the products of its linears
+BACKWARD = 4  # a step of tuning over a forward pass: forward, again, and two products back
+PRODUCTS = 6.5  # of a weight and a matrix of its columns, in solving, beside those of sweeps
+REHEARSED = 4  # streams of a rehearsal
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a conversion will take, in seconds, and what it took to find out."""
+
+    seconds: float
+    took: float
+
+
+@torch.no_grad()
+def estimate(plan: Plan) -> Estimate:
+    """Time the steps of a plan, and add them up."""
+    began = time.monotonic()
+    checking, moving = _files(plan)
+    computing = sum(_rounding(plan) if not plan.recipe.needs_calibration else _calibrating(plan))
+    seconds = checking + max(moving, computing / plan.processes)
+    return Estimate(seconds, time.monotonic() - began)
+
+
+def _files(plan: Plan) -> tuple[float, float]:
+    """Seconds to look at all weights, and to read them again and write what comes out."""
+    held = plan.source.shards.tensors
+    fits = [name for name in plan.block_tensors(0) if held[name].bytes <= READ]
+    name = max(fits or plan.block_tensors(0), key=lambda name: held[name].bytes)
+    found: list[Tensor] = []
+    reading = _seconds(plan, lambda: found.append(plan.source.shards.read([name])[name]))
+    data = found[0].reshape(-1).view(torch.uint8).numpy().data
+    size = max(1, held[name].bytes)
+    looking = _seconds(plan, lambda: zlib.crc32(data)) + reading
+    writing = _seconds(plan, lambda: hashlib.sha256(data)) + reading
+    before = plan.bytes_before / size
+    threads = min(4, os.cpu_count() or 1)
+    return looking * before / threads, reading * before + writing * plan.bytes_after / size
+
+
+def _rounding(plan: Plan) -> list[float]:
+    """Seconds to round all weights."""
+    weight = _weight(plan)
+    one = _seconds(plan, lambda: quantize_weight(weight, None, plan.recipe))
+    return [one * plan.weights / weight.numel()]
+
+
+def _calibrating(plan: Plan) -> list[float]:
+    """Seconds of each step."""
+    recipe, kind = plan.recipe, plan.device.type
+    tokens = recipe.samples * recipe.seq_len
+    streams = 2 if recipe.asymmetry > 0 else 1
+    weight = _weight(plan)
+    rows, columns = weight.shape
+    batch = torch.randn(TOKENS[kind], columns, device=plan.device)
+    batch = batch.to(compute_dtype(plan.device, plan.dtype))
+
+    matrix = weight.to(batch.dtype)
+    product = _seconds(plan, lambda: batch @ matrix.t()) / (len(batch) * weight.numel())
+    step = _seconds(plan, lambda: batch[:GENERATED_AT_ONCE] @ matrix.t()) / weight.numel()
+    total = HessianSum(columns, cross=streams == 2, device=plan.device)
+    original = batch if streams == 2 else None
+    adding = _seconds(plan, lambda: total.add(batch, original)) / (len(batch) * columns**2)
+    hessian = total.mean()[0]
+    order, damping = recipe.activation_order, recipe.damping
+    factorizing = _seconds(
+        plan, lambda: prepare(hessian, None, damping=damping, activation_order=order)
+    )
+    factorizing /= columns**3
+
+    with tensor_cores():
+        crossing = _seconds(plan, lambda: weight @ hessian) / (rows * columns**2)
+    crossing *= PRODUCTS + recipe.sweeps + SWEEPS_PER_ROUND * recipe.low_rank_rounds
+    curvature = prepare(hessian, None, damping=damping, activation_order=order)
+
+    def settling(count: int) -> float:
+        some = weight[:count]
+        taken = _seconds(plan, lambda: quantize_weight(some, curvature, recipe))
+        return max(0.0, taken - crossing * count * columns**2)
+
+    # Columns are settled one after another; how long one takes grows with the rows from some on.
+    few, many = settling(rows // 4), settling(rows)
+    by_weight = max(0.0, many - few) / ((rows - rows // 4) * columns)
+    by_column = max(0.0, few / columns - by_weight * (rows // 4))
+
+    passes = moments = factors = solved = 0.0
+    for index, layers in enumerate(plan.layers):
+        shares, stages = _shares(plan, index, layers), set()
+        for layer in layers:
+            share, parent = shares[layer.place], layer.place.rpartition(".")[0]
+            passes += share * layer.weights
+            settled = by_column + layer.rows * (by_weight + crossing * layer.columns)
+            solved += layer.columns * settled
+            stage = (parent, layer.columns, layer.rows if layer.rows > layer.columns else 0)
+            if stage not in stages:
+                stages.add(stage)
+                moments += share * layer.columns**2
+                factors += layer.columns**3
+    found = [
+        PASSES * REST * streams / 2 * tokens * passes * product,
+        tokens * moments * adding,
+        factors * factorizing,
+        solved,
+    ]
+    if recipe.rotation != "none" and not any(mixtures(block) for block in plan.blocks.modules):
+        choices = {"scales": "free", "scale_rounding": "nearest"}
+        one = _seconds(plan, lambda: rounded(plan, weight, **choices))
+        found.append(2 * one * plan.weights / weight.numel())
+        rehearsed = min(tokens, WINDOWS * min(WINDOW, recipe.seq_len))
+        found.append(REST * REHEARSED * rehearsed * passes * product)
+    if plan.text is None:
+        written = -(-recipe.samples // GENERATED_AT_ONCE)
+        found.append(REST * written * recipe.seq_len * passes * step)
+    if recipe.tune > 0:
+        tuned = recipe.tune * WINDOWS_AT_ONCE * recipe.seq_len
+        found.append(REST * BACKWARD * tuned * passes * product)
+    return found
+
+
+def _shares(plan: Plan, index: int, layers: list[PlannedLayer]) -> dict[str, float]:
+    """Which part of all tokens comes to each layer of a block, by their names there."""
+    found = dict.fromkeys((layer.place for layer in layers), 1.0)
+    chosen = configured(plan.model, "num_experts_per_tok") or 1
+    for path, experts in mixtures(plan.blocks.modules[index]).items():
+        part = min(1.0, chosen / len(experts))
+        found |= {place: part for place in found if place.startswith(f"{path}.")}
+    return found
+
+
+def _weight(plan: Plan) -> Tensor:
+    """A random weight, like the widest layer but for its size."""
+    kind = plan.device.type
+    widest = max((one for each in plan.layers for one in each), key=lambda layer: layer.columns)
+    rows = max(4, min(widest.rows, ROWS[kind]))
+    columns = max(2, min(widest.columns, COLUMNS[kind]))
+    generator = torch.Generator().manual_seed(0)
+    return 0.02 * torch.randn(rows, columns, generator=generator).to(plan.device)
+
+
+def _seconds(plan: Plan, work: Callable[[], object]) -> float:
+    """The shorter one of two runs; the first may make what is made once."""
+    found = []
+    for _ in range(2):
+        _finish(plan)
+        began = time.perf_counter()
+        work()
+        _finish(plan)
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def _finish(plan: Plan) -> None:
+    if plan.device.type == "cuda":
+        torch.cuda.synchronize(plan.device)

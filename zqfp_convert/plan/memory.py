@@ -1,0 +1,203 @@
+"""What a conversion takes of host and device memory at its peak, from shapes alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
+
+from zqfp_convert.calibration.experts import sums_bytes
+from zqfp_convert.calibration.text import GENERATED_AT_ONCE
+from zqfp_convert.distill import memory as tuning_memory
+from zqfp_convert.model.configured import configured
+from zqfp_convert.model.device import compute_dtype
+
+if TYPE_CHECKING:
+    from zqfp_convert.plan.plan import Plan
+
+TOGETHER = 1 << 27  # weights of one input, at most, that are solved at once
+SOLVERS_COPIES = 7  # of a weight: target, values, errors, and what each step makes of them
+TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # of a calibration batch
+INPUTS = 6  # float32 copies of a batch at the widest linear: as it is, quantized, what that loses
+ROUNDED = 3.5  # bytes a weight that codes take while a layer is packed and checked
+CHECKED_AT_ONCE = 4  # tensors that are looked at for NaN
+CALIBRATING = 8 << 20  # small tensors of a model's passes, among others in heaps
+ALWAYS = 12 << 20  # slices that are rounded, heaps of threads, journal and manifest
+
+
+def solving_bytes(plan: Plan) -> int:
+    """What solving takes beside a layer's Hessian and one more matrix of its size.
+
+    First two more of them, while the Hessian is factorized; then copies of the weight in float32.
+    """
+    calibrated = plan.recipe.needs_calibration
+    widest = max(layer.columns for block in plan.layers for layer in block)
+    most = 0
+    for block in plan.layers:
+        weights: dict[tuple[str, int], list[int]] = defaultdict(list)  # that may share an input
+        for layer in block:
+            weights[layer.place.rpartition(".")[0], layer.columns].append(layer.weights)
+        for (_, columns), each in weights.items():
+            at_once = max(max(each), min(sum(each), TOGETHER)) if calibrated else max(each)
+            # What a narrower input's matrices leave of those of the widest input is free.
+            free = 2 * (widest**2 - columns**2) if calibrated else 0
+            most = max(most, SOLVERS_COPIES * at_once - free, 2 * columns**2 * calibrated)
+    return 4 * most
+
+
+def states_bytes(plan: Plan) -> int:
+    """The hidden states of the calibration text, of all streams that one process has."""
+    recipe = plan.recipe
+    streams = 2 if recipe.asymmetry > 0 or recipe.tune > 0 else 1
+    samples = -(-recipe.samples // plan.processes)
+    tuned_on = max(recipe.samples, recipe.tune_samples) if recipe.tune > 0 else recipe.samples
+    of_original = -(-tuned_on // plan.processes) if streams == 2 else 0
+    return (samples + of_original) * _window(plan)
+
+
+def peaks(plan: Plan) -> tuple[int, int]:
+    """Estimated peaks of host and device memory; on the CPU both are one and in the first."""
+    host, work = _host(plan), 0
+    on_cpu = plan.device.type == "cpu"
+    if plan.recipe.needs_calibration:
+        work = _calibrating(plan)
+        host += _handed_on(plan) + (CALIBRATING if on_cpu else 0)
+        if plan.states == "host":
+            host += states_bytes(plan)
+    elif not on_cpu:
+        work = solving_bytes(plan)
+    together = plan.host_processes
+    return (together * (host + work), 0) if on_cpu else (together * host, work)
+
+
+def _window(plan: Plan) -> int:
+    """Hidden states of one window."""
+    width = compute_dtype(plan.device, plan.dtype).itemsize
+    return plan.recipe.seq_len * (configured(plan.model, "hidden_size") or 0) * width
+
+
+def _block_bytes(plan: Plan, index: int) -> int:
+    """Of a block, as it is read."""
+    held = plan.source.shards.tensors
+    return sum(held[name].bytes for name in plan.block_tensors(index))
+
+
+def _host(plan: Plan) -> int:
+    """Files that are read and written, beside what is computed with.
+
+    The next block is read and the last one written while one is quantized.
+    """
+    held = plan.source.shards.tensors
+    blocks = [_block_bytes(plan, index) for index in range(len(plan.layers))]
+    packed = [
+        size - sum(held[f"{layer.disk}.weight"].bytes - layer.packed_bytes for layer in layers)
+        for size, layers in zip(blocks, plan.layers, strict=True)
+    ]
+    ahead = 2 if len(blocks) > 1 else 1
+    others = [sum(held[name].bytes for name in names) for names in plan.other_shards] or [0]
+    written = max(packed) if len(blocks) > 1 else 0
+    largest = max(layer.weights for block in plan.layers for layer in block)
+    passing = max((one + other for one, other in pairwise(others)), default=0)
+    sizes = sorted((info.bytes for info in held.values()), reverse=True)
+    on_cpu = plan.device.type == "cpu"
+    rounding = int(ROUNDED * largest) if on_cpu and not plan.recipe.needs_calibration else 0
+    return ALWAYS + max(
+        ahead * max(blocks) + max(packed) + max(written, others[-1]) + rounding,
+        passing,
+        sum(sizes[:CHECKED_AT_ONCE]),
+    )
+
+
+def _handed_on(plan: Plan) -> int:
+    """What calibration and tuning leave in host memory."""
+    recipe, every = plan.recipe, [layer for block in plan.layers for layer in block]
+    total = 0
+    cross = recipe.asymmetry > 0
+    if any(sums_bytes(block, plan.device, cross=cross) for block in plan.blocks.modules):
+        streams = 2 if cross or recipe.tune > 0 else 1  # what reaches the experts
+        total += streams * -(-recipe.samples // plan.processes) * _window(plan)
+    if recipe.tune > 0:
+        tuned_on = max(recipe.samples, recipe.tune_samples)
+        total += tuned_on * _window(plan) // plan.host_processes  # the original, when it is tuned
+        total += sum(layer.packed_bytes for layer in every)
+    return total
+
+
+def _calibrating(plan: Plan) -> int:
+    """The largest of calibrating, tuning and having the model write text, on the device."""
+    shards, model, recipe = plan.source.shards.tensors, plan.model, plan.recipe
+    width = compute_dtype(plan.device, plan.dtype).itemsize
+    on_cpu = plan.device.type == "cpu"
+    numbers = [
+        sum(_count(shards[name].shape) for name in plan.block_tensors(index))
+        for index in range(len(plan.layers))
+    ]
+    every = [layer for block in plan.layers for layer in block]
+    widest = max(layer.columns for layer in every)
+    outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
+    experts = max(
+        sums_bytes(block, plan.device, cross=recipe.asymmetry > 0) for block in plan.blocks.modules
+    )
+    solving = solving_bytes(plan)
+    if recipe.rank == "auto":  # layers of one input wait for one another
+        solving += 4 * 3 * max(sum(layer.weights for layer in block) for block in plan.layers)
+    batch = 0
+    if on_cpu:  # on a GPU `windows_at_once` sees to it that they fit
+        tokens = min(max(TOKENS_AT_ONCE["cpu"], recipe.seq_len), recipe.samples * recipe.seq_len)
+        batch = INPUTS * tokens * widest * 4
+        solving = max(solving, batch)  # one after the other
+    # A block, what its linears are replaced with, and on a GPU the next one, read ahead.
+    work = (2 if on_cpu else 3) * max(numbers) * width
+    # Without tuning there are no embeddings once hidden states have entered, and no head.
+    work += outside if recipe.tune > 0 else outside - _embeddings(model) * width
+    work += states_bytes(plan) if plan.states == "device" else 0
+    work += 2 * 4 * widest**2 + experts + solving
+    whole = 0
+    if recipe.rotation != "none" and not experts:  # two models; turning a matrix, in float32
+        whole = 2 * outside + 3 * 4 * max(_count(info.shape) for info in shards.values())
+    if plan.text is None or (recipe.tune > 0 and recipe.tune_samples > 0):  # may be written
+        everything = int(1.2 * (sum(numbers) * width + outside))
+        whole = max(whole, everything + _cache_bytes(plan, width))
+    if recipe.tune > 0:
+        shapes = [[(layer.rows, layer.columns) for layer in block] for block in plan.layers]
+        solved = [shape for block in shapes for shape in block]
+        work += tuning_memory.waiting(solved, recipe, roundings=plan.tunes_roundings)
+        tuning = tuning_memory.tuning(
+            shapes,
+            recipe,
+            roundings=plan.tunes_roundings,
+            hidden=configured(model, "hidden_size") or 0,
+            vocabulary=configured(model, "vocab_size") or 0,
+            width=width,
+            rest=outside + (sum(numbers) - plan.weights) * width,
+        )
+        work = max(work, tuning)
+    return max(work, whole)
+
+
+def _embeddings(model: PreTrainedModel) -> int:
+    """How many numbers the token embedding and the output head have."""
+    found = {model.get_input_embeddings(), model.get_output_embeddings()} - {None}
+    return sum({id(p): p.numel() for part in found for p in part.parameters()}.values())
+
+
+def _cache_bytes(plan: Plan, width: int) -> int:
+    """Keys, values and logits of the windows that the model writes at once."""
+    model = plan.model
+    heads = configured(model, "num_attention_heads") or 1
+    groups = configured(model, "num_key_value_heads") or heads
+    extent = configured(model, "head_dim") or (configured(model, "hidden_size") or 0) // heads
+    recipe = plan.recipe
+    written = max(recipe.samples, recipe.tune_samples if recipe.tune > 0 else 0)
+    together = min(GENERATED_AT_ONCE, written)
+    keys_and_values = 2 * len(plan.layers) * groups * extent * plan.recipe.seq_len * width
+    return int(together * (keys_and_values + 8 * (configured(model, "vocab_size") or 0)))
+
+
+def _count(extents: tuple[int, ...]) -> int:
+    number = 1
+    for extent in extents:
+        number *= extent
+    return number
