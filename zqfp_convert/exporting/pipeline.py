@@ -1,0 +1,108 @@
+"""`export`: from a packed checkpoint to a folder that another program reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zqfp_convert import __version__
+from zqfp_convert.checkpoint import hub
+from zqfp_convert.checkpoint.partial import Partial
+from zqfp_convert.errors import OptionError, OutputError
+from zqfp_convert.exporting import adapter, compressed_tensors, dense, folder, spans
+from zqfp_convert.exporting.opened import Opened
+
+TARGETS = ("compressed-tensors", "bf16", "gguf")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What came out.
+
+    Attributes:
+        dest: the folder.
+        to: the format.
+        layers: how many layers it has that were packed.
+        bytes: of all files in the folder.
+        adapter: the LoRA adapter with the low-rank compensation, or None.
+        wide: for `compressed-tensors`: sets of layers that are multiplied at once and whose span is
+            above 11, with it; vLLM's kernel for Hopper quantizes their smallest groups again.
+    """
+
+    dest: Path
+    to: str
+    layers: int
+    bytes: int
+    adapter: Path | None
+    wide: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "dest": str(self.dest),
+            "to": self.to,
+            "layers": self.layers,
+            "bytes": self.bytes,
+            "adapter": None if self.adapter is None else str(self.adapter),
+            "wide": self.wide,
+        }
+
+
+@torch.no_grad()
+def export(
+    checkpoint: str | Path,
+    dest: str | Path,
+    to: str = "compressed-tensors",
+    *,
+    resume: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Export:
+    """Write a packed checkpoint in the format of other programs.
+
+    `compressed-tensors`: MXFP4 weights with FP8 activations, for transformers and vLLM; the very
+    weights, so E2M1 codes whose scales are powers of two, in groups of multiples of 32, are needed.
+    Low-rank compensation becomes a LoRA adapter of PEFT in the folder `lorc-adapter` inside.
+    `bf16`: a plain checkpoint, weights dequantized, compensation merged. `gguf`: MXFP4 for
+    llama.cpp, of architectures like Llama's; needs the package `gguf`.
+
+    Args:
+        checkpoint: a packed checkpoint's folder, or a repository on the Hub.
+        dest: the folder to make; it appears when it is whole.
+        to: one of `TARGETS`.
+        resume: whether to go on from what a run that was stopped has left.
+        progress: called with what is being done, and how many of how many are done.
+
+    Raises:
+        CheckpointError: the checkpoint breaks a rule of its format, or its files are damaged.
+        SourceError: it cannot be spelled in that format; says which conversion can.
+        OptionError: no such format.
+        OutputError: `dest` exists, or cannot be written.
+    """
+    dest = Path(dest)
+    if to not in TARGETS:
+        raise OptionError("to", repr(to), needed="one of " + ", ".join(TARGETS), do="Give another.")
+    if dest.exists() or dest.is_symlink():
+        raise OutputError(str(dest), "exists", needed="a new folder", do="Give another DEST.")
+    opened = Opened(hub.fetch(checkpoint))
+    shards = opened.checkpoint.manifest["shards"]
+    of = {file: entry["sha256"] for file, entry in shards.items()}
+    identity = {"export": to, "program": __version__, "checkpoint": of}
+    report = progress or (lambda text, done, total: None)
+    if to == "gguf":
+        raise NotImplementedError
+    contents = dense.contents(opened) if to == "bf16" else compressed_tensors.contents(opened)
+    with Partial(dest, identity, resume=resume) as partial:
+        noted = folder.write(partial, opened.folder, contents, report)
+    ranges = {name: (low, high) for name, (low, high) in noted.items()}
+    return Export(
+        dest,
+        to,
+        len(opened.checkpoint.layers),
+        sum(path.stat().st_size for path in dest.rglob("*") if path.is_file()),
+        None if contents.adapter is None else dest / adapter.FOLDER,
+        spans.wide(ranges),
+    )
