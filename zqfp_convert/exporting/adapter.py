@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zqfp_convert.checkpoint.packed import PackedLayer, unpack
-from zqfp_convert.checkpoint import layout
 from zqfp_convert.errors import SourceError
 from zqfp_convert.exporting.opened import Opened
 
@@ -39,7 +37,7 @@ def ranks(opened: Opened) -> dict[str, int]:
 
 def factors(opened: Opened, layer: str, rank: int) -> tuple[Tensor, Tensor]:
     """`diag(s) A [rank, K]` and `B [N, rank]` in float32, zeros beyond the layer's own rank."""
-    found = _read(opened, layer).lorc_factors()
+    found = opened.checkpoint.layer(layer).lorc_factors()
     assert found is not None
     A, B = found
     more = rank - len(A)
@@ -50,7 +48,7 @@ def factors(opened: Opened, layer: str, rank: int) -> tuple[Tensor, Tensor]:
 def tensors(opened: Opened, found: dict[str, int]) -> dict[str, Tensor]:
     """All factors, by the names of PEFT."""
     rank = max(found.values())
-    result = {}
+    result: dict[str, Tensor] = {}
     for layer in found:
         name = f"base_model.model.{opened.place(layer)}"
         A, B = factors(opened, layer, rank)
@@ -63,7 +61,9 @@ def config(opened: Opened, found: dict[str, int]) -> dict[str, Any]:
     rank = max(found.values())
     places = [opened.place(layer) for layer in found]
     leaves = {place.rpartition(".")[2] for place in places}
-    linears = {name for name, _ in opened.model.named_modules() if name.rpartition(".")[2] in leaves}
+    linears = {
+        name for name, _ in opened.model.named_modules() if name.rpartition(".")[2] in leaves
+    }
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -76,7 +76,3 @@ def config(opened: Opened, found: dict[str, int]) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "target_modules": sorted(leaves) if linears == set(places) else sorted(places),
     }
-
-
-def _read(opened: Opened, layer: str) -> PackedLayer:
-    return opened.checkpoint.layer(layer)

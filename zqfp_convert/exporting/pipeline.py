@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from zqfp_convert import __version__
 from zqfp_convert.checkpoint import hub
-from zqfp_convert.checkpoint.partial import Partial
+from zqfp_convert.checkpoint.partial import CHECKPOINT, Partial
 from zqfp_convert.errors import OptionError, OutputError
 from zqfp_convert.exporting import adapter, compressed_tensors, dense, folder, spans
 from zqfp_convert.exporting.opened import Opened
@@ -93,16 +94,34 @@ def export(
     identity = {"export": to, "program": __version__, "checkpoint": of}
     report = progress or (lambda text, done, total: None)
     if to == "gguf":
-        raise NotImplementedError
+        return _to_gguf(opened, dest, identity, report)
     contents = dense.contents(opened) if to == "bf16" else compressed_tensors.contents(opened)
     with Partial(dest, identity, resume=resume) as partial:
         noted = folder.write(partial, opened.folder, contents, report)
-    ranges = {name: (low, high) for name, (low, high) in noted.items()}
-    return Export(
-        dest,
-        to,
-        len(opened.checkpoint.layers),
-        sum(path.stat().st_size for path in dest.rglob("*") if path.is_file()),
-        None if contents.adapter is None else dest / adapter.FOLDER,
-        spans.wide(ranges),
-    )
+    wide = spans.wide({name: (low, high) for name, (low, high) in noted.items()})
+    return _result(opened, dest, to, None if contents.adapter is None else adapter.FOLDER, wide)
+
+
+def _to_gguf(opened: Opened, dest: Path, identity: dict[str, Any], report: folder.Report) -> Export:
+    if find_spec("gguf") is None:
+        raise OptionError(
+            "to",
+            "'gguf', and the package gguf is not installed",
+            needed="that package, which knows the format",
+            do="pip install 'zqfp-convert[gguf]', or pip install gguf.",
+        )
+    from zqfp_convert.exporting.llama_cpp import file
+
+    plan = file.Plan(opened, dest.name)
+    with Partial(dest, identity, resume=False) as partial:
+        plan.write(partial.folder / CHECKPOINT / f"{dest.name}-mxfp4.gguf", report)
+        partial.give_name()
+    return _result(opened, dest, "gguf", file.ADAPTER if plan.ranks else None, {})
+
+
+def _result(
+    opened: Opened, dest: Path, to: str, adapter: str | None, wide: dict[str, int]
+) -> Export:
+    size = sum(path.stat().st_size for path in dest.rglob("*") if path.is_file())
+    beside = None if adapter is None else dest / adapter
+    return Export(dest, to, len(opened.checkpoint.layers), size, beside, wide)

@@ -44,7 +44,9 @@ class Fused:
 
     def whole(self, parts: Sequence[Tensor]) -> Tensor:
         """What the parameter holds for one expert, of its parts in their order."""
-        rows = torch.stack(list(parts), 1).flatten(0, 1) if self.interleaved else torch.cat([*parts])
+        rows = (
+            torch.stack(list(parts), 1).flatten(0, 1) if self.interleaved else torch.cat([*parts])
+        )
         return rows.t() if self.transposed and self.leaf == "weight" else rows
 
 
