@@ -30,11 +30,13 @@ class Family:
         interleaved: whether the two numbers that a rotary embedding turns lie side by side there,
             and not half a head apart, as in transformers.
         biases: tensors that may have one.
+        normalizes: of a mixture: whether the weights of the chosen experts sum to 1 there.
     """
 
     arch: str
     interleaved: bool
     biases: tuple[str, ...] = ()
+    normalizes: bool = True
 
 
 LLAMA = Family("llama", True, (*QKV, "attn_output", *INNER))
@@ -43,6 +45,9 @@ FAMILIES = {
     "mistral": LLAMA,
     "qwen2": Family("qwen2", False, QKV),
     "qwen3": Family("qwen3", False),
+    "mixtral": Family("llama", True),
+    "qwen2_moe": Family("qwen2moe", False, QKV, normalizes=False),
+    "qwen3_moe": Family("qwen3moe", False),
 }
 
 
@@ -115,7 +120,7 @@ class Architecture:
         context = config.max_position_embeddings
         writer.add_vocab_size(config.vocab_size)
         # It attends to everything: the same for as many tokens as the window holds.
-        writer.add_context_length(context if window is None else min(context, window))
+        writer.add_context_length(min(context, window or context))
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(config.num_hidden_layers)
         writer.add_feed_forward_length(config.intermediate_size)
@@ -126,9 +131,22 @@ class Architecture:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_dimension_count(self.head)
         writer.add_rope_freq_base(self.rope["rope_theta"])
+        self._describe_experts(writer)
         if self.rope["rope_type"] == "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(self.rope["factor"])
+
+    def _describe_experts(self, writer: gguf.GGUFWriter) -> None:
+        config = self.config
+        count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+        if count is None:
+            return
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if hasattr(config, "moe_intermediate_size"):
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        if hasattr(config, "shared_expert_intermediate_size"):
+            writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
 
     def frequencies(self) -> Tensor | None:
         """What the rotary frequencies are divided by, float32 `[head / 2]`; None for nothing."""
@@ -145,8 +163,14 @@ class Architecture:
             raise _refused(f"hidden_act {config.hidden_act!r}", "silu")
         if config.num_attention_heads % config.num_key_value_heads or self.head % 2:
             raise _refused("heads that cannot be shared", "whole groups of heads of even size")
+        if getattr(config, "norm_topk_prob", self.family.normalizes) != self.family.normalizes:
+            raise _refused(
+                f"norm_topk_prob {config.norm_topk_prob}", str(self.family.normalizes).lower()
+            )
+        if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) > 1:
+            raise _refused("blocks without experts among those with", "experts in every block")
         rope = self.rope
-        kinds = ("default", "linear", *(("llama3",) if self.family is LLAMA else ()))
+        kinds = ("default", "linear", *(("llama3",) if self.family.arch == "llama" else ()))
         if rope.get("rope_type", "default") not in kinds:
             raise _refused(f"rotary embeddings {rope['rope_type']!r}", "one of " + ", ".join(kinds))
         if rope.get("partial_rotary_factor", 1.0) != 1.0:

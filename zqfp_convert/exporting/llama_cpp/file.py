@@ -24,6 +24,7 @@ from zqfp_convert.exporting.opened import Opened
 from zqfp_convert.numerics import nibbles
 
 TYPES = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
+ROUTER = "ffn_gate_inp"
 ADAPTER = "lorc-adapter.gguf"
 
 Report = Callable[[str, int, int], None]
@@ -89,7 +90,15 @@ class Plan:
 
     def _entries(self) -> Iterator[Entry]:
         opened = self.opened
+        together = self._experts()
+        for name, layers in together.items():
+            rows, columns = opened.checkpoint.manifest["layers"][layers[0]]["shape"]
+            shape = (len(layers), rows, columns)
+            yield Entry(name, shape, Type.MXFP4, partial(self._stacked, layers))
+        stacked = {layer for layers in together.values() for layer in layers}
         for layer in opened.checkpoint.layers:
+            if layer in stacked:
+                continue
             name = self.architecture.name(opened.place(layer) + layout.WEIGHT)
             rows, columns = opened.checkpoint.manifest["layers"][layer]["shape"]
             yield Entry(name, (rows, columns), Type.MXFP4, partial(self._packed, layer, name))
@@ -98,13 +107,29 @@ class Plan:
                 continue
             name = self.architecture.name(opened.names.to_model[disk])
             info = opened.checkpoint.shards.tensors[disk]
-            dtype = DTYPES[info.dtype] if len(info.shape) > 1 else torch.float32
-            dtype = dtype if dtype in TYPES else torch.float32
+            dtype = DTYPES[info.dtype]
+            if len(info.shape) < 2 or dtype not in TYPES or ROUTER in name:
+                dtype = torch.float32
             yield Entry(name, info.shape, TYPES[dtype], partial(self._plain, disk, name, dtype))
         factors = self.architecture.frequencies()
         if factors is not None:
             make = partial(_bytes, factors)
             yield Entry("rope_freqs.weight", tuple(factors.shape), Type.F32, make)
+
+    def _experts(self) -> dict[str, list[str]]:
+        """The layers that are one tensor there, an expert each, by its name."""
+        opened, found = self.opened, {}
+        layers = {opened.place(layer): layer for layer in opened.checkpoint.layers}
+        for path, experts in opened.mixtures.items():
+            for part in {part for fused in experts.fused.values() for part in fused.parts}:
+                places = [f"{path}.{expert}.{part}" for expert in range(len(experts))]
+                if all(place in layers for place in places):
+                    name = self.architecture.name(f"{path}.{part}{layout.WEIGHT}")
+                    found[name] = [layers[place] for place in places]
+        return dict(sorted(found.items()))
+
+    def _stacked(self, layers: list[str]) -> Tensor:
+        return torch.stack([mxfp4(self.opened.checkpoint.layer(layer)) for layer in layers])
 
     def _packed(self, layer: str, name: str) -> Tensor:
         packed = mxfp4(self.opened.checkpoint.layer(layer))
