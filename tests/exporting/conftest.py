@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from architectures import QUICK, configuration, random_model, write_tokenizer
-from exported_models import Packer
+from exported_models import DEMO, Packer
 from mixtures import write_mixture
 
 import zqfp_convert
 
-DEMO = Path(zqfp_convert.__file__).parent / "demo" / "model"
 EXACT: dict[str, Any] = {"scales": "m1", "codebooks": "e2m1"}
 
 

@@ -11,6 +11,9 @@ import transformers as hf
 from dequantized import dense, manifest, read_tensors
 from torch import Tensor, nn
 
+import zqfp_convert
+
+DEMO = Path(zqfp_convert.__file__).parent / "demo" / "model"
 Packer = Callable[..., Path]
 
 

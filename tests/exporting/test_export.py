@@ -85,9 +85,7 @@ def test_the_command(packed: Packer, tmp_path: Path) -> None:
     words = " ".join(shown.output.split())
     assert "Exported 28 layers" in words
     assert "a LoRA adapter, which has to be loaded too" in words
-    printed = run(
-        app, ["export", str(checkpoint), str(tmp_path / "b"), "--to", "bf16", "--json"]
-    )
+    printed = run(app, ["export", str(checkpoint), str(tmp_path / "b"), "--to", "bf16", "--json"])
     assert json.loads(printed.stdout)["to"] == "bf16"
     refused = run(app, ["export", str(checkpoint), str(tmp_path / "b"), "--to", "bf16"])
     assert refused.exit_code == 2

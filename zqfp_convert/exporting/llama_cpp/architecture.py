@@ -167,7 +167,10 @@ class Architecture:
             raise _refused(
                 f"norm_topk_prob {config.norm_topk_prob}", str(self.family.normalizes).lower()
             )
-        if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) > 1:
+        if (
+            getattr(config, "mlp_only_layers", None)
+            or getattr(config, "decoder_sparse_step", 1) > 1
+        ):
             raise _refused("blocks without experts among those with", "experts in every block")
         rope = self.rope
         kinds = ("default", "linear", *(("llama3",) if self.family.arch == "llama" else ()))
