@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from zqfp_convert.calibration.experts import sums_bytes
 from zqfp_convert.calibration.text import GENERATED_AT_ONCE, Text
 from zqfp_convert.checkpoint import hub, layout
-from zqfp_convert.checkpoint.partial import check_free, partial_folder
+from zqfp_convert.checkpoint.partial import check_free, check_room
 from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
 from zqfp_convert.checkpoint.source import Source
 from zqfp_convert.distill import memory
@@ -493,20 +492,10 @@ def _count(extents: tuple[int, ...]) -> int:
 
 
 def _check_disk(plan: Plan) -> None:
-    folder = next(p for p in plan.out.absolute().parents if p.exists())
     needed = plan.bytes_after + (64 << 20)
     if plan.recipe.tune > 0:  # before that, all blocks are kept, and where each weight starts from
         needed += plan.bytes_after + (2 * plan.weights if plan.tunes_roundings else 0)
-    free = shutil.disk_usage(folder).free
-    earlier = partial_folder(plan.out)  # is gone on with, or thrown away
-    free += sum(path.stat().st_size for path in earlier.rglob("*") if path.is_file())
-    if free < needed:
-        raise OutputError(
-            str(folder),
-            f"{free / 1e6:,.0f} MB of free disk space",
-            needed=f"{needed / 1e6:,.0f} MB for the checkpoint",
-            do="Make room, or give an output folder on another disk.",
-        )
+    check_room(plan.out, needed)
 
 
 def _check_room(plan: Plan) -> None:

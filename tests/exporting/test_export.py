@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from exported_models import Packer
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 import zqfp_convert
 from zqfp_convert.cli.main import app
-from zqfp_convert.errors import CheckpointError, OptionError, OutputError
+from zqfp_convert.errors import CheckpointError, OptionError, OutputError, Stopped
 from zqfp_convert.exporting import TARGETS
 
 
@@ -64,7 +65,7 @@ def test_a_stopped_export_goes_on(
         if done == total // 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped, match="the same export goes on"):
         zqfp_convert.export(checkpoint, tmp_path / "dest", to, progress=stop)
     assert not (tmp_path / "dest").exists()
     other = next(target for target in ("compressed-tensors", "bf16") if target != to)
@@ -75,6 +76,16 @@ def test_a_stopped_export_goes_on(
     assert len(again) < len(seen) + 5
     assert digests(tmp_path / "dest") == digests(tmp_path / "whole")
     assert not (tmp_path / "dest.partial").exists()
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_too_little_room(
+    packed: Packer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OutputError, match=r"0 MB of free disk space; needed: [67][0-9] MB"):
+        zqfp_convert.export(packed("demo"), tmp_path / "dest", to)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command(packed: Packer, tmp_path: Path) -> None:

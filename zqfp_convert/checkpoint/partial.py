@@ -364,6 +364,25 @@ def check_free(out: Path, *, overwrite: bool) -> None:
         )
 
 
+def check_room(out: Path, needed: int) -> None:
+    """Refuse an output of so many bytes where there is too little room on its disk.
+
+    Raises:
+        OutputError: naming both.
+    """
+    folder = next(p for p in out.absolute().parents if p.exists())
+    free = shutil.disk_usage(folder).free
+    earlier = partial_folder(out)  # is gone on with, or thrown away
+    free += sum(path.stat().st_size for path in earlier.rglob("*") if path.is_file())
+    if free < needed:
+        raise OutputError(
+            str(folder),
+            f"{free / 1e6:,.0f} MB of free disk space",
+            needed=f"{needed / 1e6:,.0f} MB for the checkpoint",
+            do="Make room, or give an output folder on another disk.",
+        )
+
+
 def _refuse_foreign_files(out: Path) -> None:
     """A checkpoint is overwritten whole; what somebody else put into its folder is not ours."""
     manifest = read_json(out / layout.MANIFEST_FILE, "bad-manifest")

@@ -78,18 +78,13 @@ class Opened:
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and name not in packed
         }
+        embeddings = {n for n, m in self.model.named_modules() if isinstance(m, nn.Embedding)}
         for name in self.plain:  # routers, which some programs have as linears
-            place = self.names.to_model.get(name, name)
-            module = place.removesuffix(layout.WEIGHT)
-            if not place.endswith(layout.WEIGHT) or self._is_embedding(module):
-                continue
-            if len(self.checkpoint.shards.tensors[name].shape) == 2:
+            module = self.names.to_model.get(name, name).removesuffix(layout.WEIGHT)
+            matrix = len(self.checkpoint.shards.tensors[name].shape) == 2
+            if name.endswith(layout.WEIGHT) and matrix and module not in embeddings:
                 found |= {module, name.removesuffix(layout.WEIGHT)}
         return found
-
-    def _is_embedding(self, module: str) -> bool:
-        known = dict(self.model.named_modules())
-        return isinstance(known.get(module), nn.Embedding)
 
 
 def _refused(layer: str, found: str, needed: str) -> SourceError:

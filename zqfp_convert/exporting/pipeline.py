@@ -12,12 +12,13 @@ import torch
 
 from zqfp_convert import __version__
 from zqfp_convert.checkpoint import hub
-from zqfp_convert.checkpoint.partial import CHECKPOINT, Partial
-from zqfp_convert.errors import OptionError, OutputError
+from zqfp_convert.checkpoint.partial import CHECKPOINT, Partial, check_room, partial_folder
+from zqfp_convert.errors import OptionError, OutputError, Stopped
 from zqfp_convert.exporting import adapter, compressed_tensors, dense, folder, spans
 from zqfp_convert.exporting.opened import Opened
 
 TARGETS = ("compressed-tensors", "bf16", "gguf")
+SPARE = 64 << 20  # bytes, for what is not tensors
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def export(
         CheckpointError: the checkpoint breaks a rule of its format, or its files are damaged.
         SourceError: it cannot be spelled in that format; says which conversion can.
         OptionError: no such format.
-        OutputError: `dest` exists, or cannot be written.
+        OutputError: `dest` exists, or cannot be written, or there is too little room.
+        Stopped: (a KeyboardInterrupt) by Ctrl-C, with work done that can be gone on with.
     """
     dest = Path(dest)
     if to not in TARGETS:
@@ -96,8 +98,17 @@ def export(
     if to == "gguf":
         return _to_gguf(opened, dest, identity, report)
     contents = dense.contents(opened) if to == "bf16" else compressed_tensors.contents(opened)
-    with Partial(dest, identity, resume=resume) as partial:
-        noted = folder.write(partial, opened.folder, contents, report)
+    check_room(dest, sum(piece.bytes for piece in contents.pieces) + SPARE)
+    try:
+        with Partial(dest, identity, resume=resume) as partial:
+            noted = folder.write(partial, opened.folder, contents, report)
+    except KeyboardInterrupt:
+        if partial_folder(dest).exists():
+            raise Stopped(
+                f"Stopped. What is done is in {partial_folder(dest)}; the same export goes on "
+                "from there."
+            ) from None
+        raise
     wide = spans.wide({name: (low, high) for name, (low, high) in noted.items()})
     return _result(opened, dest, to, None if contents.adapter is None else adapter.FOLDER, wide)
 
@@ -113,6 +124,7 @@ def _to_gguf(opened: Opened, dest: Path, identity: dict[str, Any], report: folde
     from zqfp_convert.exporting.llama_cpp import file
 
     plan = file.Plan(opened, dest.name)
+    check_room(dest, plan.bytes + SPARE)
     with Partial(dest, identity, resume=False) as partial:
         plan.write(partial.folder / CHECKPOINT / f"{dest.name}-mxfp4.gguf", report)
         partial.give_name()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -73,6 +74,12 @@ class Plan:
         self.writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         self.architecture.describe(self.writer)
         vocabulary.write(opened.folder, self.architecture.config.vocab_size, self.writer)
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors, the adapter's too."""
+        entries = [*self.entries, *(self._factors() if self.ranks else ())]
+        return sum(math.prod(entry.bytes_shape) for entry in entries)
 
     def write(self, path: Path, report: Report) -> None:
         """Write the file, and the adapter beside it where there is compensation.
@@ -176,9 +183,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _write(writer: gguf.GGUFWriter, path: Path, entries: list[Entry], report: Report) -> None:
     for entry in entries:
         shape = entry.bytes_shape
-        writer.add_tensor_info(
-            entry.name, shape, np.dtype(np.uint8), int(np.prod(shape)), entry.type
-        )
+        writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), math.prod(shape), entry.type)
     with writing(path):
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
