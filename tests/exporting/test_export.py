@@ -31,6 +31,11 @@ def test_a_destination_that_exists(packed: Packer, tmp_path: Path, to: str) -> N
         zqfp_convert.export(packed("demo"), tmp_path, to)
 
 
+def test_a_destination_within_the_checkpoint(packed: Packer) -> None:
+    with pytest.raises(OutputError, match="lies in the checkpoint"):
+        zqfp_convert.export(packed("demo"), packed("demo") / "dest")
+
+
 def test_an_unknown_format(packed: Packer, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="one of compressed-tensors, bf16, gguf"):
         zqfp_convert.export(packed("demo"), tmp_path / "dest", "awq")

@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import transformers as hf
 from architectures import token_ids
@@ -20,6 +21,7 @@ from safetensors import safe_open
 import zqfp_convert
 from zqfp_convert.errors import OptionError, SourceError
 
+NOTES = Path(__file__).parents[1] / "benchmarks" / "NOTES.md"  # some text
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -245,6 +247,54 @@ def test_other_tokenizers_are_refused(
     change(described)
     (checkpoint / "tokenizer.json").write_text(json.dumps(described))
     with pytest.raises(SourceError, match=message):
+        zqfp_convert.export(checkpoint, tmp_path / "gg", "gguf")
+
+
+def train_pieces(folder: Path, kind: str) -> sentencepiece.SentencePieceProcessor:
+    """A small SentencePiece model, in the place of the tokenizer of a checkpoint."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(NOTES.read_text(encoding="utf-8").splitlines()),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        model_type=kind,
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.json").unlink()
+    described = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+                 "unk_token": "<unk>", "add_bos_token": True}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def test_pieces_of_sentencepiece(with_words: Packer, tmp_path: Path) -> None:
+    checkpoint = with_words("demo")
+    pieces = train_pieces(checkpoint, "bpe")
+    zqfp_convert.export(checkpoint, tmp_path / "gg", "gguf")
+    reader = gguf.GGUFReader(tmp_path / "gg" / "gg-mxfp4.gguf")
+    held = {name: field.contents() for name, field in reader.fields.items()}
+    assert held["tokenizer.ggml.model"] == "llama"
+    assert held["tokenizer.ggml.add_bos_token"] is True
+    assert (held["tokenizer.ggml.bos_token_id"], held["tokenizer.ggml.eos_token_id"]) == (1, 2)
+    count = pieces.vocab_size()
+    texts, scores = held["tokenizer.ggml.tokens"], held["tokenizer.ggml.scores"]
+    assert len(texts) == 1024 > count > 300
+    assert texts[:count] == [pieces.id_to_piece(number) for number in range(count)]
+    assert scores[:count] == [pieces.get_score(number) for number in range(count)]
+    kinds = [gguf.TokenType(kind) for kind in held["tokenizer.ggml.token_type"]]
+    assert kinds[:3] == [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+    assert kinds[3] is gguf.TokenType.BYTE
+    assert kinds[count - 1 : count + 1] == [gguf.TokenType.NORMAL, gguf.TokenType.UNUSED]
+
+
+def test_pieces_that_are_not_merged_are_refused(with_words: Packer, tmp_path: Path) -> None:
+    checkpoint = with_words("demo")
+    train_pieces(checkpoint, "unigram")
+    with pytest.raises(SourceError, match="does not merge pairs"):
         zqfp_convert.export(checkpoint, tmp_path / "gg", "gguf")
 
 

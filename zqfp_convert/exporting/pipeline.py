@@ -90,13 +90,21 @@ def export(
         raise OptionError("to", repr(to), needed="one of " + ", ".join(TARGETS), do="Give another.")
     if dest.exists() or dest.is_symlink():
         raise OutputError(str(dest), "exists", needed="a new folder", do="Give another DEST.")
-    opened = Opened(hub.fetch(checkpoint))
+    source = hub.fetch(checkpoint)
+    if source.resolve() in dest.resolve().parents:
+        raise OutputError(
+            str(dest),
+            "lies in the checkpoint",
+            needed="a folder beside it",
+            do="Give another DEST.",
+        )
+    opened = Opened(source)
     shards = opened.checkpoint.manifest["shards"]
     of = {file: entry["sha256"] for file, entry in shards.items()}
     identity = {"export": to, "program": __version__, "checkpoint": of}
     report = progress or (lambda text, done, total: None)
     if to == "gguf":
-        return _to_gguf(opened, dest, identity, report)
+        return _to_gguf(opened, dest, identity, report, resume=resume)
     contents = dense.contents(opened) if to == "bf16" else compressed_tensors.contents(opened)
     check_room(dest, sum(piece.bytes for piece in contents.pieces) + SPARE)
     try:
@@ -113,7 +121,9 @@ def export(
     return _result(opened, dest, to, None if contents.adapter is None else adapter.FOLDER, wide)
 
 
-def _to_gguf(opened: Opened, dest: Path, identity: dict[str, Any], report: folder.Report) -> Export:
+def _to_gguf(
+    opened: Opened, dest: Path, identity: dict[str, Any], report: folder.Report, *, resume: bool
+) -> Export:
     if find_spec("gguf") is None:
         raise OptionError(
             "to",
@@ -125,7 +135,7 @@ def _to_gguf(opened: Opened, dest: Path, identity: dict[str, Any], report: folde
 
     plan = file.Plan(opened, dest.name)
     check_room(dest, plan.bytes + SPARE)
-    with Partial(dest, identity, resume=False) as partial:
+    with Partial(dest, identity, resume=resume) as partial:
         plan.write(partial.folder / CHECKPOINT / f"{dest.name}-mxfp4.gguf", report)
         partial.give_name()
     return _result(opened, dest, "gguf", file.ADAPTER if plan.ranks else None, {})

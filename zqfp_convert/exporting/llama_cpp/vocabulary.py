@@ -7,6 +7,8 @@ tokenizer whose splitting has no such name here is refused rather than written n
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from zqfp_convert.errors import SourceError
 from zqfp_convert.model.tokenizer import tokenizer_of
 
 TOKENIZER_FILE = "tokenizer.json"
+PIECES_FILE = "tokenizer.model"
+LEAST = -1000.0  # score of tokens that nothing is merged to
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -27,6 +31,15 @@ EXPRESSIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Token:
+    """A token as GGUF has it."""
+
+    text: str
+    kind: gguf.TokenType
+    score: float = LEAST
+
+
 def write(folder: Path, rows: int, writer: gguf.GGUFWriter) -> None:
     """Write the tokenizer of a model's folder; `rows` is how many tokens the model embeds.
 
@@ -35,24 +48,66 @@ def write(folder: Path, rows: int, writer: gguf.GGUFWriter) -> None:
     """
     tokenizer = tokenizer_of(folder)
     described = _read(folder)
+    pieces = (folder / PIECES_FILE).is_file() and described["model"].get("byte_fallback", True)
+    tokens = _pieces(folder, tokenizer, writer) if pieces else _bytes(folder, described, writer)
+    for number, added in tokenizer.added_tokens_decoder.items():
+        kind = gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
+        if number not in tokens or tokens[number].kind is gguf.TokenType.NORMAL:
+            tokens[number] = Token(added.content, kind)
+    if max(tokens) >= rows:
+        raise _refused(folder, f"token {max(tokens)}, where the model embeds {rows}")
+    listed = [
+        tokens.get(number, Token(f"[PAD{number}]", gguf.TokenType.UNUSED)) for number in range(rows)
+    ]
+    writer.add_token_list([token.text for token in listed])
+    writer.add_token_types([token.kind for token in listed])
+    if pieces:
+        writer.add_token_scores([token.score for token in listed])
+    _write_special(tokenizer, writer)
+
+
+def _bytes(folder: Path, described: dict[str, Any], writer: gguf.GGUFWriter) -> dict[int, Token]:
+    """The tokens of a tokenizer of bytes, by their numbers; how it splits and merges is written."""
+    model = described["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise _refused(folder, f"a {model.get('type')} tokenizer that does not work on bytes")
+    if (described.get("normalizer") or {"type": "NFC"}).get("type") != "NFC":
+        raise _refused(folder, "a tokenizer that changes the text first")
     pre = _pre_tokenizer(described)
     if pre is None:
         raise _refused(folder, "a tokenizer that splits text in a way not known here")
-    tokens = {number: token for token, number in described["model"]["vocab"].items()}
-    kinds = dict.fromkeys(tokens, gguf.TokenType.NORMAL)
-    for added in described["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        special = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-        kinds[added["id"]] = special
-    if max(tokens) >= rows:
-        raise _refused(folder, f"token {max(tokens)}, where the model embeds {rows}")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list([tokens.get(number, f"[PAD{number}]") for number in range(rows)])
-    writer.add_token_types([kinds.get(number, gguf.TokenType.UNUSED) for number in range(rows)])
-    merges = described["model"]["merges"]
+    merges = model["merges"]
     writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in merges])
-    _write_special(tokenizer, writer)
+    return {number: Token(text, gguf.TokenType.NORMAL) for text, number in model["vocab"].items()}
+
+
+def _pieces(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, writer: gguf.GGUFWriter
+) -> dict[int, Token]:
+    """The tokens of a SentencePiece model, as Llama 2 and Mistral have, by their numbers."""
+    if find_spec("sentencepiece") is None:
+        raise SourceError(
+            str(folder / PIECES_FILE),
+            "a SentencePiece model, and the package sentencepiece is not installed",
+            needed="that package, which reads it",
+            do="pip install 'zqfp-convert[gguf]', or pip install sentencepiece.",
+        )
+    found = [
+        Token(text.decode(), kind, score)
+        for text, score, kind in gguf.SentencePieceVocab(folder).sentencepiece_tokens()
+    ]
+    # llama.cpp merges by scores: those of BPE are ranks, those of other models probabilities
+    normal = [token.score for token in found if token.kind is gguf.TokenType.NORMAL]
+    if not all(score == int(score) for score in normal):
+        raise _refused(folder, "a SentencePiece model that does not merge pairs")
+    known = tokenizer.convert_ids_to_tokens(list(range(len(found))))
+    if known != [token.text for token in found]:
+        raise _refused(folder, f"a {PIECES_FILE} with other tokens than the tokenizer's")
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    return dict(enumerate(found))
 
 
 def _write_special(tokenizer: PreTrainedTokenizerBase, writer: gguf.GGUFWriter) -> None:
@@ -76,13 +131,8 @@ def _write_special(tokenizer: PreTrainedTokenizerBase, writer: gguf.GGUFWriter) 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / TOKENIZER_FILE
     if not path.is_file():
-        raise _refused(folder, f"no {TOKENIZER_FILE}")
+        return {"model": {}}
     described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    model = described["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise _refused(folder, f"a {model.get('type')} tokenizer that does not work on bytes")
-    if (described.get("normalizer") or {"type": "NFC"}).get("type") != "NFC":
-        raise _refused(folder, "a tokenizer that changes the text first")
     return described
 
 
@@ -110,6 +160,7 @@ def _refused(folder: Path, found: str) -> SourceError:
     return SourceError(
         str(folder),
         found,
-        needed="a BPE tokenizer of bytes, of GPT-2's, SmolLM's, Llama 3's or Qwen 2's kind",
+        needed="a BPE tokenizer of bytes, of GPT-2's, SmolLM's, Llama 3's or Qwen 2's kind, or a "
+        "SentencePiece model that merges pairs",
         do="Export --to bf16, and convert that with llama.cpp's own script.",
     )
