@@ -27,6 +27,7 @@ def rewrite(out: Path, change: Callable[[dict[str, object]], None]) -> None:
         change(tensors)
         for name in before - set(tensors):
             del index["weight_map"][name]
+        index["weight_map"] |= dict.fromkeys(tensors, file)
         save_file(tensors, out / file)
         data = (out / file).read_bytes()
         manifest["shards"][file] = {

@@ -7,18 +7,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zqfp_convert.conversion import Conversion, convert
     from zqfp_convert.errors import ZqfpError
+    from zqfp_convert.exporting import Export, export
     from zqfp_convert.recipe import Recipe
     from zqfp_convert.runtime.loader import load
 
 __version__ = "0.1.0"
 
-__all__ = ["Conversion", "Recipe", "ZqfpError", "convert", "load"]
+__all__ = ["Conversion", "Export", "Recipe", "ZqfpError", "convert", "export", "load"]
 
 _HOMES = {
     "Conversion": "zqfp_convert.conversion",
+    "Export": "zqfp_convert.exporting",
     "Recipe": "zqfp_convert.recipe",
     "ZqfpError": "zqfp_convert.errors",
     "convert": "zqfp_convert.conversion",
+    "export": "zqfp_convert.exporting",
     "load": "zqfp_convert.runtime.loader",
 }
 

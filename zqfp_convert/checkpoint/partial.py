@@ -364,6 +364,34 @@ def check_free(out: Path, *, overwrite: bool) -> None:
         )
 
 
+def disk_of(out: Path) -> Path:
+    """A folder that is there, on the disk where an output will be."""
+    return next(p for p in out.absolute().parents if p.exists())
+
+
+def room(out: Path) -> int:
+    """Bytes free for an output, with what an earlier run has left, which is used or thrown away."""
+    earlier = partial_folder(out).rglob("*")
+    unfinished = sum(path.stat().st_size for path in earlier if path.is_file())
+    return shutil.disk_usage(disk_of(out)).free + unfinished
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Refuse an output of so many bytes where there is too little room on its disk.
+
+    Raises:
+        OutputError: naming both.
+    """
+    free = room(out)
+    if free < needed:
+        raise OutputError(
+            str(disk_of(out)),
+            f"{free / 1e6:,.0f} MB of free disk space",
+            needed=f"{needed / 1e6:,.0f} MB for the checkpoint and what lies beside it meanwhile",
+            do="Make room, or give an output folder on another disk.",
+        )
+
+
 def _refuse_foreign_files(out: Path) -> None:
     """A checkpoint is overwritten whole; what somebody else put into its folder is not ours."""
     manifest = read_json(out / layout.MANIFEST_FILE, "bad-manifest")

@@ -68,16 +68,8 @@ class Source:
                     config.pop(layout.CONFIG_KEY, None)
 
     def other_files(self) -> list[Path]:
-        """Files to carry over, relative to the folder: all that are no weights and not hidden."""
-        return [
-            path
-            for path in sorted(p.relative_to(self.folder) for p in self.folder.rglob("*"))
-            if (self.folder / path).is_file()
-            and not any(part.startswith(".") for part in path.parts)
-            and path.suffix not in (*PICKLED, *OTHER_WEIGHTS)
-            and not path.name.endswith(".index.json")
-            and str(path) not in REWRITTEN
-        ]
+        """As the function of that name, of this folder."""
+        return other_files(self.folder)
 
     def code_files(self) -> list[Path]:
         """Python files of the model's author: carried over, never run."""
@@ -117,6 +109,19 @@ class Source:
                         do="The model is damaged: download it again, or ask its authors.",
                     )
         return checksums
+
+
+def other_files(folder: Path) -> list[Path]:
+    """Files to carry over, relative to the folder: all that are no weights and not hidden."""
+    return [
+        path
+        for path in sorted(p.relative_to(folder) for p in folder.rglob("*"))
+        if (folder / path).is_file()
+        and not any(part.startswith(".") for part in path.parts)
+        and path.suffix not in (*PICKLED, *OTHER_WEIGHTS)
+        and not path.name.endswith(".index.json")
+        and str(path) not in REWRITTEN
+    ]
 
 
 def fingerprint(checksums: Mapping[str, int]) -> str:

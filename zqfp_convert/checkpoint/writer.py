@@ -89,11 +89,36 @@ class Writer:
         self.shards.wait()
         if not self.partial.world.leads:
             return
+        records = self._records()
+        manifest = {
+            "format": layout.FORMAT,
+            "format_version": layout.FORMAT_VERSION,
+            "shards": {
+                name: {"size": record["size"], "sha256": record["sha256"]}
+                for name, record in records.items()
+            },
+            "layers": layers,
+            "changed": changed,
+            "files": self._files,
+        }
+        self._finish(config, {layout.MANIFEST_FILE: manifest})
+
+    def finish_plain(
+        self, config: dict[str, Any], others: Mapping[str, dict[str, Any]] | None = None
+    ) -> None:
+        """As `finish`, for a model of another format: no manifest; other JSON files by name."""
+        self.shards.wait()
+        self._finish(config, others or {})
+
+    def _records(self) -> dict[str, dict[str, Any]]:
         assert self.shards.done == len(self._names)
-        records = [self.partial.record(file) for file in self.shards.files]
+        files = zip(self._names, self.shards.files, strict=True)
+        return {name: self.partial.record(file) for name, file in files}
+
+    def _finish(self, config: dict[str, Any], others: Mapping[str, dict[str, Any]]) -> None:
         sizes: dict[str, int] = {}
         weight_map: dict[str, str] = {}
-        for name, record in zip(self._names, records, strict=True):
+        for name, record in self._records().items():
             assert not sizes.keys() & record["tensors"].keys()
             sizes |= record["tensors"]
             weight_map |= dict.fromkeys(record["tensors"], name)
@@ -102,18 +127,8 @@ class Writer:
                 total = {"total_size": sum(sizes.values())}
                 index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
                 self._write_json(layout.INDEX_FILE, index)
-            manifest = {
-                "format": layout.FORMAT,
-                "format_version": layout.FORMAT_VERSION,
-                "shards": {
-                    name: {"size": record["size"], "sha256": record["sha256"]}
-                    for name, record in zip(self._names, records, strict=True)
-                },
-                "layers": layers,
-                "changed": changed,
-                "files": self._files,
-            }
-            self._write_json(layout.MANIFEST_FILE, manifest)
+            for file, value in others.items():
+                self._write_json(file, value)
             self._write_json(layout.CONFIG_FILE, config)
             sync(self._folder)
         self.partial.give_name()

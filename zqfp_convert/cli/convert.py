@@ -268,8 +268,8 @@ def _duration(seconds: float) -> str:
 
 
 def _show_plan(plan: Plan, time: Estimate | None, *, every_layer: bool) -> None:
-    from zqfp_convert.checkpoint.partial import partial_folder
-    from zqfp_convert.plan import disk
+    from zqfp_convert.checkpoint.partial import partial_folder, room
+    from zqfp_convert.plan.disk import journal_bytes
 
     recipe = plan.recipe
     layers = [layer for block in plan.layers for layer in block]
@@ -292,8 +292,8 @@ def _show_plan(plan: Plan, time: Estimate | None, *, every_layer: bool) -> None:
         "memory": f"about {console.size(plan.host_memory)} of host memory"
         + (f", {console.size(plan.device_memory)} on the GPU" if plan.device_memory else ""),
         "disk": f"{console.size(plan.bytes_after)} for the checkpoint, "
-        f"{console.size(disk.journal_bytes(plan))} beside it meanwhile, "
-        f"{console.size(disk.free(plan))} free",
+        f"{console.size(journal_bytes(plan))} beside it meanwhile, "
+        f"{console.size(room(plan.out))} free",
         "left alone": _left_alone(plan),
     }
     if plan.states != "device":

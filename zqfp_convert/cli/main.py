@@ -14,6 +14,7 @@ from zqfp_convert.cli import (
     convert,
     demo,
     evaluate,
+    export,
     generate,
     inspect,
     tune,
@@ -33,6 +34,7 @@ app.command("verify")(verify.command)
 app.command("evaluate")(evaluate.command)
 app.command("compare")(compare.command)
 app.command("generate")(generate.command)
+app.command("export")(export.command)
 app.command("bench")(bench.command)
 app.command("tune")(tune.command)
 app.command("demo")(demo.command)

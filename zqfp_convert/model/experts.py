@@ -7,7 +7,7 @@ linear with a name, so that it is calibrated, quantized, stored and run like any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,13 @@ class Fused:
         rows = stored.t() if self.transposed and self.leaf == "weight" else stored
         count = len(self.parts)
         return rows[number::count] if self.interleaved else rows.chunk(count)[number]
+
+    def whole(self, parts: Sequence[Tensor]) -> Tensor:
+        """What the parameter holds for one expert, of its parts in their order."""
+        rows = (
+            torch.stack(list(parts), 1).flatten(0, 1) if self.interleaved else torch.cat([*parts])
+        )
+        return rows.t() if self.transposed and self.leaf == "weight" else rows
 
 
 class ExpertLinear(nn.Linear):

@@ -32,6 +32,7 @@ class NameMap:
         fused: tensors on disk that hold matrices of all experts of a block: the experts' name in
             the model, and how they lie.
         merged: places whose tensors are made of others on disk: their names, and what makes it.
+        single: tensors on disk of one expert that transformers itself puts together with others.
         unused: names on disk without a place in the model (left-overs of older versions).
         unfilled: places that no tensor on disk fills; those of fused ones count as such.
         missing: those of them that are not tied to a filled one either.
@@ -50,6 +51,7 @@ class NameMap:
         self.to_model: dict[str, str] = {}
         self.fused: dict[str, tuple[str, Fused]] = {}
         self.unused: list[str] = []
+        self.single: set[str] = set()
         whole: dict[str, list[tuple[str, str]]] = {}  # names and patterns of what is merged
         for name in disk:
             place, pattern = rules.renamed(name)
@@ -61,6 +63,7 @@ class NameMap:
                     whole.setdefault(place, []).append((name, pattern))
                     continue
                 place = rules.of_expert(name, place, pattern)
+                self.single.add(name)
             elif pattern is not None and place in places:
                 whole.setdefault(place, []).append((name, pattern))
                 continue

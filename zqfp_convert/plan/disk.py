@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from zqfp_convert.checkpoint.partial import partial_folder
-from zqfp_convert.errors import OutputError
 
 if TYPE_CHECKING:
     from zqfp_convert.plan.plan import Plan
@@ -30,35 +25,7 @@ def journal_bytes(plan: Plan) -> int:
     return total + plan.spilled
 
 
-def needed(plan: Plan) -> int:
+def output_bytes(plan: Plan) -> int:
     """All of it."""
     layers = sum(len(block) for block in plan.layers)
     return plan.bytes_after + journal_bytes(plan) + ENTRY * layers + ALWAYS
-
-
-def free(plan: Plan) -> int:
-    """What is free, with what an earlier run has left, which is gone on with or thrown away."""
-    earlier = partial_folder(plan.out)
-    unfinished = sum(path.stat().st_size for path in earlier.rglob("*") if path.is_file())
-    return shutil.disk_usage(folder(plan)).free + unfinished
-
-
-def folder(plan: Plan) -> Path:
-    """A folder that is there, on the disk where the output will be."""
-    return next(p for p in plan.out.absolute().parents if p.exists())
-
-
-def check(plan: Plan) -> None:
-    """Refuse what does not fit.
-
-    Raises:
-        OutputError: too little is free.
-    """
-    wanted, found = needed(plan), free(plan)
-    if found < wanted:
-        raise OutputError(
-            str(folder(plan)),
-            f"{found / 1e6:,.0f} MB of free disk space",
-            needed=f"{wanted / 1e6:,.0f} MB for the checkpoint and what lies beside it meanwhile",
-            do="Make room, or give an output folder on another disk.",
-        )

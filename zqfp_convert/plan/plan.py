@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from zqfp_convert.calibration.text import Text
 from zqfp_convert.checkpoint import hub, layout
-from zqfp_convert.checkpoint.partial import check_free
+from zqfp_convert.checkpoint.partial import check_free, check_room, room
 from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
 from zqfp_convert.checkpoint.source import Source
 from zqfp_convert.errors import CheckpointError, OutputError, SourceError
@@ -27,8 +27,8 @@ from zqfp_convert.model.names import NameMap
 from zqfp_convert.model.tokenizer import tokenizer_of
 from zqfp_convert.original import match
 from zqfp_convert.parallel import ALONE, World
-from zqfp_convert.plan import disk as room
 from zqfp_convert.plan import memory
+from zqfp_convert.plan.disk import journal_bytes, output_bytes
 from zqfp_convert.quantize import lorc, ranks
 from zqfp_convert.recipe import Recipe
 
@@ -165,8 +165,8 @@ class Plan:
             "states": self.states,
             "disk": {
                 "output": self.bytes_after,
-                "beside": room.journal_bytes(self),
-                "free": room.free(self),
+                "beside": journal_bytes(self),
+                "free": room(self.out),
             },
             "kinds": [
                 {"place": place, "rows": rows, "columns": columns, "count": len(alike)}
@@ -294,7 +294,7 @@ def rotated(plan: Plan, rotation: Rotation) -> Plan:
         other_shards=_split(source, others),
         bytes_after=plan.bytes_after + now - before,
     )
-    room.check(turned)
+    check_room(turned.out, output_bytes(turned))
     return _estimated(turned)
 
 
@@ -438,7 +438,7 @@ def _short_of(plan: Plan) -> tuple[str, str, str] | None:
 
 
 def _check_room(plan: Plan) -> None:
-    room.check(plan)
+    check_room(plan.out, output_bytes(plan))
     tunes = plan.recipe.tune > 0
     generated = plan.recipe.needs_calibration and plan.text is None
     short = _short_of(plan)

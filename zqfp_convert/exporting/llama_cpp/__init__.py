@@ -1,0 +1,1 @@
+"""GGUF, the file of llama.cpp, by way of the package `gguf`; nothing else imports that package."""
