@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.description import manifest
 from zqfp_convert.checkpoint.disk import sync, writing
 from zqfp_convert.checkpoint.partial import CHECKPOINT, Partial
 from zqfp_convert.checkpoint.series import Series
@@ -102,18 +103,12 @@ class Writer:
                 total = {"total_size": sum(sizes.values())}
                 index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
                 self._write_json(layout.INDEX_FILE, index)
-            manifest = {
-                "format": layout.FORMAT,
-                "format_version": layout.FORMAT_VERSION,
-                "shards": {
-                    name: {"size": record["size"], "sha256": record["sha256"]}
-                    for name, record in zip(self._names, records, strict=True)
-                },
-                "layers": layers,
-                "changed": changed,
-                "files": self._files,
+            shards = {
+                name: {"size": record["size"], "sha256": record["sha256"]}
+                for name, record in zip(self._names, records, strict=True)
             }
-            self._write_json(layout.MANIFEST_FILE, manifest)
+            about = manifest(shards, layers, changed) | {"files": self._files}
+            self._write_json(layout.MANIFEST_FILE, about)
             self._write_json(layout.CONFIG_FILE, config)
             sync(self._folder)
         self.partial.give_name()

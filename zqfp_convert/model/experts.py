@@ -42,6 +42,11 @@ class Fused:
         count = len(self.parts)
         return rows[number::count] if self.interleaved else rows.chunk(count)[number]
 
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """What the parameter holds for one expert: all its parts, each as a linear has it."""
+        rows = torch.stack(parts, 1).flatten(0, 1) if self.interleaved else torch.cat(parts)
+        return rows.t() if self.transposed and self.leaf == "weight" else rows
+
 
 class ExpertLinear(nn.Linear):
     """A linear whose weight stays in the dtype that it is stored in, and is cast as it is used.

@@ -1,0 +1,174 @@
+"""Packed layers in a model that `from_pretrained` loads: outlines before, weights after.
+
+transformers loads what is not packed by its own rules; the packed layers are read as
+`zqfp_convert.load` reads them. Outlines are buffers that are in no state dict, so that transformers
+counts and places them, and asks no file for them.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.reader import PackedCheckpoint
+from zqfp_convert.errors import OptionError
+from zqfp_convert.model.blocks import is_transposed, put
+from zqfp_convert.model.experts import Experts
+from zqfp_convert.model.unfused import fuse, unfuse
+from zqfp_convert.runtime import siblings
+from zqfp_convert.runtime.linear import QuantizedLinear
+from zqfp_convert.runtime.loader import PackedParts
+
+
+class Packing:
+    """The packed layers of a model, on their way into it and out of it.
+
+    Attributes:
+        manifest: of the checkpoint.
+        fused: the modules that transformers has for experts, by their names in the model; empty
+            ones, in whose places the experts stand one by one.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+        """Put outlines of packed layers into a model on the meta device.
+
+        Raises:
+            CheckpointError: the checkpoint breaks a rule of the format, or does not fit the model.
+        """
+        checkpoint = PackedCheckpoint(_with_manifest(model, folder))
+        self.manifest = checkpoint.manifest
+        with torch.device("cpu"):  # where experts are proved equal; the context is meta
+            self.fused = unfuse(model)
+        whole = type(model).__name__ in (checkpoint.config.get("architectures") or [])
+        parts = PackedParts(checkpoint, torch.device("meta"), model=model, headless=not whole)
+        self._parts: PackedParts | None = parts
+        self._places = dict(parts.names.to_model)
+        self._transposed = set()
+        for name in checkpoint.layers:
+            place = self._places[name + layout.WEIGHT].removesuffix(layout.WEIGHT)
+            if is_transposed(model.get_submodule(place)):
+                self._transposed.add(name)
+            put(model, place, parts.outline(name))
+        _silence(model, "unexpected", ["."])  # of packed layers; what lacks was looked for above
+        inside = [f"^{re.escape(path)}" for path in self.fused]
+        _silence(model, "missing", inside)  # transformers looks for fused ones
+
+    def fill(self, model: PreTrainedModel) -> None:
+        """Read what is not there yet: packed layers, and all else that transformers passes over.
+
+        Raises:
+            CheckpointError: a layer breaks a rule of the format.
+        """
+        parts, self._parts = self._parts, None
+        assert parts is not None
+        parts.refill(model)
+        siblings.link(model)
+        model._weight_conversions = []  # what is saved has the names on disk already
+
+    def tensors(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """All tensors of the checkpoint by their names on disk, packed ones on the CPU.
+
+        Raises:
+            OptionError: the model has lost some of them, as to adapters around them.
+        """
+        packed = {one.name: one for one in model.modules() if isinstance(one, QuantizedLinear)}
+        state = model.state_dict()
+        result = {}
+        for name, place in self._places.items():
+            layer, _, leaf = name.rpartition(".")
+            found = packed.get(layer)
+            if found is not None and f".{leaf}" == layout.WEIGHT:
+                held = {key: tensor.cpu() for key, tensor in found.packed().tensors().items()}
+                if found.bias is not None:
+                    held[layer + layout.BIAS] = found.bias.cpu()
+                result.update(held)
+            elif found is None and place in state:
+                result[name] = state[place]
+            elif found is None:
+                raise OptionError(
+                    "save_pretrained",
+                    f"no {place} in the model any more",
+                    needed="the model as it was loaded",
+                    do="Save adapters by their own save_pretrained, or unload them first.",
+                )
+        return result
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+        """Put plain layers in the place of packed ones, low-rank factors merged, experts fused."""
+        found = [n for n, one in model.named_modules() if isinstance(one, QuantizedLinear)]
+        for name in found:
+            module = model.get_submodule(name)
+            assert isinstance(module, QuantizedLinear)
+            plain = _plain(module, dtype or module.dtype, module.name in self._transposed)
+            put(model, name, plain)
+        for path, module in self.fused.items():
+            experts = model.get_submodule(path)
+            assert isinstance(experts, Experts)
+            put(model, path, fuse(experts, module))
+        added = [n for n, change in self.manifest["changed"].items() if change == "bias_added"]
+        if added:
+            warnings.warn(
+                f"{len(added)} linear layers have biases that this architecture lacks (such as "
+                f"{added[0]}): saved, the dequantized model could not be loaded with them",
+                stacklevel=2,
+            )
+        del model._weight_conversions  # from here on an ordinary model
+
+
+def _plain(module: QuantizedLinear, dtype: torch.dtype, transposed: bool) -> nn.Module:
+    """The linear layer that a packed one stands for, where it lies."""
+    weight, bias = module.weight, module.bias
+    if module.input_offset is not None:
+        assert bias is not None
+        bias = bias.float() - weight.float() @ module.input_offset.float()
+    rows, columns = module.out_features, module.in_features
+    if transposed:
+        with torch.device("meta"):
+            plain: nn.Module = Conv1D(rows, columns)
+        plain.weight = nn.Parameter(weight.to(dtype).t().contiguous())
+    else:
+        plain = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight.to(dtype))
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.to(dtype))
+    elif transposed:
+        plain.bias = nn.Parameter(weight.new_zeros(rows, dtype=dtype))
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:  # what accelerate has put there for a model on several devices
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(plain, hook)
+    return plain.train(module.training)
+
+
+def _with_manifest(model: PreTrainedModel, folder: Path) -> Path:
+    """The folder; in the Hub's cache, where transformers puts no file but shards, with a manifest.
+
+    Raises:
+        Exception: of `huggingface_hub`, which cannot download it.
+    """
+    if not (folder / layout.MANIFEST_FILE).exists() and folder.parent.name == "snapshots":
+        hf_hub_download(
+            model.config.name_or_path,
+            layout.MANIFEST_FILE,
+            revision=folder.name,
+            cache_dir=folder.parents[2],
+        )
+    return folder
+
+
+def _silence(model: PreTrainedModel, kind: str, patterns: list[str]) -> None:
+    """Have transformers not warn of tensors whose names have one of the patterns."""
+    name = f"_keys_to_ignore_on_load_{kind}"
+    found: Any = getattr(model, name)
+    together = [*(found or []), *patterns]
+    setattr(model, name, set(together) if isinstance(found, set) else together)
