@@ -46,8 +46,7 @@ class Packing:
         """
         checkpoint = PackedCheckpoint(_with_manifest(model, folder))
         self.manifest = checkpoint.manifest
-        with torch.device("cpu"):  # where experts are proved equal; the context is meta
-            self.fused = unfuse(model)
+        self.fused = unfuse(model)
         whole = type(model).__name__ in (checkpoint.config.get("architectures") or [])
         parts = PackedParts(checkpoint, torch.device("meta"), model=model, headless=not whole)
         self._parts: PackedParts | None = parts

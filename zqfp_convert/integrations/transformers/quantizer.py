@@ -68,7 +68,8 @@ class ZqfpQuantizer(HfQuantizer):  # type: ignore[misc]
                 needed="the files of a packed checkpoint",
                 do="Leave state_dict away, and give the checkpoint's folder.",
             )
-        self._packing = Packing(model, Path(checkpoint_files[0]).parent)
+        with torch.device("cpu"):  # for small proofs by numbers; the context around is meta
+            self._packing = Packing(model, Path(checkpoint_files[0]).parent)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         from zqfp_convert.integrations.transformers import saving
@@ -79,9 +80,13 @@ class ZqfpQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             saving.attach(model)
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(
+        self, model: nn.Module, dtype: torch.dtype | str | None = None
+    ) -> nn.Module:
         from zqfp_convert.integrations.transformers import saving
 
+        if isinstance(dtype, str):  # as a configuration has it that was saved
+            dtype = getattr(torch, dtype)
         self._packing.dequantize(model, dtype)
         saving.detach(model)
         return model
