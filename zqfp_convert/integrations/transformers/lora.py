@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from peft.tuners.lora import model as peft_model
+from peft.tuners import tuners_utils
+from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
@@ -18,26 +19,56 @@ INITIAL = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the
 
 
 def register() -> None:
-    """Put packed layers before the last of peft's kinds of layers."""
-    default = peft_model.dispatch_default
+    """Put packed layers before the last of peft's kinds of layers, and among all linear ones."""
+    dispatch = lora_model.dispatch_default
+    include = tuners_utils._maybe_include_all_linear_layers
 
     def dispatch_packed(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
-        from zqfp_convert.runtime.linear import QuantizedLinear
+        if not _is_packed(target):
+            found: nn.Module | None = dispatch(target, adapter_name, **kwargs)
+            return found
+        settings = kwargs.pop("lora_config", None)  # peft < 0.19 spells it out in the others
+        _check(kwargs["config"] if settings is None else settings)
+        kwargs.pop("parameter_name", None)
+        return PackedLora(target, adapter_name, **kwargs)
 
-        get_base = getattr(target, "get_base_layer", None)
-        if isinstance(target if get_base is None else get_base(), QuantizedLinear):
-            settings = kwargs.pop("lora_config", None)  # peft < 0.19 spells it out in the others
-            _check(kwargs["config"] if settings is None else settings)
-            kwargs.pop("parameter_name", None)
-            return PackedLora(target, adapter_name, **kwargs)
-        found: nn.Module | None = default(target, adapter_name, **kwargs)
-        return found
+    def include_packed(config: Any, model: nn.Module) -> Any:
+        wanted = getattr(config, "target_modules", None)
+        config = include(config, model)
+        if isinstance(wanted, str) and wanted.lower() == "all-linear":
+            config.target_modules |= _packed_names(model)
+        return config
 
-    peft_model.dispatch_default = dispatch_packed
+    lora_model.dispatch_default = dispatch_packed
+    tuners_utils._maybe_include_all_linear_layers = include_packed
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether a module is a packed layer, or adapters around one."""
+    from zqfp_convert.runtime.linear import QuantizedLinear
+
+    base = module.get_base_layer() if isinstance(module, tuners_utils.BaseTunerLayer) else module
+    return isinstance(base, QuantizedLinear)
+
+
+def _packed_names(model: nn.Module) -> set[str]:
+    """Packed layers that all linear ones include: those of experts they do not, as elsewhere."""
+    from zqfp_convert.model.experts import mixtures
+
+    inside = tuple(f"{path}." for path in mixtures(model))
+    inside += tuple(
+        f"{name}." for name, one in model.named_modules() if isinstance(one, PackedLora)
+    )
+    packed = {name for name, one in model.named_modules() if _is_packed(one)}
+    return {name for name in packed if not name.startswith(inside)}
 
 
 class PackedLora(Linear):  # type: ignore[misc]
-    """A LoRA adapter beside a packed layer, which stays as it is."""
+    """LoRA adapters beside a packed layer, which stays as it is."""
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        """peft asks for the class of what it wraps, and warns of those that it does not know."""
+        return module.in_features, module.out_features  # type: ignore[return-value]
 
     def merge(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: a sum of both is no packed weight.
