@@ -33,7 +33,7 @@ class StraightThrough(torch.autograd.Function):
         return layer._multiply(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """`[..., N]` to `[..., K]`; the weight is dequantized for it, and dropped."""
         weight = ctx.layer.weight

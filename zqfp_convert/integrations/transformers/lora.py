@@ -67,7 +67,7 @@ class PackedLora(Linear):  # type: ignore[misc]
     """LoRA adapters beside a packed layer, which stays as it is."""
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        """peft asks for the class of what it wraps, and warns of those that it does not know."""
+        """The layer says it itself; peft goes by classes, and warns of those it does not know."""
         return module.in_features, module.out_features  # type: ignore[return-value]
 
     def merge(self, *_: Any, **__: Any) -> NoReturn:

@@ -50,7 +50,7 @@ class Packing:
         whole = type(model).__name__ in (checkpoint.config.get("architectures") or [])
         parts = PackedParts(checkpoint, torch.device("meta"), model=model, headless=not whole)
         self._parts: PackedParts | None = parts
-        self._places = dict(parts.names.to_model)
+        self._places, self._shared = dict(parts.names.to_model), parts.names.shared
         self._transposed = set()
         for name in checkpoint.layers:
             place = self._places[name + layout.WEIGHT].removesuffix(layout.WEIGHT)
@@ -66,7 +66,15 @@ class Packing:
 
         Raises:
             CheckpointError: a layer breaks a rule of the format.
+            OptionError: transformers has split the model up for tensor parallelism.
         """
+        if getattr(model, "_tp_size", None) is not None:
+            raise OptionError(
+                "tp_plan",
+                "tensor parallelism of transformers",
+                needed="whole layers: packed ones are not split up here",
+                do="Use device_map='auto' for several GPUs.",
+            )
         parts, self._parts = self._parts, None
         assert parts is not None
         parts.refill(model)
@@ -74,32 +82,33 @@ class Packing:
         model._weight_conversions = []  # what is saved has the names on disk already
 
     def tensors(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """All tensors of the checkpoint by their names on disk, packed ones on the CPU.
+        """All tensors by their names on disk, packed ones on the CPU.
 
         Raises:
-            OptionError: the model has lost some of them, as to adapters around them.
+            OptionError: the model is another one by now, as with adapters in it.
         """
-        packed = {one.name: one for one in model.modules() if isinstance(one, QuantizedLinear)}
-        state = model.state_dict()
+        state = dict(model.state_dict())
         result = {}
         for name, place in self._places.items():
             layer, _, leaf = name.rpartition(".")
-            found = packed.get(layer)
-            if found is not None and f".{leaf}" == layout.WEIGHT:
-                held = {key: tensor.cpu() for key, tensor in found.packed().tensors().items()}
-                if found.bias is not None:
-                    held[layer + layout.BIAS] = found.bias.cpu()
-                result.update(held)
-            elif found is None and place in state:
-                result[name] = state[place]
-            elif found is None:
-                raise OptionError(
-                    "save_pretrained",
-                    f"no {place} in the model any more",
-                    needed="the model as it was loaded",
-                    do="Save adapters by their own save_pretrained, or unload them first.",
-                )
-        return result
+            if layer in self.manifest["layers"]:
+                if f".{leaf}" != layout.WEIGHT:
+                    continue  # a bias comes with its layer
+                path = place.removesuffix(layout.WEIGHT)
+                module = model.get_submodule(path)
+                if not isinstance(module, QuantizedLinear):
+                    raise _changed(path)
+                held = module.packed().tensors()
+                if module.bias is not None:
+                    held[layer + layout.BIAS] = module.bias
+                for tensor_name, tensor in held.items():
+                    result[tensor_name] = tensor.cpu()
+                    del state[path + tensor_name.removeprefix(layer)]
+            elif place in state:
+                result[name] = state.pop(place)
+            else:
+                raise _changed(place)
+        return result | {n: tensor for n, tensor in state.items() if n not in self._shared}
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
         """Put plain layers in the place of packed ones, low-rank factors merged, experts fused."""
@@ -121,6 +130,15 @@ class Packing:
                 stacklevel=2,
             )
         del model._weight_conversions  # from here on an ordinary model
+
+
+def _changed(place: str) -> OptionError:
+    return OptionError(
+        "save_pretrained",
+        f"{place} is not in the model as it was loaded",
+        needed="the packed model without adapters in it",
+        do="Save adapters with their own save_pretrained, or unload them first.",
+    )
 
 
 def _plain(module: QuantizedLinear, dtype: torch.dtype, transposed: bool) -> nn.Module:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
@@ -19,6 +19,8 @@ from zqfp_convert.errors import OptionError
 from zqfp_convert.integrations.transformers.config import ZqfpConfig
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from zqfp_convert.integrations.transformers.packing import Packing
 
 
@@ -48,16 +50,16 @@ class ZqfpQuantizer(HfQuantizer):  # type: ignore[misc]
                 do="Make one first: zqfp-convert MODEL OUT/.",
             )
         places = set(map(str, device_map.values())) if isinstance(device_map, dict) else set()
-        if places & {"cpu", "disk"} and len(places) > 1 or "disk" in places:
+        if "disk" in places or ("cpu" in places and len(places) > 1):
             raise OptionError(
                 "device_map",
                 f"parts of the model on {' and '.join(sorted(places))}",
-                needed="all of it on GPUs, or all of it on the CPU: packed layers are not offloaded",
+                needed="all of it on GPUs, or on the CPU: packed layers are not offloaded",
                 do="Use GPUs with more memory in all, or device_map='cpu'.",
             )
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         from zqfp_convert.integrations.transformers.packing import Packing
 
@@ -71,28 +73,26 @@ class ZqfpQuantizer(HfQuantizer):  # type: ignore[misc]
         with torch.device("cpu"):  # for small proofs by numbers; the context around is meta
             self._packing = Packing(model, Path(checkpoint_files[0]).parent)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        from zqfp_convert.integrations.transformers import saving
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        from zqfp_convert.integrations.transformers.saving import Saver
 
         self._packing.fill(model)
         if self.quantization_config.dequantize:
             self._packing.dequantize(model)
         else:
-            saving.attach(model)
+            model.save_pretrained = Saver(model)
 
     def _dequantize(
-        self, model: nn.Module, dtype: torch.dtype | str | None = None
-    ) -> nn.Module:
-        from zqfp_convert.integrations.transformers import saving
-
-        if isinstance(dtype, str):  # as a configuration has it that was saved
-            dtype = getattr(torch, dtype)
-        self._packing.dequantize(model, dtype)
-        saving.detach(model)
+        self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
+    ) -> PreTrainedModel:
+        # A configuration that was saved has it as a string.
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self._packing.dequantize(model, wanted)
+        del model.save_pretrained
         return model
 
     def get_state_dict_and_metadata(
-        self, model: nn.Module
+        self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The tensors to save by their names on disk; None where adapters are saved instead."""
         if getattr(model, "_hf_peft_config_loaded", False):
