@@ -182,7 +182,7 @@ def test_a_model_that_is_not_packed(source: Packed) -> None:
 def test_a_state_dict_instead_of_files(packed: Packed) -> None:
     config = transformers.AutoConfig.from_pretrained(packed("llama"))
     with pytest.raises(OptionError, match="state_dict"):
-        AutoModelForCausalLM.from_pretrained(None, config=config, state_dict={})
+        transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict={})
 
 
 @pytest.mark.parametrize("what", ["missing", "damaged", "another"])

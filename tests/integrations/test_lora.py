@@ -122,3 +122,7 @@ def test_a_packed_model_with_adapters_in_it_is_not_saved_as_one(
 def test_inits_that_would_write_to_the_base(packed: Packed) -> None:
     with pytest.raises(OptionError, match="pissa"):
         adapted(packed("llama"), target_modules=["q_proj"], init_lora_weights="pissa")
+    model = adapted(packed("llama"), target_modules=["q_proj"])
+    with pytest.raises(OptionError, match="olora"):
+        second = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="olora")
+        model.add_adapter("second", second)

@@ -6,6 +6,7 @@ what it wraps and adds to it; only that it cannot write into a packed weight.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NoReturn
 
 from peft.tuners import tuners_utils
@@ -27,10 +28,11 @@ def register() -> None:
         if not _is_packed(target):
             found: nn.Module | None = dispatch(target, adapter_name, **kwargs)
             return found
-        settings = kwargs.pop("lora_config", None)  # peft < 0.19 spells it out in the others
-        _check(kwargs["config"] if settings is None else settings)
-        kwargs.pop("parameter_name", None)
-        return PackedLora(target, adapter_name, **kwargs)
+        for unknown in ("parameter_name", "lora_config"):  # peft < 0.19 spells the latter out too
+            kwargs.pop(unknown, None)
+        with warnings.catch_warnings():  # peft asks linears of its own list alone for their shapes
+            warnings.filterwarnings("ignore", message="Unsupported layer type")
+            return PackedLora(target, adapter_name, **kwargs)
 
     def include_packed(config: Any, model: nn.Module) -> Any:
         wanted = getattr(config, "target_modules", None)
@@ -66,9 +68,25 @@ def _packed_names(model: nn.Module) -> set[str]:
 class PackedLora(Linear):  # type: ignore[misc]
     """LoRA adapters beside a packed layer, which stays as it is."""
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        """The layer says it itself; peft goes by classes, and warns of those it does not know."""
-        return module.in_features, module.out_features  # type: ignore[return-value]
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, as peft does.
+
+        Raises:
+            OptionError: its initialization would write to the base weight.
+        """
+        config = kwargs.get("config")
+        initial = (
+            kwargs.get("init_lora_weights", True) if config is None else config.init_lora_weights
+        )
+        if initial not in INITIAL:
+            raise OptionError(
+                "init_lora_weights",
+                repr(initial),
+                needed="an initialization that leaves the base weight alone: True, 'gaussian', "
+                "'orthogonal' or 'eva'",
+                do="Use one of these: packed weights cannot be written to.",
+            )
+        super().update_layer(adapter_name, *args, **kwargs)
 
     def merge(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: a sum of both is no packed weight.
@@ -82,15 +100,4 @@ class PackedLora(Linear):  # type: ignore[misc]
             needed="plain weights",
             do="Load the base with quantization_config=zqfp_convert.ZqfpConfig(dequantize=True), "
             "and the adapter onto that.",
-        )
-
-
-def _check(config: Any) -> None:
-    if config.init_lora_weights not in INITIAL:
-        raise OptionError(
-            "init_lora_weights",
-            repr(config.init_lora_weights),
-            needed="an initialization that leaves the base weight alone: True, 'gaussian', "
-            "'orthogonal' or 'eva'",
-            do="Use one of these: packed weights cannot be written to.",
         )
