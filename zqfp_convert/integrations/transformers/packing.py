@@ -80,6 +80,7 @@ class Packing:
         parts.refill(model)
         siblings.link(model)
         model._weight_conversions = []  # what is saved has the names on disk already
+        _read_weights(model)
 
     def tensors(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """All tensors by their names on disk, packed ones on the CPU.
@@ -181,6 +182,18 @@ def _with_manifest(model: PreTrainedModel, folder: Path) -> Path:
             cache_dir=folder.parents[2],
         )
     return folder
+
+
+def _read_weights(model: PreTrainedModel) -> None:
+    """Have models that read the weight of a `dt_proj` read it, as they do where nothing is packed.
+
+    Told that they are quantized they call it, so that its input would be rounded to FP8, which
+    neither the converter nor `zqfp_convert.load` does there.
+    """
+    reads = any(isinstance(getattr(m, "dt_proj", None), QuantizedLinear) for m in model.modules())
+    for module in model.modules() if reads else ():
+        if isinstance(module, PreTrainedModel):
+            vars(module.config).pop("_is_quantized", None)
 
 
 def _silence(model: PreTrainedModel, kind: str, patterns: list[str]) -> None:
