@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,19 +147,25 @@ def test_several_devices(dequantize: bool, packed: Packed, monkeypatch: pytest.M
     assert torch.equal(logits(model), logits(whole))
 
 
-def test_the_size_that_transformers_sees(packed: Packed, source: Packed) -> None:
-    """For `device_map="auto"`: packed bytes count, not those of the weights they stand for."""
+def test_the_size_that_transformers_sees(
+    packed: Packed, source: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For `device_map="auto"`: packed bytes count, unless weights will be plain ones."""
     accelerate = pytest.importorskip("transformers.integrations.accelerate")
-    seen: list[int] = []
+    infer, sizes = accelerate.infer_auto_device_map, []
 
-    class Model(transformers.LlamaForCausalLM):
-        def _initialize_missing_keys(self, *args: object) -> None:
-            seen.append(accelerate.compute_module_sizes(self.model.layers, None)[0][""])
-            super()._initialize_missing_keys(*args)
+    def inferred(model: transformers.PreTrainedModel, *args: object, **options: Any) -> object:
+        quantizer = options["hf_quantizer"]
+        sizes.append(accelerate.compute_module_sizes(model, quantizer)[0]["model.layers"])
+        return infer(model, *args, **options)
 
-    Model.from_pretrained(packed("llama"))
-    Model.from_pretrained(source("llama"))
-    assert 0 < seen[0] < 0.35 * seen[1]  # float32 norms and low-rank factors beside 4 bits of 32
+    monkeypatch.setattr(accelerate, "infer_auto_device_map", inferred)
+    plain = zqfp_convert.ZqfpConfig(dequantize=True)
+    for folder, how in ((packed, {}), (packed, {"quantization_config": plain}), (source, {})):
+        AutoModelForCausalLM.from_pretrained(folder("llama"), device_map="auto", **how)
+    small, dequantized, original = sizes
+    assert 0 < small < 0.35 * original  # norms and low-rank factors beside 4 bits of 32
+    assert original <= dequantized < 1.2 * original
 
 
 @pytest.mark.parametrize("place", ["disk", "cpu"])

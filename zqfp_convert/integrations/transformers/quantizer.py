@@ -91,6 +91,12 @@ class ZqfpQuantizer(HfQuantizer):  # type: ignore[misc]
         del model.save_pretrained
         return model
 
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes that an element takes in the end, for `device_map="auto"`."""
+        if self.quantization_config.dequantize and param_name.endswith(layout.PACKED):
+            return float(2 * model.dtype.itemsize)  # two weights a byte
+        return param.element_size()
+
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
