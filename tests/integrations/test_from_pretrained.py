@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import zqfp_convert
-from zqfp_convert.errors import CheckpointError, OptionError
+from zqfp_convert.errors import CheckpointError, OptionError, SourceError
 from zqfp_convert.integrations.transformers import packing
 from zqfp_convert.runtime.linear import QuantizedLinear
 
@@ -221,6 +221,8 @@ def test_the_manifest_comes_from_the_hub(
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(commit)
     (folder / "zqfp_manifest.json").unlink()
+    with pytest.raises(SourceError, match="hf auth login"):
+        AutoModelForCausalLM.from_pretrained("someone/model", cache_dir=tmp_path)
     asked = []
 
     def download(repository: str, file: str, **where: object) -> None:

@@ -59,12 +59,15 @@ def unfuse(model: nn.Module) -> dict[str, nn.Module]:
 
 def fuse(experts: Experts, module: nn.Module) -> nn.Module:
     """The module that experts were made of, with their weights, which they lose."""
+    held = {fused.leaf for fused in experts.fused.values()}
+    linears = [part for part in experts.modules() if isinstance(part, nn.Linear)]
+    assert "bias" in held or all(linear.bias is None for linear in linears)
     for name, fused in experts.fused.items():
         joined = []
         for expert in experts:
-            linears = [expert.get_submodule(part) for part in fused.parts]
-            joined.append(fused.join([one.get_parameter(fused.leaf).data for one in linears]))
-            for linear in linears:
+            own = [expert.get_submodule(part) for part in fused.parts]
+            joined.append(fused.join([one.get_parameter(fused.leaf).data for one in own]))
+            for linear in own:
                 del linear._parameters[fused.leaf]
         setattr(module, name, nn.Parameter(torch.stack(joined)))
     return module.train(experts.training)

@@ -72,8 +72,7 @@ class PackedParts:
         Args:
             checkpoint, device, dtype: as there.
             model: the skeleton, where there is one already.
-            headless: whether the model may lack or have other tensors than the checkpoint beside
-                packed layers, such as another head.
+            headless: whether the model may have places that no tensor fills, as those of a head.
 
         Raises:
             CheckpointError: the checkpoint does not fit its `config.json`.

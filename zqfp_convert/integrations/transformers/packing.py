@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
-from zqfp_convert.errors import OptionError
+from zqfp_convert.errors import OptionError, SourceError
 from zqfp_convert.model.blocks import is_transposed, put
 from zqfp_convert.model.experts import Experts
 from zqfp_convert.model.unfused import fuse, unfuse
@@ -43,6 +43,7 @@ class Packing:
 
         Raises:
             CheckpointError: the checkpoint breaks a rule of the format, or does not fit the model.
+            SourceError: its manifest cannot be had from the Hub.
         """
         checkpoint = PackedCheckpoint(_with_manifest(model, folder))
         self.manifest = checkpoint.manifest
@@ -169,18 +170,26 @@ def _plain(module: QuantizedLinear, dtype: torch.dtype, transposed: bool) -> nn.
 
 
 def _with_manifest(model: PreTrainedModel, folder: Path) -> Path:
-    """The folder; in the Hub's cache, where transformers puts no file but shards, with a manifest.
+    """The folder; in the Hub's cache, where transformers puts shards alone, with its manifest.
 
     Raises:
-        Exception: of `huggingface_hub`, which cannot download it.
+        SourceError: it cannot be downloaded.
     """
-    if not (folder / layout.MANIFEST_FILE).exists() and folder.parent.name == "snapshots":
+    if (folder / layout.MANIFEST_FILE).exists() or folder.parent.name != "snapshots":
+        return folder
+    name = model.config.name_or_path
+    try:
         hf_hub_download(
-            model.config.name_or_path,
-            layout.MANIFEST_FILE,
-            revision=folder.name,
-            cache_dir=folder.parents[2],
+            name, layout.MANIFEST_FILE, revision=folder.name, cache_dir=folder.parents[2]
         )
+    except Exception as error:  # of the transport, of many unrelated kinds
+        raise SourceError(
+            f"{layout.MANIFEST_FILE} of {name}",
+            f"cannot be downloaded, and is not in the cache ({type(error).__name__})",
+            needed="the manifest beside the shards",
+            do="Check the network; for a private repository run 'hf auth login' or set HF_TOKEN, "
+            "as a token in the call does not reach this file.",
+        ) from error
     return folder
 
 
