@@ -10,6 +10,7 @@ import torch
 from architectures import token_ids
 from mixtures import QUICK
 from small_models import write_small
+from transformers import AutoModelForCausalLM
 from whole_reference import original, reference
 
 import zqfp_convert
@@ -61,6 +62,9 @@ def _tried(source: Path, folder: Path, recipe: str, original_logits: torch.Tenso
             have = zqfp_convert.load(folder / "packed", device="cpu")(
                 input_ids=ids, use_cache=False
             ).logits
+            other = AutoModelForCausalLM.from_pretrained(folder / "packed")(
+                input_ids=ids, use_cache=False
+            ).logits
     except ZqfpError as error:
         return Outcome(REFUSED, f"{error.found}; needed: {error.needed}")
     except Exception as error:
@@ -75,6 +79,8 @@ def _tried(source: Path, folder: Path, recipe: str, original_logits: torch.Tenso
     # Another FP8 rounding, of sums in another order, moves a token a little; first tokens are
     # before most of it.
     same = float(errors.flatten().quantile(0.1)) < 1e-4 and error < 0.25 * lost
+    if same and not torch.equal(have, other):
+        return Outcome(WRONG, "from_pretrained gives other logits than load", error, lost)
     return Outcome(WORKS if same else WRONG, note if same else _figures(errors), error, lost)
 
 

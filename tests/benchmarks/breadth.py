@@ -5,8 +5,9 @@
 Method: of each model type in transformers' mapping of causal language models a small random model
 is made (`tests/small_models.py`), saved with a tokenizer, converted with `fast` and with `best`
 (12 windows of 32 tokens that the model writes itself, groups of 32, rotation as the recipe
-chooses), loaded, and its logits are compared with those of transformers' own model that has the
-dequantized weights (`tests/whole_reference.py`). Prints a table, then one JSON line; `--markdown`
+chooses), loaded by `zqfp_convert.load` and by `from_pretrained`, whose logits have to be the same
+bits, and compared with transformers' own model that has the dequantized weights
+(`tests/whole_reference.py`). Prints a table, then one JSON line; `--markdown`
 prints what the README says instead of the table.
 """
 

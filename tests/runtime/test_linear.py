@@ -379,16 +379,22 @@ def test_expanded_with_one_scratch_for_all(kernels: str, monkeypatch: pytest.Mon
     assert scratch.matrix(64, 256, torch.device("cpu")).data_ptr() == place
 
 
-def test_gradients_are_refused(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = QuantizedLinear(random_layer(), None, Scratch())
-    x = torch.randn(3, 72).bfloat16().requires_grad_()
-    with pytest.raises(OptionError, match="gradient"):
-        module(x)
+@pytest.mark.parametrize("way", ["auto", "expanded", "reference"])
+def test_gradients(kernels: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way != "auto":
+        monkeypatch.setenv(PATH_VARIABLE, way)
+    layer = random_layer(rank=3, span=4)
+    module = QuantizedLinear(layer, torch.randn(40), Scratch(), torch.bfloat16)
+    x = torch.randn(2, 3, 72).bfloat16().requires_grad_()
+    y = module(x)
     with torch.no_grad():
-        assert module(x).isfinite().all()
-    assert module(x.detach()).isfinite().all()
-    monkeypatch.setenv(PATH_VARIABLE, "reference")
-    module(x).sum()
+        assert torch.equal(y, module(x))
+    gradient = torch.randn(2, 3, 40).bfloat16()
+    y.backward(gradient)
+    assert x.grad.dtype == x.dtype
+    dense = truth(layer)
+    weight = dense.weight + dense.lorc[1] @ dense.lorc[0]
+    assert relative(x.grad, gradient.double() @ weight) < 1e-2
 
 
 @pytest.mark.parametrize("way", ["auto", "fused", "expanded", "reference"])

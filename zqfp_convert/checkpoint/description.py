@@ -19,6 +19,19 @@ AGAIN = "Convert the model again with zqfp-convert, or download the checkpoint a
 CHANGES = ("bias_added", "bias_changed", "norm_changed", "rotated")
 
 
+def manifest(
+    shards: dict[str, Any], layers: dict[str, Any], changed: dict[str, str]
+) -> dict[str, Any]:
+    """The manifest of a checkpoint with these shards (size and SHA-256 of each) and layers."""
+    return {
+        "format": layout.FORMAT,
+        "format_version": layout.FORMAT_VERSION,
+        "shards": shards,
+        "layers": layers,
+        "changed": changed,
+    }
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The whole `config.json`, its `quantization_config` checked (steps 1 to 4).
 

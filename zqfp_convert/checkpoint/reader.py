@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, NoReturn
 
+import torch
 from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.description import AGAIN, read_config, read_manifest
 from zqfp_convert.checkpoint.disk import sha256
 from zqfp_convert.checkpoint.packed import PackedLayer, unpack
-from zqfp_convert.checkpoint.shards import Shards, TensorInfo, read_header, read_index
+from zqfp_convert.checkpoint.shards import DTYPES, Shards, TensorInfo, read_header, read_index
 from zqfp_convert.errors import CheckpointError
 from zqfp_convert.numerics import codebook
 from zqfp_convert.numerics.codebook import Codebook
@@ -69,18 +70,29 @@ class PackedCheckpoint:
         Raises:
             CheckpointError: with the broken rule.
         """
-        present = [name + s for s in layout.PACKED_SUFFIXES if name + s in self.shards.tensors]
-        tensors = self.shards.read(present)
-        entry = self.manifest["layers"][name]
-        columns = entry["shape"][1]
-        size = self.quantization["weights"]["group_size"]
-
-        group = columns if size == "row" else size
-        layer = unpack(name, tensors, self.scales, group, columns, self.books)
+        layer = self._unpack(name, self.shards.read(self._present(name)))
         layer.check()
-        if layer.scales().span != entry["span"]:
-            self._bad_manifest(f"span {entry['span']} of {name}, which has {layer.scales().span}")
+        span = self.manifest["layers"][name]["span"]
+        if layer.scales().span != span:
+            self._bad_manifest(f"span {span} of {name}, which has {layer.scales().span}")
         return layer
+
+    def outline(self, name: str) -> PackedLayer:
+        """One layer on the meta device: shapes and dtypes alone."""
+        infos = {tensor: self.shards.tensors[tensor] for tensor in self._present(name)}
+        return self._unpack(name, {
+            tensor: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
+            for tensor, info in infos.items()
+        })  # fmt: skip
+
+    def _present(self, name: str) -> list[str]:
+        return [name + s for s in layout.PACKED_SUFFIXES if name + s in self.shards.tensors]
+
+    def _unpack(self, name: str, tensors: dict[str, Tensor]) -> PackedLayer:
+        columns = self.manifest["layers"][name]["shape"][1]
+        size = self.quantization["weights"]["group_size"]
+        group = columns if size == "row" else size
+        return unpack(name, tensors, self.scales, group, columns, self.books)
 
     def bits(self, name: str) -> float:
         """Bits a weight of a layer, from the bytes of its tensors in the file, bias aside."""

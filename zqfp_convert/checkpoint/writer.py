@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.description import manifest
 from zqfp_convert.checkpoint.disk import sync, writing
 from zqfp_convert.checkpoint.partial import CHECKPOINT, Partial
 from zqfp_convert.checkpoint.series import Series
@@ -90,18 +91,12 @@ class Writer:
         if not self.partial.world.leads:
             return
         records = self._records()
-        manifest = {
-            "format": layout.FORMAT,
-            "format_version": layout.FORMAT_VERSION,
-            "shards": {
-                name: {"size": record["size"], "sha256": record["sha256"]}
-                for name, record in records.items()
-            },
-            "layers": layers,
-            "changed": changed,
-            "files": self._files,
+        shards = {
+            name: {"size": record["size"], "sha256": record["sha256"]}
+            for name, record in records.items()
         }
-        self._finish(config, {layout.MANIFEST_FILE: manifest})
+        about = manifest(shards, layers, changed) | {"files": self._files}
+        self._finish(config, {layout.MANIFEST_FILE: about})
 
     def finish_plain(
         self, config: dict[str, Any], others: Mapping[str, dict[str, Any]] | None = None

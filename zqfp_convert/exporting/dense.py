@@ -98,5 +98,5 @@ def _single(opened: Opened, name: str) -> Made:
 def _fused(opened: Opened, name: str, fused: Fused, rows: list[list[str]]) -> Made:
     whole = torch.empty(fused.shape, dtype=DTYPE)
     for expert, parts in enumerate(rows):
-        whole[expert] = fused.whole([_tensor(opened, part) for part in parts])
+        whole[expert] = fused.join([_tensor(opened, part) for part in parts])
     return {name: whole}, {}

@@ -42,7 +42,7 @@ class Fused:
         count = len(self.parts)
         return rows[number::count] if self.interleaved else rows.chunk(count)[number]
 
-    def whole(self, parts: Sequence[Tensor]) -> Tensor:
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
         """What the parameter holds for one expert, of its parts in their order."""
         rows = (
             torch.stack(list(parts), 1).flatten(0, 1) if self.interleaved else torch.cat([*parts])

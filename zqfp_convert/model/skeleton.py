@@ -77,6 +77,13 @@ def assign(
             module._buffers[leaf] = value.to(wanted)
 
 
+def tensor_at(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that name."""
+    path, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(path), leaf)
+    return tensor
+
+
 def empty(module: nn.Module) -> None:
     """Drop the weights of a module: its parameters and saved buffers go back to meta."""
     module.requires_grad_(False)

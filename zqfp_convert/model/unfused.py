@@ -36,8 +36,13 @@ TOKENS = 32
 LOUD = 30.0  # a second proof with inputs so large that activations are clamped where they can be
 
 
-def unfuse(model: nn.Module) -> None:
-    """Replace the fused experts in a model on the meta device; those that are not known stay."""
+def unfuse(model: nn.Module) -> dict[str, nn.Module]:
+    """Replace the fused experts in a model on the meta device; those that are not known stay.
+
+    Returns:
+        The modules that were replaced, by their names.
+    """
+    replaced: dict[str, nn.Module] = {}
     proved: dict[object, bool] = {}  # by kinds of modules
     for name, module in list(model.named_modules()):
         if not _is_fused(module):
@@ -48,6 +53,24 @@ def unfuse(model: nn.Module) -> None:
         if proved[kind]:
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, _experts(module))
+            replaced[name] = module
+    return replaced
+
+
+def fuse(experts: Experts, module: nn.Module) -> nn.Module:
+    """The module that experts were made of, with their weights, which they lose."""
+    held = {fused.leaf for fused in experts.fused.values()}
+    linears = [part for part in experts.modules() if isinstance(part, nn.Linear)]
+    assert "bias" in held or all(linear.bias is None for linear in linears)
+    for name, fused in experts.fused.items():
+        joined = []
+        for expert in experts:
+            own = [expert.get_submodule(part) for part in fused.parts]
+            joined.append(fused.join([one.get_parameter(fused.leaf).data for one in own]))
+            for linear in own:
+                del linear._parameters[fused.leaf]
+        setattr(module, name, nn.Parameter(torch.stack(joined)))
+    return module.train(experts.training)
 
 
 def _is_fused(module: nn.Module) -> bool:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.errors import OptionError
 from zqfp_convert.runtime import expanded, paths, reference
+from zqfp_convert.runtime.gradients import StraightThrough
 from zqfp_convert.runtime.paths import PATH_VARIABLE, Kernels, Path
 from zqfp_convert.runtime.scratch import Scratch
 
@@ -99,6 +101,20 @@ class QuantizedLinear(nn.Module):
             self.weight_codebook,
         )
 
+    def take(self, layer: PackedLayer, bias: Tensor | None) -> None:
+        """Copy a layer of the same shapes into the buffers that are there, where they lie.
+
+        They are part of the state dict from then on.
+        """
+        self._restore()
+        given = {**layer.tensors(), self.name + layout.BIAS: bias}
+        for name, buffer in self.named_buffers(recurse=False):
+            tensor = given[f"{self.name}.{name}"]
+            assert tensor is not None
+            buffer.copy_(tensor)
+        self._non_persistent_buffers_set = set()
+        self._arrange()
+
     @property
     def weight(self) -> Tensor:
         """The weight `[N, K]` it stands for, LoRC included, made anew at each call.
@@ -124,17 +140,22 @@ class QuantizedLinear(nn.Module):
         return "expanded" if self.arranged.prefers_expanded(tokens, x.dtype) else "fused"
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., K]` to `[..., N]` in the dtype of x.
+        """`[..., K]` to `[..., N]` in the dtype of x; differentiable in x.
 
         Raises:
-            OptionError: as `path`; or x requires a gradient, on another path than reference.
+            OptionError: as `path`.
         """
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = StraightThrough.apply(x, self)  # type: ignore[no-untyped-call]
+            return y
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
         way = self._wanted(x)
         if way == "reference":
             layer = self.packed()
             factors = layer.lorc_factors()
             return reference.linear(x, layer.dequantize(), factors, self.bias, self.input_offset)
-        paths.refuse_gradients(x, way)
         self._check(x)
         tokens = x.reshape(-1, self.in_features)  # [M, K]
         made = None

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from zqfp_convert.checkpoint import hub, layout
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
+from zqfp_convert.checkpoint.shards import DTYPES
 from zqfp_convert.errors import CheckpointError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import is_transposed, put
@@ -59,21 +60,31 @@ class PackedParts:
     """
 
     def __init__(
-        self, checkpoint: PackedCheckpoint, device: torch.device, dtype: torch.dtype | None = None
+        self,
+        checkpoint: PackedCheckpoint,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        model: PreTrainedModel | None = None,
+        headless: bool = False,
     ) -> None:
         """As in `load`.
+
+        Args:
+            checkpoint, device, dtype: as there.
+            model: the skeleton, where there is one already.
+            headless: whether the model may have places that no tensor fills, as those of a head.
 
         Raises:
             CheckpointError: the checkpoint does not fit its `config.json`.
             SourceError: the installed transformers does not know the model.
         """
         self.checkpoint, self._device, self._cast = checkpoint, device, dtype
-        self.model = skeleton.build(checkpoint.folder, device)
+        self.model = skeleton.build(checkpoint.folder, device) if model is None else model
         self.dtype = dtype or self.model.dtype
         stored = [name for name in checkpoint.shards.tensors if layout.layer_of(name) is None]
         weights = {layer + layout.WEIGHT: layer for layer in checkpoint.layers}
         self.names = NameMap(self.model, [*stored, *weights])
-        _check_fit(checkpoint, self.model, self.names)
+        _check_fit(checkpoint, self.model, self.names, headless)
         self._layers = weights
         self._biases = {layer + layout.BIAS for layer in checkpoint.layers}
         self._scratch = Scratch()
@@ -98,12 +109,36 @@ class PackedParts:
             skeleton.assign(module, {whole.removeprefix(prefix): tensor}, self._cast)
         siblings.link(module)
 
+    def outline(self, name: str) -> QuantizedLinear:
+        """A quantized linear on the meta device, its tensors no part of a state dict."""
+        bias = self.checkpoint.shards.tensors.get(name + layout.BIAS)
+        vector = None
+        if bias is not None:
+            vector = torch.empty(bias.shape, dtype=DTYPES[bias.dtype], device="meta")
+        linear = QuantizedLinear(self.checkpoint.outline(name), vector, self._scratch, self.dtype)
+        linear._non_persistent_buffers_set = {n for n, _ in linear.named_buffers()}
+        return linear
 
-def _check_fit(checkpoint: PackedCheckpoint, model: PreTrainedModel, names: NameMap) -> None:
+    def refill(self, module: nn.Module) -> None:
+        """Give outlines in a module their tensors, and all else its values, wherever they are."""
+        for name, place in self.names.to_model.items():
+            if name in self._layers:
+                linear = module.get_submodule(place.removesuffix(layout.WEIGHT))
+                assert isinstance(linear, QuantizedLinear)
+                layer = self._layers[name]
+                linear.take(self.checkpoint.layer(layer), self.checkpoint.bias(layer))
+            elif name not in self._biases:
+                tensor = self.checkpoint.shards.read([name])[name]
+                skeleton.tensor_at(module, place).data.copy_(tensor)
+
+
+def _check_fit(
+    checkpoint: PackedCheckpoint, model: PreTrainedModel, names: NameMap, headless: bool
+) -> None:
     """Hold the checkpoint's tensors to the places and shapes of the model."""
     weights = [layer + layout.WEIGHT for layer in checkpoint.layers]
     lost = [name for name in weights if name not in names.to_model]
-    missing = lost or names.missing
+    missing = lost or ([] if headless else names.missing)
     if missing:
         raise CheckpointError(
             "missing-tensor",

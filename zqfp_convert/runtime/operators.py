@@ -1,7 +1,7 @@
 """Makes a way to multiply one operator of torch, `zqfp::<name>`.
 
 So torch.compile takes it as a whole: what it decides by the number of tokens, and what it launches,
-is never traced. The operators are for inference; they have no gradients.
+is never traced. The operators have no gradients: `gradients.py` has the layers'.
 """
 
 from __future__ import annotations

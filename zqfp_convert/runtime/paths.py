@@ -119,18 +119,3 @@ def _impossible(path: str, found: str) -> OptionError:
     return OptionError(
         f"{PATH_VARIABLE}={path}", found, needed=needed, do=f"Unset {PATH_VARIABLE}."
     )
-
-
-def refuse_gradients(x: Tensor, wanted: Wanted) -> None:
-    """Raise where somebody would wait for a gradient in vain.
-
-    Raises:
-        OptionError: x requires a gradient, and gradients are recorded.
-    """
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise OptionError(
-            "gradients",
-            f"an input that requires one, on the {wanted} path of a quantized linear",
-            needed="inference: FP8 products have no gradients",
-            do=f"Use torch.no_grad(), or {PATH_VARIABLE}=reference, which is differentiable.",
-        )

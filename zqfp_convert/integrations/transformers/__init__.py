@@ -1,0 +1,1 @@
+"""Packed checkpoints in transformers (`from_pretrained`, `save_pretrained`) and in peft (LoRA)."""
