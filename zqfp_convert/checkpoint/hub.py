@@ -65,3 +65,18 @@ def fetch(model: str | Path, revision: str | None = None) -> Path:
             needed="a model folder, or a name on the Hub and a connection to it",
             do="Check the path; for a name on the Hub check the network and HF_HUB_OFFLINE.",
         ) from error
+
+
+def cached(repository: str, revision: str | None = None) -> Path | None:
+    """The folder of a repository as it lies in the Hub's cache, or None; the network is let be."""
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                ignore_patterns=NOT_NEEDED,
+                local_files_only=True,
+            )
+        )
+    except Exception:  # of many unrelated kinds: it is not there, then
+        return None

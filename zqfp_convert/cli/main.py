@@ -16,6 +16,7 @@ from zqfp_convert.cli import (
     evaluate,
     generate,
     inspect,
+    report,
     tune,
     verify,
 )
@@ -31,6 +32,7 @@ app.command("convert")(convert.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("evaluate")(evaluate.command)
+app.command("report")(report.command)
 app.command("compare")(compare.command)
 app.command("generate")(generate.command)
 app.command("bench")(bench.command)

@@ -1,0 +1,95 @@
+"""Numbers and choices in words, alike on the page, the picture and the model card."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from zqfp_convert.report.facts import NUMBER, Facts
+
+LEFT_ALONE = 12  # kinds of layers that are named at most
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def share(value: float | None) -> str:
+    """A relative error, or a dash."""
+    return "-" if value is None else f"{value:.2%}"
+
+
+def interval(found: dict[str, Any]) -> str:
+    """A mean with half the width of its interval, of `evaluate`'s JSON."""
+    high = found.get("high")
+    return f"{found['mean']:.4f}" + (f" ± {high - found['mean']:.4f}" if high is not None else "")
+
+
+def spelled_bits(facts: Facts) -> str:
+    """Where the bits of a weight go, in a sentence."""
+    if not facts.weights:
+        return ""
+    held = {
+        name: 8 * count / facts.weights
+        for name, count in facts.sizes.items()
+        if name != "not quantized" and count
+    }
+    parts = ", ".join(f"{bits:.3f} of {name}" for name, bits in held.items())
+    return f"A quantized weight has {facts.bits:.3f} bits: {parts}."
+
+
+def choices(quantization: dict[str, Any]) -> dict[str, str]:
+    """How a checkpoint was made, as far as it has that on record, for a table of two columns."""
+    recipe, weights = quantization["recipe"], quantization["weights"]
+    source = quantization.get("source") or {}
+    made = quantization.get("made_on") or {}
+    lorc = quantization["lorc"]
+    rows: dict[str, str] = {}
+    if source.get("name"):
+        revision = f", revision {source['revision']}" if source.get("revision") else ""
+        rows["made from"] = f"{source['name']}{revision}"
+    rows["recipe"] = str(recipe.get("name", "unnamed"))
+    rows["codes"] = "a pair of codebooks" if weights["format"] == "codebooks" else "E2M1"
+    rows["scales"] = f"{weights['scales']}, for groups of {weights['group_size']}"
+    rows["activations"] = "E4M3 with a scale for each token, found as the model runs"
+    rows["low-rank compensation"] = (
+        f"rank {lorc['rank']}, factors in {lorc['factors']}" if lorc else "none"
+    )
+    if "rotation" in recipe:
+        rows["rotation"] = str(recipe["rotation"])
+    used = quantization.get("calibration")
+    rows["calibration"] = (
+        f"{used['samples']} windows of {used['seq_len']} tokens, {used['source']}"
+        if used
+        else "none"
+    )
+    tuning = quantization.get("tuning")
+    if tuning:
+        kept = "" if tuning["kept"] else ", not kept"
+        rows["tuning"] = (
+            f"{recipe.get('tune')} steps: KL on text held back {tuning['kl_before']:.4f} to "
+            f"{tuning['kl_after']:.4f}{kept}"
+        )
+    rows["left alone"] = _kinds(quantization["ignore"])
+    rows["other choices"] = ", ".join(
+        f"{name} {value}" for name, value in recipe.items() if name not in ("name", "ignore")
+    )
+    producer = quantization["producer"]
+    rows["made with"] = ", ".join(
+        [f"{producer['name']} {producer['version']}"]
+        + [f"{name} {made[name]}" for name in ("torch", "transformers") if name in made]
+        + ([f"on {made['device']}"] if "device" in made else [])
+    )
+    return rows
+
+
+def _kinds(names: list[str]) -> str:
+    found = Counter(NUMBER.sub(".*", name) for name in names)
+    shown = [f"{name} ({count})" if count > 1 else name for name, count in found.items()]
+    more = f" and {len(shown) - LEFT_ALONE} more kinds" if len(shown) > LEFT_ALONE else ""
+    return ", ".join(shown[:LEFT_ALONE]) + more or "nothing"
