@@ -53,4 +53,6 @@ def command(
                 console.out.print(f"[bold]{escape(each.title)}[/]: {escape(each.text)}")
                 if each.attempt:
                     console.out.print(f"  try {escape(each.attempt)}")
-            console.out.print(f"\nwritten: {made.page}, {made.picture}", soft_wrap=True, markup=False)
+            console.out.print(
+                f"\nwritten: {made.page}, {made.picture}", soft_wrap=True, markup=False
+            )

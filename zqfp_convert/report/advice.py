@@ -104,7 +104,9 @@ def _experts(facts: Facts) -> Iterator[Finding]:
 
 def _layers(facts: Facts) -> Iterator[Finding]:
     usual = middle([layer.error for layer in facts.layers])
-    apart = [layer for layer in facts.worst(len(facts.layers)) if layer.error > APART * (usual or 0)]
+    apart = [
+        layer for layer in facts.worst(len(facts.layers)) if layer.error > APART * (usual or 0)
+    ]
     if usual and apart:
         kind = "outputs" if facts.calibrated else "weights"
         yield Finding(
@@ -124,10 +126,10 @@ def _activations(facts: Facts) -> Iterator[Finding]:
     rotation = facts.quantization["recipe"].get("rotation")
     yield Finding(
         "FP8 activations cost more than FP4 weights",
-        f"in {len(lost):,} of {len(known):,} layers: {_named(lost, activations=True)}. Channels "
+        f"In {len(lost):,} of {len(known):,} layers: {_named(lost, activations=True)}. Channels "
         "that are much larger than the others take the precision of the rest.",
-        "--rotation residual (this one has none)"
-        if rotation == "none"
+        "--rotation residual, if it was not tried: auto keeps it only where a rehearsal gains by it"
+        if rotation == "none" and not facts.coverage
         else "--ignore for the worst; closer weights would gain little there",
     )
 
@@ -176,7 +178,7 @@ def _contexts(facts: Facts) -> Iterator[Finding]:
             shorter = used.get("seq_len", 0) < last["last"]
             yield Finding(
                 "Long contexts suffer",
-                f"on {text['text']} the KL is {last['kl']['mean']:.4f} after {last['first']:,} "
+                f"On {text['text']} the KL is {last['kl']['mean']:.4f} after {last['first']:,} "
                 f"tokens and more, {best['kl']['mean']:.4f} after {best['first']:,}.",
                 "a longer --seq-len" if shorter else "calibration text with longer documents",
             )
@@ -206,7 +208,7 @@ def _more(facts: Facts) -> Iterator[Finding]:
         now = 0.0 if size == "row" else 1 / size
         per_group = 9 if facts.quantization["weights"]["format"] == "codebooks" else 8
         yield Finding(
-            "More bits, closer",
+            "More bits would bring it closer",
             f"Smaller groups gain the most for their bits: groups of {SMALL_GROUP} cost "
             f"{per_group * (1 / SMALL_GROUP - now):.2f} bits a weight more, groups of 32 "
             f"{per_group * (1 / 32 - now):.2f}.",
@@ -214,7 +216,7 @@ def _more(facts: Facts) -> Iterator[Finding]:
         )
     if facts.calibrated and not recipe.get("tune") and recipe.get("name") != "paper":
         yield Finding(
-            "The same bits, closer",
+            "Tuning would bring it closer at the same bits",
             "All layers together can be tuned on the original's token distributions, for time.",
             "--recipe max",
         )

@@ -11,7 +11,15 @@ from zqfp_convert.checkpoint.disk import writing
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.errors import OptionError
 
-FIGURES = ("tokens", "perplexity", "original_perplexity", "kl_median", "kl_99", "kl_999", "same_top")
+FIGURES = (
+    "tokens",
+    "perplexity",
+    "original_perplexity",
+    "kl_median",
+    "kl_99",
+    "kl_999",
+    "same_top",
+)
 PRIVATE = ("checkpoint", "host_memory", "device_memory", "seconds")  # of one machine
 
 
@@ -65,7 +73,9 @@ def _whole(found: dict[str, Any]) -> bool:
 def _text(text: object) -> bool:
     if not isinstance(text, dict) or not isinstance(text.get("positions"), list):
         return False
-    return isinstance(text.get("text"), str) and all(_figures(e) for e in (text, *text["positions"]))
+    return isinstance(text.get("text"), str) and all(
+        _figures(e) for e in (text, *text["positions"])
+    )
 
 
 def _figures(each: object) -> bool:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 from zqfp_convert.checkpoint import layout
@@ -22,7 +22,7 @@ CODES, SCALES, FACTORS, OTHERS = "codes", "scales", "low-rank factors", "not qua
 
 @dataclass(frozen=True)
 class Layer:
-    """What the manifest says of a quantized linear; errors are relative, 0.05 being 5 %.
+    """What the manifest says of a quantized linear; errors are relative, 0.05 being 5%.
 
     Attributes:
         block: the number of its decoder block; kind: its place there, stars for experts' numbers.
@@ -118,13 +118,13 @@ class Facts:
         """The facts of a checkpoint, and of its evaluation if there is one."""
         entries = packed.manifest["layers"]
         layers = tuple(_layer(each, entry, packed.bits(each)) for each, entry in entries.items())
-        architectures = packed.config.get("architectures")
-        known = isinstance(architectures, list) and architectures
+        kinds = packed.config.get("architectures")
+        architectures = kinds if isinstance(kinds, list) and kinds else None
         source = packed.quantization.get("source")
         before = source.get("bytes") if isinstance(source, dict) else None
         return cls(
             name,
-            str(architectures[0]) if known else str(packed.config.get("model_type", "model")),
+            str(architectures[0] if architectures else packed.config.get("model_type", "model")),
             layers,
             _sizes(packed),
             before if isinstance(before, int) else None,
@@ -183,9 +183,27 @@ class Facts:
         found = Counter(layer.span for layer in self.layers if layer.span is not None)
         return dict(sorted(found.items()))
 
+    @cached_property
+    def tokens(self) -> dict[int, list[int]]:
+        """How many tokens each expert of a block was calibrated on; empty without experts."""
+        found: dict[int, dict[str, int]] = {}
+        for layer in self.layers:
+            if layer.tokens is not None:
+                found.setdefault(layer.block, {})[layer.name.rpartition(".")[0]] = layer.tokens
+        return {block: list(found[block].values()) for block in sorted(found)}
+
     def worst(self, count: int) -> list[Layer]:
         """The layers with the largest errors."""
         return sorted(self.layers, key=lambda layer: -layer.error)[:count]
+
+
+def spread(values: Sequence[int]) -> tuple[float, float, float, float, float]:
+    """The least, the quarter, the middle, three quarters, and the most of some values."""
+    if len(values) < 2:
+        only = float(values[0])
+        return only, only, only, only, only
+    low, mid, high = quantiles(values, n=4, method="inclusive")
+    return float(min(values)), low, mid, high, float(max(values))
 
 
 def middle(values: Sequence[float | None]) -> float | None:

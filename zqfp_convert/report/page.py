@@ -8,10 +8,9 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from zqfp_convert import __version__
 from zqfp_convert.report import svg
 from zqfp_convert.report.advice import findings
-from zqfp_convert.report.facts import CODES, FACTORS, OTHERS, SCALES, Facts, Kind
+from zqfp_convert.report.facts import CODES, FACTORS, OTHERS, SCALES, Facts, Kind, spread
 from zqfp_convert.report.wording import choices, interval, share, size, spelled_bits
 
 WORST = 10  # layers in the table of the least exact ones
@@ -49,8 +48,7 @@ def page(facts: Facts) -> str:
             "<main>",
             *parts,
             "</main>",
-            f"<footer>Written by zqfp-convert {escape(__version__)} from what the checkpoint has on "
-            "record.</footer>",
+            "<footer>Written by zqfp-convert from what the checkpoint has on record.</footer>",
             "</body></html>\n",
         ]
     )
@@ -77,11 +75,11 @@ def _head(facts: Facts) -> Iterator[str]:
         text = facts.evaluation["texts"][0]
         added = 100 * (text["perplexity"] / text["original_perplexity"] - 1)
         tiles += [
-            ("Mean KL to the original", f"{text['kl']['mean']:.4f}", "nats a token"),
+            ("Mean KL", f"{text['kl']['mean']:.4f}", "to the original, nats a token"),
             (
                 "Perplexity",
                 f"{text['perplexity']:.2f}",
-                f"{text['original_perplexity']:.2f} before: {added:+.1f} %",
+                f"{text['original_perplexity']:.2f} before: {added:+.1f}%",
             ),
             ("Same top token", f"{text['same_top']:.1%}", "as the original"),
         ]
@@ -106,9 +104,7 @@ def _findings(facts: Facts) -> Iterator[str]:
     yield '<ol class="findings">'
     for found in findings(facts):
         attempt = f'<span class="try">Try: {escape(found.attempt)}</span>' if found.attempt else ""
-        yield (
-            f"<li><strong>{escape(found.title)}</strong>{escape(found.text)}{attempt}</li>"
-        )
+        yield (f"<li><strong>{escape(found.title)}</strong>{escape(found.text)}{attempt}</li>")
     yield "</ol></section>"
 
 
@@ -149,11 +145,10 @@ def _errors(facts: Facts) -> Iterator[str]:
     chart = svg.cells(names, facts.blocks, facts.grid, f"Errors of {what} by kind and block")
     yield _figure(chart, f"The darker, the larger; the scale begins at 0.{of_experts}")
     yield _table(
-        ("layers of a kind", "layers", "weights", "bits", "rank", "error of weights", "of outputs",
-         "of FP8 activations", "worst", "in block", "span"),
+        ("kind", "layers", "weights", "bits", "rank", "span", "error of weights", "of outputs",
+         "of FP8 activations", "worst, in block"),
         [_kind(kind) for kind in facts.kinds],
-        "Medians over the layers of each kind; the worst by "
-        + ("outputs." if facts.calibrated else "weights."),
+        f"Errors are medians over the layers of each kind; the worst is that of {what}.",
     )  # fmt: skip
     shown = facts.worst(WORST)
     yield f"<details><summary>The {len(shown)} least exact layers</summary>"
@@ -183,12 +178,11 @@ def _kind(kind: Kind) -> tuple[str, ...]:
         f"{kind.weights:,}",
         f"{kind.bits:.3f}",
         str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        "-" if kind.span is None else str(kind.span),
         share(kind.middle(lambda layer: layer.weight_error)),
         share(kind.middle(lambda layer: layer.output_error)),
         share(kind.middle(lambda layer: layer.activation_error)),
-        share(worst.error),
-        str(worst.block),
-        "-" if kind.span is None else str(kind.span),
+        f"{share(worst.error)}, {worst.block}",
     )
 
 
@@ -201,8 +195,8 @@ def _spans(facts: Facts) -> Iterator[str]:
     told = f"{raised:,} groups were raised to keep it." if raised else "No group had to be raised."
     yield "<section><h2>Spans</h2>"
     yield (
-        "<p>How far apart the scales of a row lie, in powers of two, in the row of each layer where "
-        f"it is most. With up to 11 the cast to FP8 is exact. {told}</p>"
+        "<p>How far apart the scales of a row lie, in powers of two, in that row of each layer "
+        f"where it is most. With up to 11 the cast to FP8 is exact. {told}</p>"
     )
     chart = svg.columns([str(s) for s in spans], counts, "Layers by span", "span", "layers")
     yield _figure(chart) + "</section>"
@@ -211,13 +205,7 @@ def _spans(facts: Facts) -> Iterator[str]:
 def _experts(facts: Facts) -> Iterator[str]:
     if not facts.coverage:
         return
-    tokens: dict[int, dict[str, int]] = {}
-    for layer in facts.layers:
-        if layer.tokens is not None:
-            expert = layer.name.rpartition(".")[0]
-            tokens.setdefault(layer.block, {})[expert] = layer.tokens
-    blocks = sorted(tokens)
-    spreads = [_spread(list(tokens[block].values())) for block in blocks]
+    blocks, spreads = list(facts.tokens), [spread(each) for each in facts.tokens.values()]
     yield "<section><h2>Experts</h2>"
     yield (
         "<p>Tokens that each expert was calibrated on, as the router sent them: from the fewest to "
@@ -232,11 +220,13 @@ def _experts(facts: Facts) -> Iterator[str]:
                 name,
                 str(one.experts),
                 f"{one.fewest:,}",
-                f"{spread[2]:,.0f}",
+                f"{middle:,.0f}",
                 f"{one.most:,}",
                 f"{one.pooled} of {one.matrices}",
             )
-            for (name, one), spread in zip(facts.coverage.items(), spreads, strict=False)
+            for (name, one), (_, _, middle, _, _) in zip(
+                facts.coverage.items(), spreads, strict=False
+            )
         ],
         "Pooled matrices saw fewer tokens than they have columns, and were solved with the "
         "statistics of their block's experts together.",
@@ -245,28 +235,21 @@ def _experts(facts: Facts) -> Iterator[str]:
     yield "</section>"
 
 
-def _spread(values: list[int]) -> tuple[float, float, float, float, float]:
-    if len(values) < 2:
-        return (*(float(values[0]),) * 5,)  # type: ignore[return-value]
-    quarters = statistics.quantiles(values, n=4, method="inclusive")
-    return float(min(values)), quarters[0], quarters[1], quarters[2], float(max(values))
-
-
 def _quality(facts: Facts) -> Iterator[str]:
     found = facts.evaluation
     if found is None:
         return
     yield "<section><h2>How close it is</h2>"
     yield (
-        f"<p>Compared with {escape(str(found['against']) or 'the original')} on text, in windows of "
-        f"{found['window']:,} tokens ({escape(str(found['device']))}). KL is that of the original's "
-        "distribution of the next token to this one's, in nats; 0 is the same model.</p>"
+        f"<p>Compared with {escape(found['against'] or 'the original')} on text, in windows of "
+        f"{found['window']:,} tokens ({escape(str(found['device']))}). KL is that of the "
+        "original's distribution of the next token to this one's, in nats; 0 is the same model.</p>"
     )
     yield _table(
         ("text", "tokens", "perplexity", "original", "log-loss added", "mean KL", "median KL",
-         "99 % of KL", "99.9 %", "same top"),
+         "99% of KL", "99.9%", "same top"),
         [_text(text) for text in found["texts"]],
-        "± is the 95 % interval over windows.",
+        "± is the 95% interval over windows.",
     )  # fmt: skip
     several = len(found["texts"]) > 1
     for text in found["texts"]:
@@ -274,7 +257,7 @@ def _quality(facts: Facts) -> Iterator[str]:
         yield f"<h3>KL by position{escape(heading)}</h3>"
         yield _figure(
             _positions(text),
-            "Over how many tokens of context came before. The band is the 95 % interval of the "
+            "Over how many tokens of context came before. The band is the 95% interval of the "
             "mean.",
         )
         counts, edges = text.get("kl_histogram"), found.get("kl_edges")
@@ -283,8 +266,8 @@ def _quality(facts: Facts) -> Iterator[str]:
             marks = [
                 ("median", text["kl_median"]),
                 ("mean", text["kl"]["mean"]),
-                ("99 %", text["kl_99"]),
-                ("99.9 %", text["kl_999"]),
+                ("99%", text["kl_99"]),
+                ("99.9%", text["kl_999"]),
             ]
             named = [(f"{name} {value:.4f}", value) for name, value in marks]
             named.sort(key=lambda mark: mark[1])
@@ -324,7 +307,7 @@ def _positions(text: dict[str, Any]) -> str:
         [place["kl"].get("high") for place in places],
     )
     middle = svg.Line("median", [place["kl_median"] for place in places], "rest")
-    tail = svg.Line("99 %", [place["kl_99"] for place in places], "second")
+    tail = svg.Line("99%", [place["kl_99"] for place in places], "second")
     title = "KL by the number of tokens before"
     return svg.lines(x, labels, [tail, mean, middle], title, "tokens before the predicted one")
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from zqfp_convert.checkpoint.disk import writing
 from zqfp_convert.errors import OptionError
-from zqfp_convert.report.facts import CODES, FACTORS, OTHERS, SCALES, Facts
+from zqfp_convert.report.facts import CODES, FACTORS, OTHERS, SCALES, Facts, spread
 from zqfp_convert.report.wording import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUE, ORANGE, GRAY, TEXT = "#1d5dbd", "#b4530a", "#97a1b1", "#1b2230"
+BLUE, ORANGE, GRAY = "#1d5dbd", "#b4530a", "#97a1b1"
+TEXT, MUTED = "#1b2230", "#566073"
 COLORS = {CODES: BLUE, SCALES: "#8eaede", FACTORS: ORANGE, OTHERS: GRAY}
 DOTS = 150  # an inch
 NUMBERED = 12  # blocks up to which cells have their numbers written in
@@ -95,7 +96,13 @@ def _size(facts: Facts, axes: Axes) -> None:
     named = [axes.barh(0, 0, color=COLORS[name]) for name, held in facts.sizes.items() if held]
     keys = [f"{name} {size(held)}" for name, held in facts.sizes.items() if held]
     axes.legend(
-        named, keys, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=4, fontsize=8.5, frameon=False
+        named,
+        keys,
+        loc="lower right",
+        bbox_to_anchor=(1, 0.98),
+        ncols=4,
+        fontsize=8.5,
+        frameon=False,
     )
 
 
@@ -117,30 +124,35 @@ def _errors(facts: Facts, axes: Axes) -> None:
             for x, value in enumerate(row):
                 if value == value:
                     color = "white" if value > 0.6 * most else TEXT
-                    axes.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color)
+                    axes.text(
+                        x, y, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color
+                    )
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.025)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8.5, colors=TEXT)
-    bar.ax.yaxis.set_major_formatter("{x:.0f} %" if most >= 5 else "{x:.1f} %")
+    bar.ax.yaxis.set_major_formatter("{x:.1f}%")
 
 
 def _positions(text: dict[str, Any], axes: Axes) -> None:
-    _plain(axes, "KL to the original, by tokens of context (95 % interval)")
+    _plain(axes, "KL to the original, by tokens of context (95% interval)")
     places = text["positions"]
     x = [(place["first"] * place["last"]) ** 0.5 for place in places]
     means = [place["kl"]["mean"] for place in places]
-    axes.plot(x, [p["kl_99"] for p in places], "--", color=ORANGE, label="99 % of tokens")
-    axes.plot(x, means, "o-", color=BLUE, markersize=3.5, label="mean")
+    tail, middle = [p["kl_99"] for p in places], [p["kl_median"] for p in places]
+    axes.plot(x, tail, "--", color=ORANGE)
+    axes.plot(x, means, "o-", color=BLUE, markersize=3.5)
+    axes.plot(x, middle, ":", color=MUTED)
+    for name, values in (("99%", tail), ("mean", means), ("median", middle)):
+        axes.annotate(name, (x[-1], values[-1]), (5, 0), textcoords="offset points", va="center",
+                      fontsize=8.5, color=TEXT, annotation_clip=False)  # fmt: skip
     if all(place["kl"].get("low") is not None for place in places):
         low = [max(p["kl"]["low"], mean / 3) for p, mean in zip(places, means, strict=True)]
         axes.fill_between(x, low, [p["kl"]["high"] for p in places], color=BLUE, alpha=0.18, lw=0)
-    axes.plot(x, [p["kl_median"] for p in places], ":", color="#566073", label="median")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_ylabel("nats", fontsize=9, color=TEXT)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8.5, frameon=False)
 
 
 def _distribution(text: dict[str, Any], evaluation: dict[str, Any], axes: Axes) -> None:
@@ -157,8 +169,9 @@ def _distribution(text: dict[str, Any], evaluation: dict[str, Any], axes: Axes) 
         widths = [low * (step - 1) for low in lows[shown]]
         axes.bar(lows[shown], shares, widths, align="edge", color=BLUE, alpha=0.65)
         axes.set_xscale("log")
-        axes.yaxis.set_major_formatter("{x:.0f} %")
-    for name, value in (("median", text["kl_median"]), ("mean", mean), ("99 %", text["kl_99"])):
+        axes.set_ylim(0, 1.35 * max(shares))  # room for the names of the marks
+        axes.yaxis.set_major_formatter("{x:.0f}%")
+    for name, value in (("median", text["kl_median"]), ("mean", mean), ("99%", text["kl_99"])):
         axes.axvline(value, color=ORANGE, lw=1.2)
         axes.text(value, 1.0, f" {name}", transform=axes.get_xaxis_transform(), fontsize=8,
                   rotation=90, va="top", ha="right", color=ORANGE)  # fmt: skip
@@ -190,16 +203,16 @@ def _activations(facts: Facts, axes: Axes) -> None:
 
 
 def _experts(facts: Facts, axes: Axes) -> None:
-    _plain(axes, "Tokens that experts were calibrated on, by block")
-    tokens: dict[int, dict[str, int]] = {}
-    for layer in facts.layers:
-        if layer.tokens is not None:
-            tokens.setdefault(layer.block, {})[layer.name.rpartition(".")[0]] = layer.tokens
-    blocks = sorted(tokens)
-    every = [list(tokens[block].values()) for block in blocks]
-    axes.vlines(blocks, [min(e) for e in every], [max(e) for e in every], color=GRAY, lw=1.5)
-    for block, each in zip(blocks, every, strict=True):
-        axes.plot([block] * len(each), each, "_", color=BLUE, alpha=0.6, markersize=8)
-    axes.set_yscale("symlog")
+    _plain(axes, "Tokens that experts were calibrated on, by block (box: the middle half)")
+    blocks = list(facts.tokens)
+    lows, quarters, middles, highs, mosts = zip(*map(spread, facts.tokens.values()), strict=True)
+    axes.vlines(blocks, lows, mosts, color=GRAY, lw=1.5)
+    axes.vlines(blocks, quarters, highs, color=BLUE, lw=max(2.0, min(14.0, 240 / len(blocks))))
+    axes.plot(
+        blocks, middles, "_", color="white", markersize=max(3.0, min(12.0, 200 / len(blocks)))
+    )
+    least, most = min(lows), max(mosts)
+    axes.set_yscale("log" if least > 0 and most > 20 * least else "linear")
+    axes.set_ylim(0 if axes.get_yscale() == "linear" else None)
     axes.set_xlabel("block", fontsize=9, color=TEXT)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xticks(blocks[:: max(1, -(-len(blocks) // 16))])

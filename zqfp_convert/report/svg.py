@@ -119,9 +119,7 @@ def cells(
     return drawing(y + 22, title, body)
 
 
-def columns(
-    labels: Sequence[str], counts: Sequence[int], title: str, axis: str, what: str
-) -> str:
+def columns(labels: Sequence[str], counts: Sequence[int], title: str, axis: str, what: str) -> str:
     """Columns over labels, each with its number."""
     most, height = max(counts) or 1, 150.0
     width = min((WIDTH - LEFT - 20) / len(labels), 56.0)
@@ -181,7 +179,9 @@ def histogram(
         x, y = at(value), TOP + 16 * number
         body.append(rule(x, y + 2, x, top + height, "mark"))
         right = x < WIDTH * 0.7
-        body.append(text(x + (5 if right else -5), y + 10, name, "small", "start" if right else "end"))
+        body.append(
+            text(x + (5 if right else -5), y + 10, name, "small", "start" if right else "end")
+        )
     body.append(text((LEFT + WIDTH) / 2, top + height + 38, axis, "small muted", "middle"))
     return drawing(top + height + BOTTOM, title, body)
 
@@ -191,7 +191,12 @@ def lines(
 ) -> str:
     """Lines over a logarithmic axis, logarithmic themselves, named at their right ends."""
     height, right = 250.0, WIDTH - RIGHT
-    every = [v for each in series for v in (*each.values, *each.high) if v is not None and v > 0]
+    every = [
+        v
+        for each in series
+        for v in (*each.values, *each.low, *each.high)
+        if v is not None and v > 0
+    ]
     low, high = _around(every)
     first, last = math.log10(x[0]), math.log10(x[-1])
 
@@ -231,7 +236,9 @@ def lines(
         body.append(f'<polyline points="{path}" class="line {each.style}"/>')
         for a, b, label, value in places:
             tip = f"<title>{escape(f'{each.name}, {label}: {value:.4g}')}</title>"
-            body.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" class="dot {each.style}">{tip}</circle>')
+            body.append(
+                f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" class="dot {each.style}">{tip}</circle>'
+            )
         if places:
             names.append((places[-1][1], each.name))
     body.append(rule(LEFT, TOP + height, right, TOP + height, "axis"))
@@ -271,7 +278,9 @@ def ranges(
         told = f"{least:,.0f} to {most:,.0f} {what}, half of them {quarter:,.0f} to {three:,.0f}"
         body.append(rule(x, up(least), x, up(most), "axis"))
         span = max(up(quarter) - up(three), 1.5)
-        body.append(box(x - thick / 2, up(three), thick, span, "accent soft", f"block {label}: {told}"))
+        body.append(
+            box(x - thick / 2, up(three), thick, span, "accent soft", f"block {label}: {told}")
+        )
         body.append(rule(x - thick / 2, up(mid), x + thick / 2, up(mid), "strong-line"))
         if place % step == 0:
             body.append(text(x, TOP + height + 16, str(label), "small muted", "middle"))
@@ -299,14 +308,18 @@ def _around(values: Sequence[float]) -> tuple[float, float]:
 
 def _ticks(low: float, high: float) -> list[float]:
     decades = math.log10(high / low)
-    leading = (1,) if decades > 3 else (1, 3) if decades > 1.2 else (1, 2, 5)
+    leading: tuple[float, ...] = (1.0,)
+    if decades <= 3:
+        leading = (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 5.0)
+    if decades < 0.7:
+        leading = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     every = [m * 10.0**p for p in powers for m in leading]
     return [value for value in every if low <= value <= high]
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1 else f"{value:.1g}" if value >= 1e-4 else f"{value:.0e}"
+    return f"{value:,.0f}" if value >= 1 else f"{value:.2g}" if value >= 1e-4 else f"{value:.0e}"
 
 
 def _step(count: int, fit: float) -> int:
