@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from zqfp_convert.calibration.experts import sums_bytes
 from zqfp_convert.calibration.text import GENERATED_AT_ONCE, Text
 from zqfp_convert.checkpoint import hub, layout
+from zqfp_convert.checkpoint.origin import origin
 from zqfp_convert.checkpoint.partial import check_free, partial_folder
 from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
 from zqfp_convert.checkpoint.source import Source
@@ -46,6 +47,14 @@ class PlannedLayer:
     rows: int
     columns: int
     packed_bytes: int
+
+    @property
+    def model_name(self) -> str:
+        """The repository that the model is of, with its revision, or its folder."""
+        known = origin(self.source.folder)
+        if known["repository"] is None:
+            return str(self.source.folder)
+        return f"{known['repository']}, revision {known['revision']}"
 
     @property
     def weights(self) -> int:
@@ -137,7 +146,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
         return {
-            "model": str(self.source.folder),
+            "model": self.model_name,
             "out": str(self.out),
             "architecture": type(self.model).__name__,
             "blocks": len(self.layers),

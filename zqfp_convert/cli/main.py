@@ -16,6 +16,7 @@ from zqfp_convert.cli import (
     evaluate,
     generate,
     inspect,
+    push,
     report,
     tune,
     verify,
@@ -33,6 +34,7 @@ app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("evaluate")(evaluate.command)
 app.command("report")(report.command)
+app.command("push")(push.command)
 app.command("compare")(compare.command)
 app.command("generate")(generate.command)
 app.command("bench")(bench.command)

@@ -7,6 +7,19 @@ from typing import Any
 
 from zqfp_convert.report.facts import NUMBER, Facts
 
+TOLD = (
+    "name",
+    "ignore",
+    "scales",
+    "group_size",
+    "codebooks",
+    "rank",
+    "factors",
+    "rotation",
+    "tune",
+    "samples",
+    "seq_len",
+)  # fields of a recipe that have lines of their own
 LEFT_ALONE = 12  # kinds of layers that are named at most
 
 
@@ -77,7 +90,7 @@ def choices(quantization: dict[str, Any]) -> dict[str, str]:
         )
     rows["left alone"] = _kinds(quantization["ignore"])
     rows["other choices"] = ", ".join(
-        f"{name} {value}" for name, value in recipe.items() if name not in ("name", "ignore")
+        f"{name} {value}" for name, value in recipe.items() if name not in TOLD
     )
     producer = quantization["producer"]
     rows["made with"] = ", ".join(
