@@ -112,7 +112,7 @@ def hub() -> Iterator[Hub]:
                 return self.say(401, {"error": "Invalid credentials in Authorization header"})
             return getattr(self, f"on_{asked.what}", self.on_unknown)(asked)
 
-        do_GET = do_POST = do_PUT = do_HEAD = handle_any  # noqa: N815
+        do_GET = do_POST = do_PUT = do_HEAD = handle_any
 
         def say(self, status: int, value: Any, **headers: str) -> None:
             data = value if isinstance(value, bytes) else json.dumps(value).encode()

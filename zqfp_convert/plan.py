@@ -49,14 +49,6 @@ class PlannedLayer:
     packed_bytes: int
 
     @property
-    def model_name(self) -> str:
-        """The repository that the model is of, with its revision, or its folder."""
-        known = origin(self.source.folder)
-        if known["repository"] is None:
-            return str(self.source.folder)
-        return f"{known['repository']}, revision {known['revision']}"
-
-    @property
     def weights(self) -> int:
         """N K."""
         return self.rows * self.columns
@@ -102,6 +94,14 @@ class Plan:
     processes: int = 1
     host_processes: int = 1
     rotation: Rotation | None = None
+
+    @property
+    def model_name(self) -> str:
+        """The repository that the model is of, with its revision, or its folder."""
+        known = origin(self.source.folder)
+        if known["repository"] is None:
+            return str(self.source.folder)
+        return f"{known['repository']}, revision {known['revision']}"
 
     @property
     def weights(self) -> int:

@@ -62,9 +62,9 @@ def _about(facts: Facts, base_model: str | None) -> Iterator[str]:
     linked = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else name
     yield (
         f"{linked} with 4-bit floating-point weights (FP4) and FP8 activations, in the zqfp format "
-        "of zqfp-convert. Scales are arranged so that every weight is *exactly* an FP8 number once it is unpacked: Hopper GPUs (H100, H200, "
-        "H20), which have no FP4 units, multiply it on their FP8 tensor cores. It runs on other "
-        "GPUs and on the CPU too."
+        "of zqfp-convert. Every weight is *exactly* an FP8 number once it is unpacked, so Hopper "
+        "GPUs (H100, H200, H20), which have no FP4 units, multiply it on their FP8 tensor cores. "
+        "It runs on other GPUs and on the CPU too."
     )
 
 
