@@ -146,7 +146,7 @@ def _errors(facts: Facts) -> Iterator[str]:
     yield _figure(chart, f"The darker, the larger; the scale begins at 0.{of_experts}")
     yield _table(
         ("kind", "layers", "weights", "bits", "rank", "span", "error of weights", "of outputs",
-         "of FP8 activations", "worst, in block"),
+         "of FP8 activations", "worst"),
         [_kind(kind) for kind in facts.kinds],
         f"Errors are medians over the layers of each kind; the worst is that of {what}.",
     )  # fmt: skip
@@ -182,7 +182,7 @@ def _kind(kind: Kind) -> tuple[str, ...]:
         share(kind.middle(lambda layer: layer.weight_error)),
         share(kind.middle(lambda layer: layer.output_error)),
         share(kind.middle(lambda layer: layer.activation_error)),
-        f"{share(worst.error)}, {worst.block}",
+        f"{share(worst.error)} (block {worst.block})",
     )
 
 

@@ -203,7 +203,7 @@ def _activations(facts: Facts, axes: Axes) -> None:
 
 
 def _experts(facts: Facts, axes: Axes) -> None:
-    _plain(axes, "Tokens that experts were calibrated on, by block (box: the middle half)")
+    _plain(axes, "Tokens of experts by block (box: the middle half)")
     blocks = list(facts.tokens)
     lows, quarters, middles, highs, mosts = zip(*map(spread, facts.tokens.values()), strict=True)
     axes.vlines(blocks, lows, mosts, color=GRAY, lw=1.5)

@@ -175,13 +175,15 @@ def histogram(
             x = at(value)
             body.append(rule(x, top + height, x, top + height + 5, "axis"))
             body.append(text(x, top + height + 18, _number(value), "small muted", "middle"))
+    names = []
     for number, (name, value) in enumerate(marks):
         x, y = at(value), TOP + 16 * number
         body.append(rule(x, y + 2, x, top + height, "mark"))
         right = x < WIDTH * 0.7
-        body.append(
-            text(x + (5 if right else -5), y + 10, name, "small", "start" if right else "end")
+        names.append(
+            text(x + (5 if right else -5), y + 10, name, "small halo", "start" if right else "end")
         )
+    body += names
     body.append(text((LEFT + WIDTH) / 2, top + height + 38, axis, "small muted", "middle"))
     return drawing(top + height + BOTTOM, title, body)
 
