@@ -60,11 +60,18 @@ def card(
 def _about(facts: Facts, base_model: str | None) -> Iterator[str]:
     name = (facts.quantization.get("source") or {}).get("name") or "a model"
     linked = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else name
+    free = facts.quantization["weights"]["scales"] == "free"
     yield (
         f"{linked} with 4-bit floating-point weights (FP4) and FP8 activations, in the zqfp format "
-        "of zqfp-convert. Every weight is *exactly* an FP8 number once it is unpacked, so Hopper "
-        "GPUs (H100, H200, H20), which have no FP4 units, multiply it on their FP8 tensor cores. "
-        "It runs on other GPUs and on the CPU too."
+        "of zqfp-convert. "
+        + (
+            "Its scales are any numbers (free scales), so it runs on the reference path alone, "
+            "without FP8 tensor cores."
+            if free
+            else "Every weight is *exactly* an FP8 number once it is unpacked, so Hopper GPUs "
+            "(H100, H200, H20), which have no FP4 units, multiply it on their FP8 tensor cores. It "
+            "runs on other GPUs and on the CPU too."
+        )
     )
 
 

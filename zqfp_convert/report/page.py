@@ -57,11 +57,13 @@ def page(facts: Facts) -> str:
 def _head(facts: Facts) -> Iterator[str]:
     source = facts.quantization.get("source") or {}
     made_from = f" of <strong>{escape(str(source['name']))}</strong>" if source.get("name") else ""
+    exact = facts.quantization["weights"]["scales"] != "free"
+    multiplied = " that FP8 tensor cores multiply" if exact else ", with free scales"
     yield f"<header><h1>{escape(facts.name)}</h1>"
     yield (
         f'<p class="lead">A packed checkpoint{made_from} ({escape(facts.architecture)}): '
         f"{facts.weights:,} weights in {len(facts.layers):,} linear layers are 4-bit "
-        "floating-point numbers that FP8 tensor cores multiply.</p>"
+        f"floating-point numbers{multiplied}.</p>"
     )
     tiles = []
     if facts.bytes_before:

@@ -20,6 +20,11 @@ TOLD = (
     "samples",
     "seq_len",
 )  # fields of a recipe that have lines of their own
+SCALES = {
+    "free": "any (free)",
+    "m1": "powers of two (M1)",
+    "m2": "a row scale times powers of two (M2)",
+}
 LEFT_ALONE = 12  # kinds of layers that are named at most
 
 
@@ -68,7 +73,9 @@ def choices(quantization: dict[str, Any]) -> dict[str, str]:
         rows["made from"] = f"{source['name']}{revision}"
     rows["recipe"] = str(recipe.get("name", "unnamed"))
     rows["codes"] = "a pair of codebooks" if weights["format"] == "codebooks" else "E2M1"
-    rows["scales"] = f"{weights['scales']}, for groups of {weights['group_size']}"
+    size = weights["group_size"]
+    of = "one for each row" if size == "row" else f"for groups of {size}"
+    rows["scales"] = f"{SCALES[weights['scales']]}, {of}"
     rows["activations"] = "E4M3 with a scale for each token, found as the model runs"
     rows["low-rank compensation"] = (
         f"rank {lorc['rank']}, factors in {lorc['factors']}" if lorc else "none"
