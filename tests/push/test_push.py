@@ -24,6 +24,7 @@ from zqfp_convert.push import run as pushing
 from zqfp_convert.push.run import push
 from zqfp_convert.verify import verify
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's
 NAME = f"{USER}/packed"
 DEMO = Path(__file__).parents[2] / "zqfp_convert" / "demo" / "model"
 
@@ -219,6 +220,17 @@ def test_names_and_folders(double: Hub, out: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no such folder"):
         push(tmp_path / "none", NAME)
     assert not double.asked
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_manifest_that_names_files_outside(double: Hub, out: Path) -> None:
+    (out.parent / "secret.txt").write_text("mine")
+    manifest = json.loads((out / layout.MANIFEST_FILE).read_text())
+    outside = ["../secret.txt", str(out.parent / "secret.txt"), "./../secret.txt"]
+    manifest["files"] += outside
+    (out / layout.MANIFEST_FILE).write_text(json.dumps(manifest))
+    push(out, NAME)
+    assert not [path for path in double.repositories[NAME].files if "secret" in path]
 
 
 @pytest.mark.usefixtures("undrawn")

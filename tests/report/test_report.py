@@ -216,6 +216,32 @@ def test_names_are_text(made: tuple[Path, Path]) -> None:
     assert "<b>&\"'</b>" in check_page(page(facts)).text
 
 
+def test_the_same_model_differs_by_nothing(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """Zeros have no place on logarithmic axes, and one window has no interval."""
+    found = json.loads(made[1].read_text())
+    (text,) = found["texts"]
+    for each in (text, *text["positions"]):
+        each |= {"kl": {"mean": 0.0, "low": None, "high": None}, "kl_median": 0.0, "kl_99": 0.0}
+        each |= {"kl_999": 0.0, "loss_difference": {"mean": -0.0, "low": None, "high": None}}
+        each["kl_histogram"] = [each["tokens"], *[0] * len(found["kl_edges"])]
+    facts = replace(facts_of(made[0]), evaluation=found)
+    check_page(page(facts))
+    picture.draw(facts, tmp_path / "zeros.png")
+    text["positions"] = text["positions"][:1]
+    check_page(page(facts))
+    for each in (text, *text["positions"]):
+        del each["kl_histogram"]
+    check_page(page(facts))
+    picture.draw(facts, tmp_path / "less.png")
+
+
+def test_free_scales(tiny_model: Maker, tmp_path: Path) -> None:
+    zqfp_convert.convert(tiny_model(), tmp_path / "out", recipe="fast", scales="free", device="cpu")
+    shown = check_page(report(tmp_path / "out").page.read_text()).text
+    assert "Free scales run on the reference path only" in shown
+    assert "Spans" not in shown
+
+
 def titles(facts: Facts) -> set[str]:
     return {found.title for found in findings(facts)}
 

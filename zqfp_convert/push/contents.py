@@ -83,16 +83,18 @@ def contents(
     files = [File(n, packed.folder / n, shards[n]["size"], shards[n]["sha256"]) for n in shards]
     others = [layout.INDEX_FILE, layout.MANIFEST_FILE, *packed.manifest.get("files", ())]
     others.append(layout.CONFIG_FILE)  # last of all: without it nothing loads
+    there = {
+        path.relative_to(packed.folder).as_posix(): path
+        for path in sorted(packed.folder.rglob("*"))
+        if path.is_file()
+    }
     for name in others:
-        path = packed.folder / name
-        if name not in made and path.is_file():
-            files.append(File(name, path, path.stat().st_size))
+        if name not in made and name in there:  # a manifest may name what is outside
+            files.append(File(name, there[name], there[name].stat().st_size))
     files += [File(name, data, len(data)) for name, data in made.items()]
 
     known = {file.path for file in files} | {layout.REPORT_PAGE, layout.REPORT_PICTURE}
-    there = (path for path in sorted(packed.folder.rglob("*")) if path.is_file())
-    names = (path.relative_to(packed.folder).as_posix() for path in there)
-    return Contents(files, [name for name in names if name not in known], drawn is not None)
+    return Contents(files, [name for name in there if name not in known], drawn is not None)
 
 
 def _picture(facts: Facts) -> bytes:

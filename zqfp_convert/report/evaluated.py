@@ -67,6 +67,8 @@ def _public(found: dict[str, Any]) -> dict[str, Any]:
 
 def _whole(found: dict[str, Any]) -> bool:
     texts = found.get("texts")
+    if not isinstance(found.get("window"), int) or not isinstance(found.get("device"), str):
+        return False
     return isinstance(texts, list) and bool(texts) and all(_text(text) for text in texts)
 
 

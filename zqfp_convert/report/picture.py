@@ -148,8 +148,10 @@ def _positions(text: dict[str, Any], axes: Axes) -> None:
     if all(place["kl"].get("low") is not None for place in places):
         low = [max(p["kl"]["low"], mean / 3) for p, mean in zip(places, means, strict=True)]
         axes.fill_between(x, low, [p["kl"]["high"] for p in places], color=BLUE, alpha=0.18, lw=0)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    if len(places) > 1:
+        axes.set_xscale("log", base=2)
+    if min(means) > 0:
+        axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_ylabel("nats", fontsize=9, color=TEXT)
     axes.grid(axis="y", alpha=0.3)

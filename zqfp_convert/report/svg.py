@@ -321,7 +321,9 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1 else f"{value:.2g}" if value >= 1e-4 else f"{value:.0e}"
+    if value >= 1:
+        return f"{value:,.1f}".removesuffix(".0")
+    return f"{value:.2g}" if value >= 1e-4 else f"{value:.0e}"
 
 
 def _step(count: int, fit: float) -> int:
