@@ -24,6 +24,7 @@ from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.cli.main import app
 from zqfp_convert.errors import OptionError
 from zqfp_convert.evaluate.evaluation import evaluate
+from zqfp_convert.push.card import card
 from zqfp_convert.report import evaluated, picture
 from zqfp_convert.report.advice import findings
 from zqfp_convert.report.facts import Facts, Layer, spread
@@ -240,6 +241,20 @@ def test_free_scales(tiny_model: Maker, tmp_path: Path) -> None:
     shown = check_page(report(tmp_path / "out").page.read_text()).text
     assert "Free scales run on the reference path only" in shown
     assert "Spans" not in shown
+
+
+@pytest.mark.parametrize("junk", [None, 3, {}, [], {"source": 3, "name": [], "samples": "x"}])
+def test_what_the_format_leaves_open(made: tuple[Path, Path], tmp_path: Path, junk: Any) -> None:
+    """Other programs may write checkpoints, with other things on record."""
+    out = Path(shutil.copytree(made[0], tmp_path / "out"))
+    config = json.loads((out / layout.CONFIG_FILE).read_text())
+    described = config[layout.CONFIG_KEY]
+    for key in ("calibration", "tuning", "source", "made_on"):
+        described[key] = junk
+    (out / layout.CONFIG_FILE).write_text(json.dumps(config))
+    facts = facts_of(out)
+    check_page(page(facts))
+    assert "# b\n" in card(facts, "a/b", base_model=None, license_name=None, picture=False)
 
 
 def titles(facts: Facts) -> set[str]:

@@ -8,8 +8,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.origin import OF_CARD
+from zqfp_convert.report.choices import choices, spelled_bits
 from zqfp_convert.report.facts import OTHERS, Facts
-from zqfp_convert.report.wording import choices, interval, size, spelled_bits
+from zqfp_convert.report.wording import interval, size
 
 LIBRARY = "zqfp-convert"
 TAGS = ("zqfp", "fp4", "w4a8", "quantized")
@@ -32,7 +34,8 @@ def card(
         license_name: the Hub's identifier of a licence; by default that of the source's card.
         picture: whether the report's picture lies beside the card.
     """
-    known: dict[str, Any] = (facts.quantization.get("source") or {}).get("card") or {}
+    recorded = (facts.quantization["source"] or {}).get("card", {})
+    known: dict[str, Any] = {key: recorded[key] for key in OF_CARD if key in recorded}
     if license_name is not None:
         known = {key: value for key, value in known.items() if not key.startswith("license")}
         known["license"] = license_name
@@ -58,7 +61,7 @@ def card(
 
 
 def _about(facts: Facts, base_model: str | None) -> Iterator[str]:
-    name = (facts.quantization.get("source") or {}).get("name") or "a model"
+    name = (facts.quantization["source"] or {}).get("name") or "a model"
     linked = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else name
     free = facts.quantization["weights"]["scales"] == "free"
     yield (

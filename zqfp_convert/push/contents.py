@@ -64,7 +64,7 @@ def contents(
     """
     figures = evaluated.read(packed, evaluation)
     facts = Facts.of(packed, repository.rpartition("/")[2], figures)
-    source = packed.quantization.get("source") or {}
+    source = facts.quantization["source"] or {}
     drawn = _picture(facts) if picture.available() else None
     text = card(
         facts,

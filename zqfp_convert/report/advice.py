@@ -48,7 +48,7 @@ def _evaluation(facts: Facts) -> Iterator[Finding]:
             "report OUT/ --evaluation figures.json",
         )
         return
-    used = (facts.quantization.get("calibration") or {}).get("source")
+    used = (facts.quantization["calibration"] or {}).get("source")
     for text in facts.evaluation["texts"]:
         if text["text"] == used:
             yield Finding(
@@ -59,7 +59,7 @@ def _evaluation(facts: Facts) -> Iterator[Finding]:
 
 
 def _calibration(facts: Facts) -> Iterator[Finding]:
-    used: dict[str, Any] | None = facts.quantization.get("calibration")
+    used: dict[str, Any] | None = facts.quantization["calibration"]
     if not facts.calibrated:
         yield Finding(
             "Not calibrated",
@@ -167,7 +167,7 @@ def _format(facts: Facts) -> Iterator[Finding]:
 
 
 def _contexts(facts: Facts) -> Iterator[Finding]:
-    used = facts.quantization.get("calibration") or {}
+    used = facts.quantization["calibration"] or {}
     for text in (facts.evaluation or {}).get("texts", ()):
         places = [place for place in text["positions"] if place["tokens"] >= 256]
         if len(places) < 2:
@@ -192,7 +192,7 @@ def _solver(facts: Facts) -> Iterator[Finding]:
             f"{len(retried):,} layers needed more damping: {_named(retried)}.",
             "more calibration text",
         )
-    tuning = facts.quantization.get("tuning")
+    tuning = facts.quantization["tuning"]
     if tuning is not None and not tuning["kept"]:
         yield Finding(
             "Tuning did not help",

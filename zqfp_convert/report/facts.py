@@ -14,9 +14,16 @@ from typing import Any
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.coverage import Coverage, coverage
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
+from zqfp_convert.report.wording import starred
 
 NUMBERED = re.compile(r"^(?P<above>.*?)\.(?P<block>\d+)\.(?P<place>.+)$")
-NUMBER = re.compile(r"\.\d+(?=\.|$)")
+# What the format leaves open, in `quantization_config`: the keys and their kinds that are shown.
+RECORDED: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "calibration": {"source": str, "samples": int, "seq_len": int},
+    "tuning": {"kl_before": (int, float), "kl_after": (int, float), "kept": bool},
+    "source": {"name": str, "repository": (str, type(None)), "card": dict},
+    "made_on": {},
+}
 CODES, SCALES, FACTORS, OTHERS = "codes", "scales", "low-rank factors", "not quantized"
 
 
@@ -98,7 +105,8 @@ class Facts:
         name: of its folder, or of its repository.
         architecture: the model's class; layers: the quantized linears, in the manifest's order.
         sizes: bytes of the shards by what they are for; bytes_before: of the source, if on record.
-        quantization: `quantization_config`; coverage: of experts, by their names on disk.
+        quantization: `quantization_config`; what of `RECORDED` is not there is None.
+        coverage: of experts, by their names on disk.
         evaluation: what `evaluate` found, as its JSON; None if it was not run.
     """
 
@@ -118,17 +126,19 @@ class Facts:
         """The facts of a checkpoint, and of its evaluation if there is one."""
         entries = packed.manifest["layers"]
         layers = tuple(_layer(each, entry, packed.bits(each)) for each, entry in entries.items())
-        kinds = packed.config.get("architectures")
-        architectures = kinds if isinstance(kinds, list) and kinds else None
-        source = packed.quantization.get("source")
-        before = source.get("bytes") if isinstance(source, dict) else None
+        named = packed.config.get("architectures")
+        architectures = named if isinstance(named, list) and named else None
+        quantization = packed.quantization | {
+            key: _recorded(packed.quantization.get(key), kinds) for key, kinds in RECORDED.items()
+        }
+        before = (quantization["source"] or {}).get("bytes")
         return cls(
             name,
             str(architectures[0] if architectures else packed.config.get("model_type", "model")),
             layers,
             _sizes(packed),
             before if isinstance(before, int) else None,
-            packed.quantization,
+            quantization,
             coverage(entries),
             evaluation,
         )
@@ -212,6 +222,14 @@ def middle(values: Sequence[float | None]) -> float | None:
     return median(known) if known else None
 
 
+def _recorded(value: object, kinds: dict[str, type | tuple[type, ...]]) -> dict[str, Any] | None:
+    """A value that has those keys, or None."""
+    if not isinstance(value, dict):
+        return None
+    right = all(isinstance(value.get(key, ...), kind) for key, kind in kinds.items())
+    return value if right else None
+
+
 def _layer(name: str, entry: dict[str, Any], bits: float) -> Layer:
     found = NUMBERED.match(name)
     place = name if found is None else found["place"]
@@ -219,7 +237,7 @@ def _layer(name: str, entry: dict[str, Any], bits: float) -> Layer:
     return Layer(
         name,
         0 if found is None else int(found["block"]),
-        NUMBER.sub(".*", place),
+        starred(place),
         rows,
         columns,
         entry["rank"],

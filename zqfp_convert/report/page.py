@@ -10,8 +10,9 @@ from typing import Any
 
 from zqfp_convert.report import svg
 from zqfp_convert.report.advice import findings
+from zqfp_convert.report.choices import choices, spelled_bits
 from zqfp_convert.report.facts import CODES, FACTORS, OTHERS, SCALES, Facts, Kind, spread
-from zqfp_convert.report.wording import choices, interval, share, size, spelled_bits
+from zqfp_convert.report.wording import interval, share, size
 
 WORST = 10  # layers in the table of the least exact ones
 STYLES = {CODES: "accent", SCALES: "light", FACTORS: "second", OTHERS: "rest"}
@@ -55,7 +56,7 @@ def page(facts: Facts) -> str:
 
 
 def _head(facts: Facts) -> Iterator[str]:
-    source = facts.quantization.get("source") or {}
+    source = facts.quantization["source"] or {}
     made_from = f" of <strong>{escape(str(source['name']))}</strong>" if source.get("name") else ""
     exact = facts.quantization["weights"]["scales"] != "free"
     multiplied = " that FP8 tensor cores multiply" if exact else ", with free scales"

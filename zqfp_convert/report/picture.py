@@ -174,6 +174,8 @@ def _distribution(text: dict[str, Any], evaluation: dict[str, Any], axes: Axes) 
         axes.set_ylim(0, 1.35 * max(shares))  # room for the names of the marks
         axes.yaxis.set_major_formatter("{x:.0f}%")
     for name, value in (("median", text["kl_median"]), ("mean", mean), ("99%", text["kl_99"])):
+        if value <= 0:
+            continue  # no place on a logarithmic axis
         axes.axvline(value, color=ORANGE, lw=1.2)
         axes.text(value, 1.0, f" {name}", transform=axes.get_xaxis_transform(), fontsize=8,
                   rotation=90, va="top", ha="right", color=ORANGE)  # fmt: skip
