@@ -146,7 +146,7 @@ def _errors(facts: Facts) -> Iterator[str]:
     yield f"<section><h2>Errors by layer and kind</h2><p>{measured}</p>"
     names = [kind.name for kind in facts.kinds]
     chart = svg.cells(names, facts.blocks, facts.grid, f"Errors of {what} by kind and block")
-    yield _figure(chart, f"The darker, the larger; the scale begins at 0.{of_experts}")
+    yield _figure(chart, f"The stronger the colour, the larger; the scale begins at 0.{of_experts}")
     yield _table(
         ("kind", "layers", "weights", "bits", "rank", "span", "error of weights", "of outputs",
          "of FP8 activations", "worst"),

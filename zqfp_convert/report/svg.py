@@ -85,7 +85,7 @@ def cells(
     values: dict[tuple[str, int], float],
     title: str,
 ) -> str:
-    """A table of shades: the darker, the larger; the scale begins at 0. Values are shares."""
+    """A table of shades: the stronger, the larger; the scale begins at 0. Values are shares."""
     most = max(values.values(), default=0.0) or 1.0
     width = min((WIDTH - LABELS - 4) / max(1, len(columns)), 64.0)
     numbers = width >= ROOM_FOR_NUMBER
@@ -113,9 +113,12 @@ def cells(
     body.append(text(LABELS - 10, bottom + 15, "block", "small muted", "end"))
     y = bottom + 30
     body.append(text(LABELS - 10, y + 12, "0", "small muted", "end"))
-    for part in range(24):
-        body.append(box(LABELS + 6 * part, y, 6.2, 14, "accent", shade=0.05 + 0.95 * part / 23))
-    body.append(text(LABELS + 24 * 6 + 8, y + 12, f"{most:.2%}", "small muted"))
+    body.append(
+        '<defs><linearGradient id="shades"><stop stop-opacity="0.05"/><stop offset="1"/>'
+        f'</linearGradient></defs><rect x="{LABELS}" y="{y}" width="144" height="14" '
+        'fill="url(#shades)"/>'
+    )
+    body.append(text(LABELS + 144 + 8, y + 12, f"{most:.2%}", "small muted"))
     return drawing(y + 22, title, body)
 
 
