@@ -257,6 +257,5 @@ def _quantization_config(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "device": describe(plan.device),
-            "processes": plan.processes,
         },
     }
