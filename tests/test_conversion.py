@@ -61,7 +61,7 @@ def test_same_bytes_twice(
     recipe: str, from_file: bool, tiny_model: Maker, letters: Path, tmp_path: Path
 ) -> None:
     source = tiny_model("gpt2")
-    elsewhere = Path(shutil.copytree(source, tmp_path / "elsewhere"))
+    elsewhere = Path(shutil.copytree(source, tmp_path / "elsewhere" / source.name))
     calibration = letters if from_file else None
     choices = {"recipe": recipe, "calibration": calibration, "low_rank_rounds": None}
     torch.manual_seed(1)

@@ -12,6 +12,7 @@ from architectures import Maker
 from typer.testing import CliRunner, Result
 
 from zqfp_convert.bench import original, run
+from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.cli.main import app
 
 SMALL = ["--device", "cpu", "--prompt-tokens", "24,12", "--context", "16", "--new-tokens", "3",
@@ -73,6 +74,27 @@ def test_original_on_record(converted: Maker, tiny_model: Maker, tmp_path: Path)
         (packed / "config.json").write_text(json.dumps(config))
         figures = json.loads(bench(packed, *SMALL, "--json", "-").stdout)
         assert figures["original"] == want
+
+
+def test_original_by_its_name(
+    converted: Maker, tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the checkpoint, or in the Hub's cache; nothing is downloaded."""
+    packed = Path(shutil.copytree(converted(), tmp_path / "packed"))
+    checkpoint = PackedCheckpoint(packed)
+    recorded = checkpoint.quantization["source"]
+    assert recorded["name"] == tiny_model().name
+    assert str(tiny_model().parent) not in (packed / "config.json").read_text()
+    assert original.find(checkpoint, None) is None
+    beside = shutil.copytree(tiny_model(), tmp_path / recorded["name"])
+    assert original.find(checkpoint, None) == beside
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    revision = 40 * "b"
+    recorded |= {"repository": "maker/model", "name": "maker/model", "revision": revision}
+    assert original.find(checkpoint, None) is None
+    cached = tmp_path / "models--maker--model" / "snapshots" / revision
+    shutil.copytree(tiny_model(), cached)
+    assert original.find(checkpoint, None) == cached
 
 
 def test_random_weights_are_tied_as_the_model_is(converted: Maker) -> None:

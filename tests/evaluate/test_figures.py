@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 
 from zqfp_convert.evaluate.divergence import PerToken, per_token
-from zqfp_convert.evaluate.figures import Figures, by_position
+from zqfp_convert.evaluate.figures import KL_EDGES, Figures, by_position
 from zqfp_convert.evaluate.interval import interval
 
 
@@ -34,6 +35,23 @@ def test_definitions() -> None:
     difference = found.loss.double() - found.original_loss.double()
     assert figures.loss_difference == interval(difference.mean(1))
     assert figures.same_top == pytest.approx(float(found.same.double().mean()))
+
+
+def test_the_histogram() -> None:
+    found = some(5, 23)
+    kl = found.kl
+    kl.view(-1)[:6] = torch.tensor([0.0, 1e-9, 1e-6, 99.0, KL_EDGES[-1] * 1.01, 31.0])
+    counts = Figures.of(found).kl_histogram
+    assert len(counts) == len(KL_EDGES) + 1
+    lows = [-math.inf, *KL_EDGES]
+    highs = [*KL_EDGES, math.inf]
+    values = kl.double().flatten().tolist()
+    for count, low, high in zip(counts, lows, highs, strict=True):
+        assert count == sum(low < value <= high for value in values)
+    assert sum(counts) == kl.numel()
+    assert math.log10(KL_EDGES[0]) == -6
+    steps = [math.log10(high / low) for low, high in pairwise(KL_EDGES)]
+    assert steps == pytest.approx([0.25] * len(steps))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from zqfp_convert.checkpoint import hub, layout
+from zqfp_convert.checkpoint import hub
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.checkpoint.source import Source
 from zqfp_convert.errors import OptionError, SourceError
@@ -46,15 +47,33 @@ def find(checkpoint: PackedCheckpoint, named: str | None) -> Path | None:
                 do="Give that model, or none for random weights of the same shapes.",
             )
         return folder
-    recorded = checkpoint.quantization.get("source") or checkpoint.config.get("_name_or_path")
-    if not isinstance(recorded, str) or not (Path(recorded) / layout.CONFIG_FILE).is_file():
-        return None
-    try:
-        folder = Path(recorded)
-        Source(folder)
-        return None if _difference(skeleton.build(folder).config, config) else folder
-    except SourceError:
-        return None
+    for folder in _recorded(checkpoint):
+        try:
+            Source(folder)
+            if not _difference(skeleton.build(folder).config, config):
+                return folder
+        except SourceError:
+            continue
+    return None
+
+
+def _recorded(checkpoint: PackedCheckpoint) -> Iterator[Path]:
+    """Folders of this machine that the checkpoint's record of its source may mean.
+
+    A repository that is in the Hub's cache, or a folder of that name beside the checkpoint.
+    """
+    recorded = checkpoint.quantization.get("source")
+    if isinstance(recorded, dict):
+        repository, name = recorded.get("repository"), recorded.get("name")
+        if isinstance(repository, str):
+            folder = hub.cached(repository, recorded.get("revision"))
+            if folder is not None:
+                yield folder
+        elif isinstance(name, str) and name:
+            yield checkpoint.folder.absolute().parent / Path(name).name
+    before = checkpoint.config.get("_name_or_path")
+    if isinstance(before, str) and before:
+        yield Path(before)
 
 
 def size(folder: Path) -> int:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
     RepositoryNotFoundError,
 )
 
+from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.shards import read_index
 from zqfp_convert.checkpoint.source import PICKLED
-from zqfp_convert.errors import SourceError
+from zqfp_convert.errors import SourceError, ZqfpError
 
 NOT_NEEDED = [
     *(f"*{suffix}" for suffix in (*PICKLED, ".h5", ".msgpack", ".gguf", ".onnx", ".ot")),
     "original/*",  # second copies of the weights, in their authors' own layouts
     "consolidated*",
 ]
+HEADERS_AT_ONCE = 8  # of shards, read over the network
 
 
 def fetch(model: str | Path, revision: str | None = None) -> Path:
@@ -40,8 +51,63 @@ def fetch(model: str | Path, revision: str | None = None) -> Path:
             needed="a model folder, or a repository's name on the Hub (USER/NAME)",
             do="Check the path.",
         )
-    try:
+    with _told(name):
         return Path(snapshot_download(name, revision=revision, ignore_patterns=NOT_NEEDED))
+
+
+@contextmanager
+def to_plan(model: str | Path, revision: str | None = None) -> Iterator[Path]:
+    """The folder of a model as `fetch` gives it, but of a repository the weights stay on the Hub.
+
+    Their files are as long as there and have their headers, which are read over the network; behind
+    these are holes. The folder goes with the context.
+
+    Raises:
+        SourceError: as `fetch`.
+    """
+    name = str(model)
+    if Path(model).expanduser().is_dir() or name.startswith((".", "/", "~")):
+        yield fetch(model)
+        return
+    with tempfile.TemporaryDirectory(prefix="zqfp-plan-") as above:
+        with _told(name):
+            ignored = [*NOT_NEEDED, "*.safetensors"]
+            there = Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))
+            # As the Hub's cache spells it, so that it is known where this comes from.
+            folder = Path(above) / there.parent.parent.name / there.parent.name / there.name
+            shutil.copytree(there, folder, ignore=shutil.ignore_patterns(*ignored))
+            index = folder / layout.INDEX_FILE
+            files = set(read_index(folder).values()) if index.is_file() else {layout.SINGLE_SHARD}
+            with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+                one = partial(_write_header, name, there.name, folder)
+                list(pool.map(one, sorted(files)))
+        yield folder
+
+
+def _write_header(name: str, revision: str, folder: Path, file: str) -> None:
+    """Write a shard that has its header and its length, and no data."""
+    try:
+        found = HfApi().parse_safetensors_file_metadata(name, file, revision=revision)
+    except EntryNotFoundError:
+        return  # who reads the folder says that it is missing
+    tensors = {
+        tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
+        for tensor, info in found.tensors.items()
+    }
+    header = json.dumps({"__metadata__": found.metadata, **tensors}).encode()
+    end = max((info.data_offsets[1] for info in found.tensors.values()), default=0)
+    with (folder / file).open("wb") as shard:
+        shard.write(len(header).to_bytes(8, "little") + header)
+        shard.truncate(8 + len(header) + end)
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Turns what the Hub's client raises into a `SourceError`."""
+    try:
+        yield
+    except ZqfpError:
+        raise
     except GatedRepoError as error:
         raise SourceError(
             name,
@@ -65,3 +131,18 @@ def fetch(model: str | Path, revision: str | None = None) -> Path:
             needed="a model folder, or a name on the Hub and a connection to it",
             do="Check the path; for a name on the Hub check the network and HF_HUB_OFFLINE.",
         ) from error
+
+
+def cached(repository: str, revision: str | None = None) -> Path | None:
+    """The folder of a repository as it lies in the Hub's cache, or None; the network is let be."""
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                ignore_patterns=NOT_NEEDED,
+                local_files_only=True,
+            )
+        )
+    except Exception:  # of many unrelated kinds: it is not there, then
+        return None

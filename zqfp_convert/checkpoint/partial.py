@@ -396,6 +396,7 @@ def _refuse_foreign_files(out: Path) -> None:
     """A checkpoint is overwritten whole; what somebody else put into its folder is not ours."""
     manifest = read_json(out / layout.MANIFEST_FILE, "bad-manifest")
     known = {layout.CONFIG_FILE, layout.INDEX_FILE, layout.MANIFEST_FILE}
+    known |= {layout.REPORT_PAGE, layout.REPORT_PICTURE, layout.EVALUATION_FILE}
     known |= {*manifest.get("shards", ()), *manifest.get("files", ())}
     inside = (path for path in sorted(out.rglob("*")) if path.is_symlink() or not path.is_dir())
     foreign = [path for path in inside if path.relative_to(out).as_posix() not in known]

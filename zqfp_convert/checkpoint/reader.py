@@ -51,6 +51,11 @@ class PackedCheckpoint:
             self._check_layer(layer)
 
     @property
+    def manifest_sha256(self) -> str:
+        """What tells this checkpoint from any other: the manifest has the hash of every shard."""
+        return sha256(self.folder / layout.MANIFEST_FILE)
+
+    @property
     def scales(self) -> Literal["free", "m1", "m2"]:
         """The kind of scales."""
         kind: Literal["free", "m1", "m2"] = self.quantization["weights"]["scales"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,13 +16,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from zqfp_convert.errors import OptionError, ZqfpError
+from zqfp_convert.report.wording import kinds as kinds
+from zqfp_convert.report.wording import size as size
+from zqfp_convert.report.wording import starred as starred
 
 if TYPE_CHECKING:
     from zqfp_convert.checkpoint.coverage import Coverage
 
 TO_PROGRAMS = "-"  # as the name of a file: standard output, and nothing else on it
 PIPED_WIDTH = 160  # columns of a table that goes to a file or a program
-NUMBER = re.compile(r"\.\d+(?=\.|$)")  # in a name
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True, highlight=False)
@@ -154,34 +155,11 @@ def give_json(found: dict[str, Any], given: str | None, target: Path | None) -> 
         target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def size(count: float) -> str:
-    """Bytes as a person reads them."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
 def _hush_libraries() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def starred(name: str) -> str:
-    """A name with stars for the numbers that count blocks and experts."""
-    return NUMBER.sub(".*", name)
-
-
-def kinds(names: Iterable[str]) -> str:
-    """Names in a row, those that differ by their numbers alone together."""
-    alike: dict[str, list[str]] = {}
-    for name in names:
-        alike.setdefault(starred(name), []).append(name)
-    shown = (f"{kind} ({len(each)})" if len(each) > 1 else each[0] for kind, each in alike.items())
-    return ", ".join(shown) or "nothing"
 
 
 def coverage_table(found: Mapping[str, Coverage]) -> Table:

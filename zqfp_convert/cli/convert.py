@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from zqfp_convert.cli import console
+from zqfp_convert.cli.push import show as show_pushed
 
 if TYPE_CHECKING:
     from zqfp_convert.conversion import Conversion
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 QUALITY = "Quality and size"
 CALIBRATION = "Calibration"
+HUB = "Hub"
 
 
 class Offset(Enum):
@@ -169,12 +172,33 @@ def command(
     seed: Annotated[
         int | None, typer.Option(help="Of all that is random.", rich_help_panel=CALIBRATION)
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USER/NAME",
+            help="Upload the checkpoint when it is done, with a model card.",
+            rich_help_panel=HUB,
+        ),
+    ] = None,
+    private: Annotated[
+        bool,
+        typer.Option(
+            "--private",
+            help="To a repository that others cannot see.",
+            rich_help_panel=HUB,
+        ),
+    ] = False,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 … \\[default: the first GPU]")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a model on the Hub.")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier checkpoint in OUT.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace an earlier checkpoint in OUT, and what the repository of --push-to-hub "
+            "holds.",
+        ),
     ] = False,
     resume: Annotated[
         bool,
@@ -194,11 +218,13 @@ def command(
     """Convert MODEL into a packed FP4 checkpoint in OUT (the command's name may be left out)."""
     from zqfp_convert import parallel
 
-    with console.errors(debug, as_json), parallel.join(device) as world:
+    with console.errors(debug, as_json), parallel.join(device) as world, ExitStack() as planning:
+        from zqfp_convert.checkpoint import hub
         from zqfp_convert.conversion import run
         from zqfp_convert.conversion.probe import estimate
         from zqfp_convert.errors import Stopped
         from zqfp_convert.plan import make_plan
+        from zqfp_convert.push.run import check, push
         from zqfp_convert.recipe import Recipe
 
         chosen = Recipe.named(
@@ -222,7 +248,7 @@ def command(
             seed=seed,
         )
         plan = make_plan(
-            model,
+            planning.enter_context(hub.to_plan(model, revision)) if dry_run else model,
             out,
             recipe=chosen,
             calibration=calibration,
@@ -232,6 +258,8 @@ def command(
             world=world,
         )
         silent = quiet or as_json or not world.leads
+        if push_to_hub is not None and not dry_run:
+            world.lead(lambda: check(push_to_hub, private=private, overwrite=overwrite))
         time = estimate(plan) if world.leads and (dry_run or not silent) else None
         if dry_run:
             if world.leads and as_json:
@@ -250,10 +278,19 @@ def command(
                 raise
             again = ["zqfp-convert", *(word for word in sys.argv[1:] if word != "--no-resume")]
             raise Stopped(f"{stopped} Go on with:\n  {shlex.join(again)}") from None
-        if world.leads and as_json:
-            console.print_json(result.to_json())
-        elif not silent:
+        if not silent:
             _show_result(result, time)
+        found = result.to_json() if as_json else {}
+        if push_to_hub is not None and world.leads:
+            with console.progress(silent) as report:
+                pushed = push(
+                    out, push_to_hub, private=private, overwrite=overwrite, progress=report
+                )
+            found["pushed"] = pushed.to_json()
+            if not silent:
+                show_pushed(pushed)
+        if world.leads and as_json:
+            console.print_json(found)
 
 
 def _number(text: str | None) -> int | str | None:
@@ -275,7 +312,7 @@ def _show_plan(plan: Plan, time: Estimate | None, *, every_layer: bool) -> None:
     layers = [layer for block in plan.layers for layer in block]
     most = "at most " if recipe.rank == "auto" else ""
     rows = {
-        "model": f"{plan.source.folder} ({type(plan.model).__name__})",
+        "model": f"{plan.model_name} ({type(plan.model).__name__})",
         "output": str(plan.out),
         "recipe": f"{recipe.name}: scales {recipe.scales}, group {recipe.group_size}, "
         f"rank {recipe.rank}",

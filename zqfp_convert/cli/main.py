@@ -17,6 +17,8 @@ from zqfp_convert.cli import (
     export,
     generate,
     inspect,
+    push,
+    report,
     tune,
     verify,
 )
@@ -32,6 +34,8 @@ app.command("convert")(convert.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("evaluate")(evaluate.command)
+app.command("report")(report.command)
+app.command("push")(push.command)
 app.command("compare")(compare.command)
 app.command("generate")(generate.command)
 app.command("export")(export.command)

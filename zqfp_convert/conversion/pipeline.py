@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from zqfp_convert import __version__
 from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.origin import origin, without_own_path
 from zqfp_convert.checkpoint.partial import Partial, differences, partial_folder
 from zqfp_convert.checkpoint.series import Series
 from zqfp_convert.checkpoint.source import fingerprint
@@ -30,7 +32,7 @@ from zqfp_convert.conversion.work import Work
 from zqfp_convert.distill.train import Outcome
 from zqfp_convert.errors import OptionError, SourceError, Stopped
 from zqfp_convert.model import skeleton
-from zqfp_convert.model.device import reproducible
+from zqfp_convert.model.device import describe, reproducible
 from zqfp_convert.model.experts import mixtures
 from zqfp_convert.numerics import codebook
 from zqfp_convert.parallel import ALONE, World
@@ -156,14 +158,14 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
         writer.copy(plan.source.folder, plan.source.other_files())
         largest = max(entry["rank"] for entry in work.entries.values())
         bound = largest if plan.recipe.rank == "auto" else plan.recipe.rank
-        quantization = _quantization_config(plan, bound, calibration)
-        config = {**plan.source.config, layout.CONFIG_KEY: quantization}
+        outcome: Outcome | None = None if tuned is None else tuned.outcome
+        quantization = _quantization_config(plan, bound, calibration, outcome)
+        config = {**without_own_path(plan.source.config), layout.CONFIG_KEY: quantization}
         bits = 8 * writer.packed_bytes() / plan.weights
         writer.finish(config, work.entries, work.changed)
     after = world.lead(lambda: sum(path.stat().st_size for path in plan.out.glob("*.safetensors")))
     skeleton.empty(plan.model)  # of a rotated plan only what was made stays
     seconds = time.monotonic() - began
-    outcome: Outcome | None = None if tuned is None else tuned.outcome
     return Conversion(
         plan.out,
         plan,
@@ -233,7 +235,7 @@ def _tuned(work: Work) -> Tuned | None:
 
 
 def _quantization_config(
-    plan: Plan, rank: int, calibration: dict[str, Any] | None
+    plan: Plan, rank: int, calibration: dict[str, Any] | None, tuning: Outcome | None
 ) -> dict[str, Any]:
     recipe = plan.recipe
     lorc = {"rank": rank, "factors": recipe.factors} if rank > 0 else None
@@ -257,4 +259,17 @@ def _quantization_config(
         "ignore": sorted(plan.left_alone),
         "recipe": recipe.to_json(),
         "calibration": calibration,
+        "tuning": None
+        if tuning is None
+        else {"kl_before": tuning.kl_before, "kl_after": tuning.kl_after, "kept": tuning.kept},
+        "source": {
+            **origin(plan.source.folder),
+            "bytes": plan.bytes_before,
+            "dtype": str(plan.dtype).removeprefix("torch."),
+        },
+        "made_on": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": describe(plan.device),
+        },
     }

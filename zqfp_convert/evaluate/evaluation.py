@@ -17,7 +17,7 @@ import torch
 from zqfp_convert.calibration.stream import batches_of
 from zqfp_convert.errors import SourceError
 from zqfp_convert.evaluate.divergence import PerToken
-from zqfp_convert.evaluate.figures import Bucket, Figures, by_position
+from zqfp_convert.evaluate.figures import KL_EDGES, Bucket, Figures, by_position
 from zqfp_convert.evaluate.parts import Parts
 from zqfp_convert.evaluate.plan import EvaluationPlan, make_plan
 from zqfp_convert.evaluate.streamed import Streamed, compared, stream
@@ -68,6 +68,7 @@ class Evaluation:
         plan = self.plan
         return {
             "checkpoint": str(plan.packed.checkpoint.folder),
+            "manifest_sha256": plan.packed.checkpoint.manifest_sha256,
             "against": str(plan.original.source.folder),
             "device": str(plan.device),
             "dtype": str(plan.packed.dtype).removeprefix("torch."),
@@ -77,6 +78,7 @@ class Evaluation:
             "calibrated_on": plan.calibrated_on,
             "host_memory": plan.host_memory,
             "device_memory": plan.device_memory,
+            "kl_edges": KL_EDGES,
             "texts": [measured.to_json() for measured in self.texts],
             "seconds": round(self.seconds, 3),
         }

@@ -9,12 +9,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zqfp_convert.evaluate.divergence import PerToken
 from zqfp_convert.evaluate.interval import Interval, interval
+
+KL_EDGES = tuple(10 ** (quarter / 4) for quarter in range(-24, 7))  # nats, of the histogram
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Figures:
         kl: mean KL(original || converted).
         kl_median, kl_99, kl_999: what half, 99 % and 99.9 % of the tokens stay under.
         same_top: share of the tokens at which both find the same token likeliest.
+        kl_histogram: how many tokens have a KL up to the first of `KL_EDGES`, from there up to the
+            second, and so on; the last number is of those above all edges.
     """
 
     tokens: int
@@ -39,6 +45,7 @@ class Figures:
     kl_99: float
     kl_999: float
     same_top: float
+    kl_histogram: tuple[int, ...]
 
     @classmethod
     def of(cls, found: PerToken) -> Figures:
@@ -56,6 +63,7 @@ class Figures:
             kl_99=_quantile(ordered, 0.99),
             kl_999=_quantile(ordered, 0.999),
             same_top=float(found.same.double().mean()),
+            kl_histogram=_histogram(ordered),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -96,6 +104,13 @@ def by_position(found: PerToken) -> list[Bucket]:
         buckets.append(Bucket(first, last, Figures.of(part)))
         first *= 2
     return buckets
+
+
+def _histogram(ordered: Tensor) -> tuple[int, ...]:
+    """How many of ascending values `[n]` lie up to each of `KL_EDGES`, and above the last."""
+    edges = torch.tensor(KL_EDGES, dtype=ordered.dtype, device=ordered.device)
+    up_to = [0, *torch.searchsorted(ordered, edges, right=True).tolist(), ordered.numel()]
+    return tuple(above - below for below, above in pairwise(up_to))
 
 
 def _quantile(ordered: Tensor, share: float) -> float:

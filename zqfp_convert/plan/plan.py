@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from zqfp_convert.calibration.text import Text
 from zqfp_convert.checkpoint import hub, layout
+from zqfp_convert.checkpoint.origin import origin
 from zqfp_convert.checkpoint.partial import check_free, check_room, room
 from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
 from zqfp_convert.checkpoint.source import Source
@@ -101,6 +102,14 @@ class Plan:
     rotation: Rotation | None = None
 
     @property
+    def model_name(self) -> str:
+        """The repository that the model is of, with its revision, or its folder."""
+        known = origin(self.source.folder)
+        if known["repository"] is None:
+            return str(self.source.folder)
+        return f"{known['repository']}, revision {known['revision']}"
+
+    @property
     def weights(self) -> int:
         """How many weights will be quantized."""
         return sum(layer.weights for block in self.layers for layer in block)
@@ -151,7 +160,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
         return {
-            "model": str(self.source.folder),
+            "model": self.model_name,
             "out": str(self.out),
             "architecture": type(self.model).__name__,
             "blocks": len(self.layers),

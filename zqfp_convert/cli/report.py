@@ -1,0 +1,58 @@
+"""`zqfp-convert report OUT/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from zqfp_convert.cli import console
+
+
+def command(
+    checkpoint: Annotated[str, typer.Argument(help="A packed checkpoint, or a name on the Hub.")],
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What evaluate --json wrote of it. \\[default: what an earlier report has kept]",
+        ),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where to write. \\[default: the checkpoint's folder, or this one for a name on "
+            "the Hub]",
+        ),
+    ] = None,
+    as_json: console.Json = False,
+    quiet: console.Quiet = False,
+    debug: console.Debug = False,
+) -> None:
+    """Write a page and a picture: size, errors, spans, KL, what limited it and what to try.
+
+    report.html needs nothing beside it; report.png is what a model card shows (extra [report]).
+    """
+    with console.errors(debug, as_json):
+        from zqfp_convert.report.run import report
+
+        made = report(checkpoint, evaluation=evaluation, to=to)
+        if as_json:
+            found = [
+                {"title": each.title, "text": each.text, "try": each.attempt}
+                for each in made.findings
+            ]
+            console.print_json(
+                {"page": str(made.page), "picture": str(made.picture), "findings": found}
+            )
+        elif not quiet:
+            for each in made.findings:
+                console.out.print(f"[bold]{escape(each.title)}[/]: {escape(each.text)}")
+                if each.attempt:
+                    console.out.print(f"  try {escape(each.attempt)}")
+            console.out.print(
+                f"\nwritten: {made.page}, {made.picture}", soft_wrap=True, markup=False
+            )

@@ -1,0 +1,195 @@
+"""The model card of a checkpoint: what it is, how close, how to load it, how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.origin import OF_CARD
+from zqfp_convert.report.choices import choices, spelled_bits
+from zqfp_convert.report.facts import OTHERS, Facts
+from zqfp_convert.report.wording import interval, size
+
+LIBRARY = "zqfp-convert"
+TAGS = ("zqfp", "fp4", "w4a8", "quantized")
+
+
+def card(
+    facts: Facts,
+    repository: str,
+    *,
+    base_model: str | None,
+    license_name: str | None,
+    picture: bool,
+) -> str:
+    """A model card in Markdown, with its metadata.
+
+    Args:
+        facts: of the checkpoint; names in it are to be shown to strangers.
+        repository: where the card will lie.
+        base_model: the repository of the model that was converted, if it has one.
+        license_name: the Hub's identifier of a licence; by default that of the source's card.
+        picture: whether the report's picture lies beside the card.
+    """
+    recorded = (facts.quantization["source"] or {}).get("card", {})
+    known: dict[str, Any] = {key: recorded[key] for key in OF_CARD if key in recorded}
+    if license_name is not None:
+        known = {key: value for key, value in known.items() if not key.startswith("license")}
+        known["license"] = license_name
+    data = ModelCardData(
+        base_model=base_model,
+        base_model_relation=None if base_model is None else "quantized",
+        library_name=LIBRARY,
+        pipeline_tag="text-generation",
+        tags=list(TAGS),
+        **known,
+    )
+    parts = [
+        f"# {repository.rpartition('/')[2]}",
+        *_about(facts, base_model),
+        *_size(facts),
+        *_quality(facts, repository, base_model, picture=picture),
+        *_loading(repository),
+        *_made(facts),
+        *_license(known, base_model),
+    ]
+    text = "\n\n".join(parts)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
+
+
+def _about(facts: Facts, base_model: str | None) -> Iterator[str]:
+    name = (facts.quantization["source"] or {}).get("name") or "a model"
+    linked = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else name
+    free = facts.quantization["weights"]["scales"] == "free"
+    yield (
+        f"{linked} with 4-bit floating-point weights (FP4) and FP8 activations, in the zqfp format "
+        "of zqfp-convert. "
+        + (
+            "Its scales are any numbers (free scales), so it runs on the reference path alone, "
+            "without FP8 tensor cores."
+            if free
+            else "Every weight is *exactly* an FP8 number once it is unpacked, so Hopper GPUs "
+            "(H100, H200, H20), which have no FP4 units, multiply it on their FP8 tensor cores. It "
+            "runs on other GPUs and on the CPU too."
+        )
+    )
+
+
+def _size(facts: Facts) -> Iterator[str]:
+    before = size(facts.bytes_before) if facts.bytes_before else "not on record"
+    smaller = (
+        f" ({facts.bytes_before / facts.bytes_after:.2f} times smaller)"
+        if facts.bytes_before
+        else ""
+    )
+    yield "## Size"
+    yield "\n".join(
+        [
+            "| | before | here |",
+            "|---|---|---|",
+            f"| all tensors | {before} | {size(facts.bytes_after)}{smaller} |",
+            f"| bits a quantized weight | {_stored(facts)} | {facts.bits:.3f} |",
+        ]
+    )
+    yield (
+        f"{facts.weights:,} weights in {len(facts.layers):,} linear layers are quantized; all "
+        f"other tensors have the precision that they had. {spelled_bits(facts)}"
+    )
+
+
+def _stored(facts: Facts) -> str:
+    if not facts.bytes_before or not facts.weights:
+        return "-"
+    return f"{8 * (facts.bytes_before - facts.sizes[OTHERS]) / facts.weights:.3g}"
+
+
+def _quality(
+    facts: Facts, repository: str, base_model: str | None, *, picture: bool
+) -> Iterator[str]:
+    yield "## How close it is"
+    found = facts.evaluation
+    if found is None:
+        yield (
+            "It has not been measured as a whole; the error of every layer is in "
+            f"`{layout.MANIFEST_FILE}`."
+        )
+    else:
+        yield "\n".join(
+            [
+                "| text | tokens | perplexity | original | mean KL | median KL | 99% of KL "
+                "| same top token |",
+                "|---|---|---|---|---|---|---|---|",
+                *(_row(text) for text in found["texts"]),
+            ]
+        )
+        yield (
+            "KL(original ‖ this model) of the next token's distribution in nats, ± the 95% "
+            f"interval over windows of {found['window']:,} tokens. All figures, by position too, "
+            f"are in `{layout.EVALUATION_FILE}`."
+        )
+    if picture:
+        yield f"![Size, errors by layer, and how close it is]({layout.REPORT_PICTURE})"
+    against = base_model or "MODEL"
+    yield "Measure it on your own text, or prove that it is whole and keeps the format's rules:"
+    yield (
+        f"```\nzqfp-convert evaluate {repository} --against {against} --text TEXT.txt\n"
+        f"zqfp-convert verify {repository}\n```"
+    )
+
+
+def _row(text: dict[str, Any]) -> str:
+    cells = (
+        _cell(text["text"]),
+        f"{text['tokens']:,}",
+        f"{text['perplexity']:.3f}",
+        f"{text['original_perplexity']:.3f}",
+        interval(text["kl"]),
+        f"{text['kl_median']:.4f}",
+        f"{text['kl_99']:.3f}",
+        f"{text['same_top']:.2%}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _loading(repository: str) -> Iterator[str]:
+    yield "## How to load it"
+    yield "```\npip install zqfp-convert\n```"
+    yield "By itself (the result is a transformers model):"
+    yield (
+        "```python\nimport zqfp_convert\n\n"
+        f'model = zqfp_convert.load("{repository}", device="cuda")\n```'
+    )
+    yield "In transformers:"
+    yield (
+        "```python\nimport zqfp_convert  # lets transformers know the format\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{repository}", device_map="auto")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{repository}")\n```'
+    )
+    yield "In vLLM, with zqfp-convert installed beside it:"
+    yield f"```\nvllm serve {repository}\n```"
+
+
+def _made(facts: Facts) -> Iterator[str]:
+    yield "## How it was made"
+    rows = (f"| {name} | {_cell(value)} |" for name, value in choices(facts.quantization).items())
+    yield "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _license(known: dict[str, Any], base_model: str | None) -> Iterator[str]:
+    yield "## License"
+    of = "the model that it was made from" if base_model is None else base_model
+    if "license" in known:
+        named = (
+            known["license"] if isinstance(known["license"], str) else ", ".join(known["license"])
+        )
+        yield f"That of {of}: {known.get('license_name', named)}."
+    else:
+        yield f"That of {of}; which one is not on record."
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
