@@ -43,6 +43,7 @@ DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 MOST_AT_ONCE = 1 << 30  # bytes that the system is asked for
+PIECE = 32 << 20  # bytes that go to a GPU at a time
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Shards:
         for file, members in by_file.items():
             with (self.folder / file).open("rb", buffering=0) as shard:
                 for name in members:
-                    result[name] = _read(shard, name, self.tensors[name]).to(device)
+                    result[name] = _read(shard, name, self.tensors[name], device)
         return result
 
     def read_at(self, name: str, index: int) -> Tensor:
@@ -123,7 +124,7 @@ class Shards:
             return _read(shard, name, part)
 
 
-def _read(file: FileIO, name: str, info: TensorInfo) -> Tensor:
+def _read(file: FileIO, name: str, info: TensorInfo, device: torch.device | str = "cpu") -> Tensor:
     """A tensor out of an open file.
 
     Raises:
@@ -132,9 +133,33 @@ def _read(file: FileIO, name: str, info: TensorInfo) -> Tensor:
     if info.dtype not in DTYPES:
         found, needed = f"dtype {info.dtype}", f"one of {', '.join(DTYPES)}"
         raise CheckpointError("bad-shard", f"{name} in {info.file}", found, needed=needed, do=AGAIN)
-    tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-    rest = tensor.reshape(-1).view(torch.uint8).numpy().data
+    tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype], device=device)
+    whole = tensor.reshape(-1).view(torch.uint8)
     file.seek(info.start)
+    if whole.is_cuda:
+        _copy(file, whole, name, info)
+    else:
+        _fill(file, whole, name, info)
+    return tensor
+
+
+def _copy(file: FileIO, target: Tensor, name: str, info: TensorInfo) -> None:
+    """Fill bytes on a GPU, through two pieces of host memory that it can read by itself."""
+    size = min(PIECE, max(1, len(target)))
+    pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    cuda: Any = torch.cuda
+    copied = [cuda.Event(), cuda.Event()]
+    for number, part in enumerate(torch.split(target, PIECE)):
+        piece, event = pieces[number % 2][: len(part)], copied[number % 2]
+        event.synchronize()
+        _fill(file, piece, name, info)
+        part.copy_(piece, non_blocking=True)
+        event.record()
+
+
+def _fill(file: FileIO, target: Tensor, name: str, info: TensorInfo) -> None:
+    """Fill bytes on the CPU with what comes next in a file."""
+    rest = target.numpy().data
     while rest:
         got = file.readinto(rest[:MOST_AT_ONCE])
         if not got:
@@ -142,7 +167,6 @@ def _read(file: FileIO, name: str, info: TensorInfo) -> Tensor:
             where = f"{name} in {info.file}"
             raise CheckpointError("bad-shard", where, found, needed=needed, do=AGAIN)
         rest = rest[got:]
-    return tensor
 
 
 def read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
