@@ -79,9 +79,13 @@ def texts(model: hf.PreTrainedModel) -> Tensor:
     """Prompts of random tokens of the model's own choice, and its greedy continuations `[32, .]`."""
     torch.manual_seed(0)
     first = torch.full((PROMPTS, 1), model.config.bos_token_id)
-    settings: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": None}
-    prompts = model.generate(first, max_new_tokens=PROMPT, do_sample=True, top_k=0, **settings)
-    return model.generate(prompts, max_new_tokens=NEW, do_sample=False, **settings)
+
+    def more(tokens: Tensor, count: int, **settings: Any) -> Tensor:
+        seen = torch.ones_like(tokens)  # token 0 too, which may stand for padding
+        settings |= {"attention_mask": seen, "pad_token_id": 0, "eos_token_id": None}
+        return model.generate(tokens, max_new_tokens=count, **settings)
+
+    return more(more(first, PROMPT, do_sample=True, top_k=0), NEW, do_sample=False)
 
 
 def distributions(model: hf.PreTrainedModel, tokens: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import (
@@ -19,6 +20,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.serving import scheme
+from zqfp_convert.serving.experts import ZqfpExpertsMethod
 from zqfp_convert.serving.linear import ADDED_BIAS, ZqfpLinearMethod
 
 OLDEST = 75  # compute capability; the reference path runs everywhere, kernels from 8.9 on
@@ -89,6 +91,10 @@ class ZqfpConfig(QuantizationConfig):
             OptionError: it is quantized in a way that vLLM cannot run.
         """
         assert self.scheme is not None
+        if isinstance(layer, RoutedExperts):
+            if not any(name.startswith(f"{prefix}.") for name in self.scheme.layers):
+                return None
+            return ZqfpExpertsMethod(self.scheme, prefix, layer.moe_config)
         if not isinstance(layer, LinearBase):
             return None
         sources = self.scheme.sources(prefix, self.packed_modules_mapping)
