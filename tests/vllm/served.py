@@ -76,7 +76,7 @@ def source(case: Case, folder: Path) -> Path:
 
 
 def texts(model: hf.PreTrainedModel) -> Tensor:
-    """Prompts of random tokens of the model's own choice, and its greedy continuations `[32, .]`."""
+    """Prompts that the model draws at random, and its greedy continuations, `[32, 81]`."""
     torch.manual_seed(0)
     first = torch.full((PROMPTS, 1), model.config.bos_token_id)
 

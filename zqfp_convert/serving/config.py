@@ -26,7 +26,7 @@ from zqfp_convert.serving.linear import ADDED_BIAS, ZqfpLinearMethod
 OLDEST = 75  # compute capability; the reference path runs everywhere, kernels from 8.9 on
 
 
-class ZqfpConfig(QuantizationConfig):
+class ZqfpConfig(QuantizationConfig):  # type: ignore[misc]
     """The `quantization_config` of a checkpoint, and what its manifest says of its layers."""
 
     def __init__(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -126,17 +125,15 @@ class ZqfpExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             about = self._scheme
             layer = unpack(name, tensors, about.kind, about.group(columns), columns, about.books)
             layer.check()
-            layer = self._of_rank(layer, shard_id).to(param.device)
-            own = {k: v.clone() for k, v in vars(layer).items() if isinstance(v, Tensor)}
-            self._matrices[local, shard_id] = replace(layer, **own)
+            self._matrices[local, shard_id] = self._of_rank(layer, shard_id).to(param.device)
             del self._tensors[local, shard_id]
         return True if return_success else None
 
     def _columns(self, shard_id: str) -> int:
         """K on disk."""
-        if shard_id == "w2":
-            return self._inner * self.moe.moe_parallel_config.tp_size
-        return self.moe.hidden_dim
+        ranks: int = self.moe.moe_parallel_config.tp_size
+        width: int = self.moe.hidden_dim
+        return self._inner * ranks if shard_id == "w2" else width
 
     def _count(self, name: str) -> int:
         """Tensors that a matrix has."""
@@ -186,7 +183,7 @@ class ZqfpExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         shared_experts: object,
         shared_experts_input: Tensor | None,
     ) -> Tensor:
-        """`[M, K]`: the outputs of each token's experts, times their weights `[M, top]`, added up."""
+        """The sum of the outputs of each token's experts times their weights, `[M, K]`."""
         activate = ACTIVATIONS[self.moe.activation]
         y = torch.zeros_like(x)
         for local, expert in enumerate(layer.quantized):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from zqfp_convert.serving import factors
 from zqfp_convert.serving.scheme import Entry, Scheme, incomplete
 
 ADDED_BIAS = "added_bias"
+U8, BF16, F32 = torch.uint8, torch.bfloat16, torch.float32
 QKV = {"q": 0, "k": 1, "v": 2}
 SCRATCH = Scratch()  # one for all models, with the same key in each process: it is compiled in
 
@@ -42,7 +44,7 @@ Shard = int | str | tuple[int, ...] | None
 
 
 @register_weight_loader_v2_supported_method
-class ZqfpLinearMethod(LinearMethodBase):
+class ZqfpLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """Loads a packed linear, and multiplies with it."""
 
     def __init__(self, scheme: Scheme, prefix: str, sources: Sequence[Entry]) -> None:
@@ -75,51 +77,48 @@ class ZqfpLinearMethod(LinearMethodBase):
         load: Loader = extra_weight_attrs["weight_loader"]
 
         def add(
-            suffix: str, kind: type, shape: tuple[int, ...], dtype: torch.dtype, count: int,
-            loader: Loader = load, **place: int,
-        ) -> None:  # fmt: skip
+            suffix: str,
+            kind: type,
+            shape: tuple[int, ...],
+            dtype: torch.dtype,
+            loader: Loader,
+            place: dict[str, int],
+            count: int = len(self._sources),
+        ) -> None:
             name = suffix.removeprefix(".")
+            loader = self._counted(name, loader)
             data = torch.zeros(shape, dtype=dtype)
-            counted = self._counted(name, loader)
-            layer.register_parameter(name, kind(data=data, weight_loader=counted, **place))
+            layer.register_parameter(name, kind(data=data, weight_loader=loader, **place))
             self._wanted[name] = count
 
-        # A scale that is a whole row's is the same for each of the row's parts.
-        by_group = GroupQuantScaleParameter if groups > 1 or self._whole else None
-        scale_kind = by_group or ChannelQuantScaleParameter
-        scale_place = {"output_dim": 0} | ({"input_dim": 1} if by_group else {})
-        scale_dtype = torch.bfloat16 if about.kind == "free" else torch.uint8
-        count = len(self._sources)
-        packed = {"input_dim": 1, "output_dim": 0, "packed_dim": 1, "packed_factor": 2}
-        half = -(-columns // 2)
-        add(layout.PACKED, PackedvLLMParameter, (rows, half), torch.uint8, count, **packed)
-        add(layout.SCALE, scale_kind, (rows, groups), scale_dtype, count, **scale_place)
+        row, both = {"output_dim": 0}, {"output_dim": 0, "input_dim": 1}
+        of_row, whole = ChannelQuantScaleParameter, BasevLLMParameter
+        packed = {**both, "packed_dim": 1, "packed_factor": 2}
+        add(layout.PACKED, PackedvLLMParameter, (rows, -(-columns // 2)), U8, load, packed)
+        by_group: tuple[type, dict[str, int]] = (GroupQuantScaleParameter, both)
+        if about.group(input_size) == input_size:  # a row's scale is that of each of its parts
+            by_group = (of_row, row)
+        scale = BF16 if about.kind == "free" else U8
+        add(layout.SCALE, by_group[0], (rows, groups), scale, load, by_group[1])
         if about.kind == "m2":
-            row = ChannelQuantScaleParameter
-            add(layout.ROW_SCALE, row, (rows,), torch.bfloat16, count, output_dim=0)
+            add(layout.ROW_SCALE, of_row, (rows,), BF16, load, row)
         if len(about.books) > 1:  # a bit for each group on disk, a byte until all are loaded
-            unpacked = _prepared(load, lambda one: bits.unpack(one, min(8 * len(one), output_size)))
-            add(layout.CODEBOOK, scale_kind, (rows, groups), torch.bool, count, unpacked,
-                **scale_place)  # fmt: skip
-        of_parts = _by_part(layer, parts)
-        ranks = [source.rank for source in self._sources]
-        if rank := max(ranks):
-            count = sum(one > 0 for one in ranks)
-            dtype = fp8.DTYPE if about.factors == "e4m3" else torch.bfloat16
-            shape = (parts, rank, columns)
-            add(layout.LORC_A, BasevLLMParameter, shape, dtype, count, of_parts)
+            bytewise = _prepared(load, lambda one: bits.unpack(one, min(8 * len(one), output_size)))
+            shape = (rows, groups)
+            add(layout.CODEBOOK, by_group[0], shape, torch.bool, bytewise, by_group[1])
+        by_part = _by_part(layer, parts)
+        if rank := max(source.rank for source in self._sources):
+            count = sum(source.rank > 0 for source in self._sources)
+            dtype = fp8.DTYPE if about.factors == "e4m3" else BF16
             wide = _prepared(load, lambda one: _widened(one, rank))
-            add(layout.LORC_B, ChannelQuantScaleParameter, (rows, rank), dtype, count, wide,
-                output_dim=0)  # fmt: skip
+            add(layout.LORC_A, whole, (parts, rank, columns), dtype, by_part, {}, count)
+            add(layout.LORC_B, of_row, (rows, rank), dtype, wide, row, count)
             if about.factors == "e4m3":
-                scale = torch.float32
-                add(layout.LORC_SCALE, BasevLLMParameter, (parts, rank), scale, count, of_parts)
-        if about.input_offset:
-            shape = (parts, 1, columns)
-            add(layout.INPUT_OFFSET, BasevLLMParameter, shape, torch.bfloat16, 0, of_parts)
+                add(layout.LORC_SCALE, whole, (parts, rank), F32, by_part, {}, count)
+        if about.input_offset:  # not all layers have one
+            add(layout.INPUT_OFFSET, whole, (parts, 1, columns), BF16, by_part, {}, 0)
         if added := sum(source.bias_added for source in self._sources):
-            row = ChannelQuantScaleParameter
-            add(ADDED_BIAS, row, (rows,), torch.float32, added, output_dim=0)
+            add(ADDED_BIAS, of_row, (rows,), F32, load, row, added)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Arrange the weights for the kernels of the device they are on.
@@ -134,21 +133,18 @@ class ZqfpLinearMethod(LinearMethodBase):
         packed = self._packed(layer)
         for name in self._wanted:
             delattr(layer, name)
-        rows = [0]
+        layer.quantized = nn.ModuleList()
+        first = 0
         for one in packed:
-            if self._whole:  # rules are about whole rows
+            if self._whole:  # the rules on values are about whole rows
                 one.check()
-            rows.append(rows[-1] + one.rows)
-        layer.quantized = nn.ModuleList(
-            QuantizedLinear(
-                one, None if bias is None else bias[rows[i] : rows[i + 1]], SCRATCH, self._dtype
-            )
-            for i, one in enumerate(packed)
-        )
+            of_rows = None if bias is None else bias[first : first + one.rows]
+            layer.quantized.append(QuantizedLinear(one, of_rows, SCRATCH, self._dtype))
+            first += one.rows
         # vLLM asks a linear's weight for its device.
         layer.weight_packed = next(layer.quantized[0].buffers())
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[..., K]` to `[..., N]`; the bias is added with the product, so it is not looked at."""
         outputs = [linear(x) for linear in layer.quantized]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
@@ -165,15 +161,16 @@ class ZqfpLinearMethod(LinearMethodBase):
 
         return counted
 
-    def _bias(self, layer: nn.Module) -> Tensor | None:
+    def _bias(self, layer: Any) -> Tensor | None:
         """What is to be added with the product on this rank, `[N]`."""
         if isinstance(layer, RowParallelLinear) and layer.tp_rank > 0:
             return None
-        own = None if layer.skip_bias_add else layer.bias
-        added = getattr(layer, ADDED_BIAS, None)
-        if own is None or added is None:
-            return own if added is None else added.data
-        return own.float() + added
+        biases: list[Tensor] = []
+        if layer.bias is not None and not layer.skip_bias_add:
+            biases.append(layer.bias.data)
+        if hasattr(layer, ADDED_BIAS):
+            biases.append(getattr(layer, ADDED_BIAS).data)
+        return sum((bias.float() for bias in biases[1:]), biases[0]) if biases else None
 
     def _packed(self, layer: nn.Module) -> list[PackedLayer]:
         """The whole linear as one layer; or its parts, if the kernels take no such rank."""
@@ -184,7 +181,8 @@ class ZqfpLinearMethod(LinearMethodBase):
 
         about, sizes = self._scheme, self._sizes
         packed, scale, row_scale, choice = (
-            tensor(name) for name in (layout.PACKED, layout.SCALE, layout.ROW_SCALE, layout.CODEBOOK)
+            tensor(name)
+            for name in (layout.PACKED, layout.SCALE, layout.ROW_SCALE, layout.CODEBOOK)
         )
         assert packed is not None
         assert scale is not None
@@ -193,7 +191,9 @@ class ZqfpLinearMethod(LinearMethodBase):
         )
         offset = self._offset(tensor(layout.INPUT_OFFSET))
 
-        def part(rows: slice, lorc: tuple[Tensor | None, Tensor | None, Tensor | None]) -> PackedLayer:
+        def part(
+            rows: slice, lorc: tuple[Tensor | None, Tensor | None, Tensor | None]
+        ) -> PackedLayer:
             return PackedLayer(
                 self._prefix,
                 about.kind,
@@ -218,8 +218,7 @@ class ZqfpLinearMethod(LinearMethodBase):
         }
         if len(ways) == 1:
             return [part(everything, stacked)]
-        ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
-        rows = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+        rows = [slice(*pair) for pair in pairwise(accumulate(sizes, initial=0))]
         scales = [None] * len(sizes) if lorc_scale is None else list(lorc_scale)
         return [part(one, (A[i], B[one], scales[i])) for i, one in enumerate(rows)]
 
@@ -237,7 +236,7 @@ class ZqfpLinearMethod(LinearMethodBase):
         return offsets[0, 0]
 
 
-def _by_part(layer: nn.Module, parts: int) -> Loader:
+def _by_part(layer: Any, parts: int) -> Loader:
     """Loads `[..., K]` of one part of a fused linear, or of several, into `[parts, r, K']`.
 
     K' are the columns of this rank, where ranks share them. What has less than r rows is filled up

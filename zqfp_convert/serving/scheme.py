@@ -23,7 +23,7 @@ class Entry:
     Attributes:
         name: on disk.
         rank: of its low-rank factors.
-        bias_added: the source has no bias, the checkpoint does; so vLLM's model has no place for it.
+        bias_added: the checkpoint has a bias, the source has not; so vLLM's model has no place.
     """
 
     name: str
