@@ -27,8 +27,16 @@ SETTINGS = {
 class Server:
     """Serves a folder for as long as the `with` lasts."""
 
-    def __init__(self, folder: Path, log: Path, *options: str) -> None:
+    def __init__(self, folder: Path, log: Path, ranks: int, *options: str) -> None:
         self._log = log
+        if ranks > 1:
+            options += ("--tensor-parallel-size", str(ranks))
+        cores = sorted(os.sched_getaffinity(0))
+        shares = [
+            cores[rank * len(cores) // ranks :][: len(cores) // ranks] for rank in range(ranks)
+        ]
+        threads = "|".join(",".join(map(str, share)) for share in shares)
+        self._settings = SETTINGS | {"VLLM_CPU_OMP_THREADS_BIND": threads}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -43,7 +51,7 @@ class Server:
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 self._command,
-                env=os.environ | SETTINGS,
+                env=os.environ | self._settings,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

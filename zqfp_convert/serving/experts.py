@@ -19,9 +19,8 @@ from zqfp_convert.checkpoint.packed import PackedLayer, unpack
 from zqfp_convert.errors import OptionError
 from zqfp_convert.model.experts import DOWN, GATE, UP
 from zqfp_convert.runtime import siblings
-from zqfp_convert.runtime.linear import QuantizedLinear
+from zqfp_convert.runtime.linear import QuantizedLinear, Scratch
 from zqfp_convert.serving import part
-from zqfp_convert.serving.linear import SCRATCH
 from zqfp_convert.serving.scheme import Scheme, incomplete
 
 ACTIVATIONS: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
@@ -29,6 +28,7 @@ ACTIVATIONS: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
     MoEActivation.GELU: functional.gelu,
     MoEActivation.GELU_TANH: lambda x: functional.gelu(x, approximate="tanh"),
 }
+SCRATCH = Scratch()  # not that of linears: shared experts may run beside, on another stream
 MATRICES = {"w1": GATE, "w3": UP, "w2": DOWN}  # as vLLM and we call them
 
 
