@@ -59,6 +59,7 @@ class Case:
         convert: options of the conversion.
         dtype: of the activations.
         ranks: that serve it together.
+        compiled: as vLLM does by itself; else with --enforce-eager, which starts sooner.
     """
 
     name: str
@@ -67,17 +68,19 @@ class Case:
     convert: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     ranks: int = 1
+    compiled: bool = False
 
 
 WIDE = {"hidden_size": 128, "max_position_embeddings": 256}
 CASES = [
-    Case("Llama", "llama", {**WIDE, "num_attention_heads": 4, "intermediate_size": 256}),
+    Case("Llama", "llama", {**WIDE, "num_attention_heads": 4, "intermediate_size": 256},
+         compiled=True),
     Case("Llama, groups of a row", "llama", {**WIDE, "intermediate_size": 172},
          {"group_size": "row", "recipe": "fast", "rank": 8, "scales": "m1"}, ranks=2),
     Case("OPT, centered", "opt", {**WIDE, "word_embed_proj_dim": 128}),
     Case("Falcon, biases added", "falcon", WIDE),
     Case("Mixtral", "mixtral", {**WIDE, "intermediate_size": 64, "head_dim": 32}, ranks=2),
-    Case("demonstration"),
+    Case("demonstration", compiled=True),
     Case("demonstration", ranks=2),
     Case("demonstration", dtype="bfloat16"),
 ]  # fmt: skip
@@ -238,6 +241,7 @@ def main() -> None:
             mine = step_by_step.gather(-1, tokens[:, -NEW:, None])[..., 0]
             own = Figures.of(step_by_step.argmax(-1), mine, ours, tokens)
             settings = ["--dtype", case.dtype, "--max-model-len", "128", "--max-num-seqs", "32"]
+            settings += [] if case.compiled else ["--enforce-eager"]
             with Server(out, work / f"serve-{number}.log", case.ranks, *settings) as server:
                 theirs = Figures.of(*served(server, tokens), ours, tokens)
                 same = greedy(server, tokens)

@@ -24,6 +24,14 @@ SETTINGS = {
 }
 
 
+class NotStarted(SystemExit):
+    """The server has ended, or takes too long; `log` is what it has said."""
+
+    def __init__(self, path: Path) -> None:
+        self.log = path.read_text()
+        super().__init__(f"{self.log[-6000:]}\nvllm serve did not start; see {path}")
+
+
 class Server:
     """Serves a folder for as long as the `with` lasts."""
 
@@ -60,8 +68,7 @@ class Server:
         try:
             while not self._ready():
                 if self._process.poll() is not None or time.monotonic() > end:
-                    text = self._log.read_text()
-                    raise SystemExit(f"{text[-6000:]}\nvllm serve did not start; see {self._log}")
+                    raise NotStarted(self._log)
                 time.sleep(1)
         except BaseException:
             self.__exit__(None, None, None)
