@@ -14,8 +14,8 @@ test: $(VENV)/developing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 test-vllm: $(VLLM)/installed
-	$(VLLM)/bin/python tests/vllm/refused.py
-	$(VLLM)/bin/python tests/vllm/served.py
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python tests/vllm/refused.py
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python tests/vllm/served.py
 
 check: $(VENV)/developing
 	$(BIN)/ruff format --check

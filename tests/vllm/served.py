@@ -9,8 +9,11 @@ not, our two best are less than 0.05 apart; log-probabilities differ by 0.02 at 
 Activations are rounded to FP8, so where two programs differ in the last bit of a float32, now and
 then one is rounded the other way, and from there on all that follows differs by the rounding noise
 of FP8. Our loader meets the same when it runs token by token with its cache, which is how it wrote
-the continuations; so each figure may also be as large as the loader's with itself. In bfloat16,
-where last bits differ all the time, nothing has to hold.
+the continuations: its figures with itself stand beside. In small random models that is rare, and
+all three rules have to hold. In the trained demonstration model half of the texts meet it, and
+tokens then differ where two are farther apart: there the first and the third have to hold. In
+bfloat16, where last bits differ all the time, the loader does not keep them with itself, and none
+has to.
 
 With several ranks row-parallel linears quantize the part of their input that a rank has; so does
 our loader's model then.
@@ -60,6 +63,7 @@ class Case:
         dtype: of the activations.
         ranks: that serve it together.
         compiled: as vLLM does by itself; else with --enforce-eager, which starts sooner.
+        rules: that have to hold, of agreement, gap and mean.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Case:
     dtype: str = "float32"
     ranks: int = 1
     compiled: bool = False
+    rules: tuple[str, ...] = ("agreement", "gap", "mean")
 
 
 WIDE = {"hidden_size": 128, "max_position_embeddings": 256}
@@ -80,9 +85,9 @@ CASES = [
     Case("OPT, centered", "opt", {**WIDE, "word_embed_proj_dim": 128}),
     Case("Falcon, biases added", "falcon", WIDE),
     Case("Mixtral", "mixtral", {**WIDE, "intermediate_size": 64, "head_dim": 32}, ranks=2),
-    Case("demonstration", compiled=True),
-    Case("demonstration", ranks=2),
-    Case("demonstration", dtype="bfloat16"),
+    Case("demonstration", compiled=True, rules=("agreement", "mean")),
+    Case("demonstration", ranks=2, rules=("agreement", "mean")),
+    Case("demonstration", dtype="bfloat16", rules=()),
 ]  # fmt: skip
 
 
@@ -179,13 +184,14 @@ class Figures:
         mean = float((here - given).abs().mean())
         return cls(1 - float(other.float().mean()), max([0.0, *gaps.tolist()]), mean)
 
-    def hold(self, own: Figures) -> bool:
-        """Whether they are what they have to be, or no worse than our loader's with itself."""
-        return (
-            self.agreement >= min(AGREEMENT, own.agreement)
-            and (self.gap < GAP or self.gap <= own.gap)
-            and self.mean <= max(DIFFERENCE, own.mean)
-        )
+    def hold(self, rules: tuple[str, ...]) -> bool:
+        """Whether they are what these rules say."""
+        each = {
+            "agreement": self.agreement >= AGREEMENT,
+            "gap": self.gap < GAP,
+            "mean": self.mean <= DIFFERENCE,
+        }
+        return all(each[rule] for rule in rules)
 
     def __str__(self) -> str:
         return f"{self.agreement:.2%} | {self.gap:.3f} | {self.mean:.6f}"
@@ -245,12 +251,9 @@ def main() -> None:
             with Server(out, work / f"serve-{number}.log", case.ranks, *settings) as server:
                 theirs = Figures.of(*served(server, tokens), ours, tokens)
                 same = greedy(server, tokens)
-            holds = theirs.hold(own)
-            verdict = "yes" if holds else "no"
-            if case.dtype == "float32":
-                failed += not holds
-            else:
-                verdict = ""
+            holds = theirs.hold(case.rules)
+            verdict = ("yes" if holds else "NO") if case.rules else ""
+            failed += not holds
             about = f"{case.name} | {case.dtype} | {case.ranks}"
             print(f"| {about} | {theirs} | {same:.1f} | {own} | {verdict} |", flush=True)
             print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
