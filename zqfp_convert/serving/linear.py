@@ -105,7 +105,7 @@ class ZqfpLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if len(about.books) > 1:  # a bit for each group on disk, a byte until all are loaded
             bytewise = _prepared(load, lambda one: bits.unpack(one, min(8 * len(one), output_size)))
             shape = (rows, groups)
-            add(layout.CODEBOOK, by_group[0], shape, torch.bool, bytewise, by_group[1])
+            add(layout.CODEBOOK, by_group[0], shape, U8, bytewise, by_group[1])
         by_part = _by_part(layer, parts)
         if rank := max(source.rank for source in self._sources):
             count = sum(source.rank > 0 for source in self._sources)
