@@ -14,8 +14,8 @@ test: $(VENV)/developing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 test-vllm: $(VLLM)/installed
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python tests/vllm/refused.py
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python tests/vllm/served.py
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python tests/with_vllm/refused.py
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python tests/with_vllm/served.py
 
 check: $(VENV)/developing
 	$(BIN)/ruff format --check
@@ -38,8 +38,8 @@ $(VENV)/installed: pyproject.toml tests/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt -e .
 	touch $@
 
-$(VLLM)/installed: pyproject.toml tests/constraints.txt tests/vllm/environment.sh
-	tests/vllm/environment.sh $(PYTHON) $(VLLM)
+$(VLLM)/installed: pyproject.toml tests/constraints.txt tests/with_vllm/environment.sh
+	tests/with_vllm/environment.sh $(PYTHON) $(VLLM)
 	touch $@
 
 $(VENV)/developing: $(VENV)/installed

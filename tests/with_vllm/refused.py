@@ -1,6 +1,6 @@
 """What vLLM cannot run is refused while it starts, with an error that says what to do.
 
-`make test-vllm` runs it; by hand: python tests/vllm/refused.py
+`make test-vllm` runs it; by hand: python tests/with_vllm/refused.py
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ has to.
 With several ranks row-parallel linears quantize the part of their input that a rank has; so does
 our loader's model then.
 
-`make test-vllm` runs it; by hand: python tests/vllm/served.py [--only NAME...] [--keep FOLDER]
+`make test-vllm` runs it; by hand: python tests/with_vllm/served.py [--only NAME...] [--keep FOLDER]
 """
 
 from __future__ import annotations
