@@ -19,10 +19,13 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.model_executor.models.utils import WeightsMapper
 
 from zqfp_convert.checkpoint import layout
+from zqfp_convert.errors import OptionError
 from zqfp_convert.serving import scheme
 from zqfp_convert.serving.experts import ZqfpExpertsMethod
 from zqfp_convert.serving.linear import ADDED_BIAS, ZqfpLinearMethod
 
+# What vLLM fuses in models that do not say it.
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 OLDEST = 75  # compute capability; the reference path runs everywhere, kernels from 8.9 on
 
 
@@ -57,18 +60,26 @@ class ZqfpConfig(QuantizationConfig):  # type: ignore[misc]
         return cls()
 
     def maybe_update_config(
-        self, model_name: str, hf_config: object = None, revision: str | None = None
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         """Read the descriptions of the checkpoint: a folder, or a repository on the Hub.
 
         Raises:
             CheckpointError: they break a rule of the format.
+            OptionError: vLLM's code for the model cannot load what they describe.
         """
         folder = Path(model_name)
         if not folder.is_dir():
             files = [layout.CONFIG_FILE, layout.MANIFEST_FILE]
             folder = Path(snapshot_download(model_name, revision=revision, allow_patterns=files))
         self.scheme = scheme.read(folder)
+        if getattr(hf_config, "model_type", None) == "bloom" and self.scheme.factors is not None:
+            raise OptionError(
+                model_name,
+                "BLOOM with low-rank factors",
+                needed="none: vLLM rearranges their columns as if they were heads",
+                do="Convert again with --rank 0.",
+            )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Know the layers by the names that vLLM's model has for them."""
@@ -97,7 +108,7 @@ class ZqfpConfig(QuantizationConfig):  # type: ignore[misc]
             return ZqfpExpertsMethod(self.scheme, prefix, layer.moe_config)
         if not isinstance(layer, LinearBase):
             return None
-        sources = self.scheme.sources(prefix, self.packed_modules_mapping)
+        sources = self.scheme.sources(prefix, FUSED | self.packed_modules_mapping)
         if not sources:
             return UnquantizedLinearMethod()
         return ZqfpLinearMethod(self.scheme, prefix, sources)
