@@ -74,3 +74,13 @@ def test_factors_of_a_linear_that_is_fused_on_disk_are_shared() -> None:
     a, b, s = factors.stack(A, layer.lorc_B, scale, [24, 8, 16])
     for found, wanted in ((a, layer.lorc_A), (b, layer.lorc_B), (s, layer.lorc_scale)):
         assert torch.equal(found.float(), wanted.float())
+
+
+def test_a_part_in_memory_of_its_own() -> None:
+    layer = whole()
+    some = part.of_columns(layer, 96, 96)
+    copy = part.apart(some, torch.device("cpu"))
+    assert torch.equal(copy.dequantize(), some.dequantize())
+    for name, tensor in copy.tensors().items():
+        assert tensor.is_contiguous(), name
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name

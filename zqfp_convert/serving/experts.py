@@ -92,6 +92,15 @@ class ZqfpExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             "w2": layer.ckpt_down_proj_name,
             "w3": layer.ckpt_up_proj_name,
         }
+        for number in range(layer.global_num_experts):
+            for name in self._names.values():
+                if (matrix := f"{self._prefix}.{number}.{name}") not in self._scheme.layers:
+                    raise OptionError(
+                        matrix,
+                        "not quantized, and other experts are",
+                        needed="all matrices of all experts, or none",
+                        do="Convert again with --ignore for all of them or for none.",
+                    )
         for suffix in layout.PACKED_SUFFIXES:
             for of in ("w13", "w2"):
                 place = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -118,14 +127,15 @@ class ZqfpExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         suffix = next(s for s in layout.PACKED_SUFFIXES if weight_name.endswith(s[1:]))
         name = f"{self._prefix}.{expert_id}.{self._names[shard_id]}"
         tensors = self._tensors.setdefault((local, shard_id), {})
-        tensors[name + suffix] = loaded_weight
+        tensors[name + suffix] = loaded_weight.clone()  # who gives it may use its memory again
         if len(tensors) == self._count(name):
             columns = tensors[name + layout.PACKED].shape[1] * 2
             columns = min(columns, self._columns(shard_id))
             about = self._scheme
             layer = unpack(name, tensors, about.kind, about.group(columns), columns, about.books)
             layer.check()
-            self._matrices[local, shard_id] = self._of_rank(layer, shard_id).to(param.device)
+            mine = self._of_rank(layer, shard_id)
+            self._matrices[local, shard_id] = part.apart(mine, param.device)
             del self._tensors[local, shard_id]
         return True if return_success else None
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from zqfp_convert.checkpoint.packed import PackedLayer
@@ -50,3 +52,11 @@ def of_columns(layer: PackedLayer, first: int, count: int) -> PackedLayer:
         input_offset=None if offset is None else offset[here],
         choice=choice,
     )
+
+
+def apart(layer: PackedLayer, device: torch.device) -> PackedLayer:
+    """The same on a device, contiguous, and in memory that it shares with nobody."""
+    tensors: dict[str, Any] = {k: v for k, v in vars(layer).items() if isinstance(v, Tensor)}
+    whole = torch.contiguous_format
+    copies = {k: v.to(device, copy=True, memory_format=whole) for k, v in tensors.items()}
+    return replace(layer, **copies)
