@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from zqfp_convert.numerics import codebook
+from zqfp_convert.numerics.scales import Kind
 from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.linear import QuantizedLinear, Scratch
 
@@ -127,3 +129,28 @@ def test_one_node_of_the_graph(kernels: str) -> None:
     ours = [node for node in calls if "zqfp" in str(node.target)]
     assert len(ours) == 2
     assert all("copy" not in str(node.target) for node in calls)
+
+
+@pytest.mark.parametrize("kind", ["m1", "m2", "free"])
+def test_the_reference_path_is_one_for_inference(kind: Kind) -> None:
+    """So a compiler gives it the bytes that it has without; with gradients it is traced."""
+    books = (codebook.E2M1,) if kind == "free" else codebook.PAIR
+    layer = random_layer(kind, 21, 45, rank=3, books=books)
+    layer = dataclasses.replace(layer, input_offset=torch.randn(45).bfloat16())
+    module = QuantizedLinear(layer, torch.randn(21), Scratch())
+    x = torch.randn(2, 5, 45)
+    seen: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        seen.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), module(x))
+    x.requires_grad_()
+    compiled(x).sum().backward()
+    assert x.grad is not None
+    ours = [[n for n in g.graph.nodes if "reference_linear" in str(n.target)] for g in seen]
+    assert [len(nodes) for nodes in ours] == [1, 0]

@@ -14,6 +14,7 @@ from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.shards import check_inside, read_json
 from zqfp_convert.errors import CheckpointError
 from zqfp_convert.numerics import codebook
+from zqfp_convert.numerics.codebook import Codebook
 
 AGAIN = "Convert the model again with zqfp-convert, or download the checkpoint again."
 CHANGES = ("bias_added", "bias_changed", "norm_changed", "rotated")
@@ -114,6 +115,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("recipe"), dict):
         fail("no recipe", "an object with the choices of the conversion")
     return whole
+
+
+def codebooks(quantization: dict[str, Any]) -> tuple[Codebook, ...]:
+    """What the codes stand for, by a `quantization_config`: one codebook, or two."""
+    if "codebooks" not in quantization["required_features"]:
+        return (codebook.E2M1,)
+    given = quantization["weights"]["codebooks"]
+    return tuple((0.0, *map(float, book[1:])) for book in given)
 
 
 def read_manifest(folder: Path, quantization: dict[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
-from zqfp_convert.checkpoint.description import AGAIN, read_config, read_manifest
+from zqfp_convert.checkpoint.description import AGAIN, codebooks, read_config, read_manifest
 from zqfp_convert.checkpoint.disk import sha256
 from zqfp_convert.checkpoint.packed import PackedLayer, unpack
 from zqfp_convert.checkpoint.shards import DTYPES, Shards, TensorInfo, read_header, read_index
 from zqfp_convert.errors import CheckpointError
-from zqfp_convert.numerics import codebook
 from zqfp_convert.numerics.codebook import Codebook
 
 FLOATING = ("F64", "F32", "F16", "BF16")
@@ -64,10 +63,7 @@ class PackedCheckpoint:
     @property
     def books(self) -> tuple[Codebook, ...]:
         """What the codes stand for: one codebook, or two."""
-        if "codebooks" not in self.quantization["required_features"]:
-            return (codebook.E2M1,)
-        given = self.quantization["weights"]["codebooks"]
-        return tuple((0.0, *map(float, book[1:])) for book in given)
+        return codebooks(self.quantization)
 
     def layer(self, name: str) -> PackedLayer:
         """One layer, read and held to the rules on values.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from zqfp_convert.numerics import fp8
+from zqfp_convert.checkpoint.packed import PackedLayer
+from zqfp_convert.numerics import codebook, fp8
+from zqfp_convert.numerics.scales import Kind
+from zqfp_convert.runtime import operators
 
 
 def linear(
@@ -37,3 +42,33 @@ def linear(
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)
+
+
+def _work(
+    x: Tensor,
+    rows: int,
+    packed: Tensor,
+    scale: Tensor,
+    kind: str,
+    group_size: int,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    input_offset: Tensor | None,
+    lorc_A: Tensor | None,
+    lorc_B: Tensor | None,
+    lorc_scale: Tensor | None,
+    magnitudes: Sequence[float],
+    choice: Tensor | None,
+) -> Tensor:
+    """The reference path from the tensors as they lie on disk, x `[M, K]`.
+
+    `magnitudes` are those of one codebook after another.
+    """
+    scales: Kind = kind  # type: ignore[assignment]
+    factors = lorc_A, lorc_B, lorc_scale
+    about = scales, group_size, x.shape[1], packed, scale, row_scale, *factors, input_offset
+    layer = PackedLayer("", *about, codebook.split(magnitudes), choice)
+    return linear(x, layer.dequantize(), layer.lorc_factors(), bias, input_offset)
+
+
+operator = operators.register("reference_linear", _work)

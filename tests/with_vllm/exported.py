@@ -9,7 +9,7 @@ text are compared with those of transformers' own model: with layers that the te
 (and an adapter that, as in vLLM, sees activations before they are quantized), and for bfloat16 with
 the same files.
 
-`make test-vllm` runs it; by hand: python tests/vllm/exported.py
+`make test-vllm` runs it; by hand: python tests/with_vllm/exported.py
 """
 
 from __future__ import annotations
