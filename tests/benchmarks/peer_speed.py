@@ -56,14 +56,15 @@ def ours(given: argparse.Namespace) -> dict[str, float]:
 
 def llmcompressor(given: argparse.Namespace) -> dict[str, float]:
     """When each layer was first called."""
-    from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
+    from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from zqfp_convert.calibration.text import Text, windows
 
     begins: dict[str, float] = {}
+    whole = torch.ones(given.seq_len, dtype=torch.int64)
     model = AutoModelForCausalLM.from_pretrained(given.folder / "model", dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(given.folder / "model")
     ids = windows(Text.named(given.calibration), tokenizer, given.samples, given.seq_len, 0)
@@ -76,9 +77,7 @@ def llmcompressor(given: argparse.Namespace) -> dict[str, float]:
     oneshot(
         model=model,
         tokenizer=tokenizer,
-        dataset=Dataset.from_dict(
-            {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
-        ),
+        dataset=DataLoader([{"input_ids": one, "attention_mask": whole} for one in ids]),
         num_calibration_samples=len(ids),
         max_seq_length=ids.shape[1],
         recipe=GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]),

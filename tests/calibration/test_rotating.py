@@ -28,7 +28,7 @@ import zqfp_convert
 from zqfp_convert.conversion import rehearsal
 from zqfp_convert.errors import OptionError, OutputError
 from zqfp_convert.numerics import hadamard
-from zqfp_convert.plan import Plan, make_plan
+from zqfp_convert.plan import make_plan
 from zqfp_convert.recipe import Recipe
 from zqfp_convert.verify import verify
 
@@ -127,12 +127,12 @@ def test_blocks_of_several_kinds(tmp_path: Path) -> None:
 def test_no_room_for_a_head(
     tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(plan: Plan) -> None:
+    def full(out: Path, needed: int) -> None:
         raise OutputError("here", "no room", needed="more", do="Make room.")
 
     recipe = Recipe.named("best", group_size=32)
     plan = make_plan(tiny_model("opt"), tmp_path / "out", recipe=recipe, device="cpu")
-    monkeypatch.setattr("zqfp_convert.plan.plan.room.check", full)
+    monkeypatch.setattr("zqfp_convert.plan.plan.check_room", full)
     chosen = rehearsal.choose_rotation(plan, token_ids(4, 32), lambda *said: None)
     assert chosen.rotation is None
     assert chosen.recipe.rotation == "none"

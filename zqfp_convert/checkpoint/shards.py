@@ -133,14 +133,14 @@ def _read(file: FileIO, name: str, info: TensorInfo, device: torch.device | str 
     if info.dtype not in DTYPES:
         found, needed = f"dtype {info.dtype}", f"one of {', '.join(DTYPES)}"
         raise CheckpointError("bad-shard", f"{name} in {info.file}", found, needed=needed, do=AGAIN)
-    tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype], device=device)
+    device = torch.device(device)
+    here = device if device.type == "cuda" else "cpu"
+    tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype], device=here)
     whole = tensor.reshape(-1).view(torch.uint8)
     file.seek(info.start)
-    if whole.is_cuda:
-        _copy(file, whole, name, info)
-    else:
-        _fill(file, whole, name, info)
-    return tensor
+    fill = _copy if whole.is_cuda else _fill
+    fill(file, whole, name, info)
+    return tensor.to(device)
 
 
 def _copy(file: FileIO, target: Tensor, name: str, info: TensorInfo) -> None:

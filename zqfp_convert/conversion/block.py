@@ -29,12 +29,12 @@ def fill(
     """Give a module, which has `prefix` in the model, the tensors of these names on disk."""
     dtype = compute_dtype(plan.device, plan.dtype)
     for name in disk:
-        value = tensors[name] if tensors else plan.source.shards.read([name])[name]
+        value = tensors[name] if tensors else plan.source.shards.read([name], plan.device)[name]
         place = plan.names.to_model[name].removeprefix(prefix)
         skeleton.assign(module, {place: value.to(plan.device)}, dtype)
     if prefix:  # what blocks share lies in one of them
         for whole, name in plan.names.tied_within(prefix).items():
-            value = plan.source.shards.read([name])[name].to(plan.device)
+            value = plan.source.shards.read([name], plan.device)[name]
             skeleton.assign(module, {whole.removeprefix(prefix): value}, dtype)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from zqfp_convert import __version__
 from zqfp_convert.checkpoint import layout
@@ -144,7 +145,9 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
     count = others + len(plan.layers)
     with Writer(partial, count, anew=tunes, shared=not tunes) as writer:
         for names in plan.other_shards[writer.shards.done :]:
-            tensors = plan.source.shards.read(names) if writer.shards.writes_next else {}
+            tensors: dict[str, Tensor] = {}
+            for name in names if writer.shards.writes_next else ():  # rotated there, if it is
+                tensors |= {name: plan.source.shards.read([name], plan.device)[name].cpu()}
             writer.add_shard(tensors if tuned is None else tuned.of(tensors))
             del tensors  # else they are here while all blocks are computed
         if not tunes:
