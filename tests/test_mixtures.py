@@ -186,9 +186,9 @@ def test_coverage_is_shown(idle: Path, tmp_path: Path) -> None:
 
 
 def test_tuned_as_a_whole(made: Made, tmp_path: Path) -> None:
-    settings = {**QUICK, "tune_samples": 16}
+    settings = {**QUICK, "tune_samples": 32}
     source = made.source("mixtral")
-    done = zqfp_convert.convert(source, tmp_path / "out", recipe="max", tune=20, **settings)
+    done = zqfp_convert.convert(source, tmp_path / "out", recipe="max", tune=40, **settings)
     assert done.plan.recipe.rotation == "none"
     assert done.tuning is not None
     assert done.tuning.kl_after < done.tuning.kl_before

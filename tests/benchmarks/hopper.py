@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -122,7 +121,6 @@ def trained(device: str, paths: tuple[str, str]) -> dict[str, float]:
 
 def convert(given: argparse.Namespace) -> None:
     """What a process of its own does: a conversion, and what it took."""
-    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cuda = given.device.startswith("cuda")
     steps: dict[str, list[float]] = {}  # seconds and the peak of GPU memory, in GB
     marks: list[tuple[float, str]] = []
@@ -152,7 +150,6 @@ def convert(given: argparse.Namespace) -> None:
         progress=mark,
     )
     end()
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found = {
         "machine": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
@@ -163,7 +160,7 @@ def convert(given: argparse.Namespace) -> None:
         "seconds": round(time.monotonic() - began, 1),
         "gpu_peak_gb": round(max(peak for _, peak in steps.values()), 2),
         "gpu_planned_gb": round(made.plan.device_memory / 1e9, 2),
-        "host_peak_gb": round((host - imported) / 1e9, 2),
+        "host_peak_gb": round((made.host_peak or 0) / 1e9, 2),
         "host_planned_gb": round(made.plan.host_memory / 1e9, 2),
         "bits": round(made.bits, 3),
         "worst": dict(made.worst(3)),

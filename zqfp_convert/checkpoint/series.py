@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -31,8 +32,7 @@ class Series:
         self._turns = partial.world.size if shared else 1
         self.done = partial.whole(files)
         self._thread = ThreadPoolExecutor(1, "write")
-        self._waiting = False
-        self._writing: Future[Any] | None = None
+        self._writing: deque[Future[Any] | None] = deque()  # None: by another process
 
     def __enter__(self) -> Series:
         return self
@@ -47,35 +47,41 @@ class Series:
         if error is None:
             self.wait()
 
-    def add(self, tensors: dict[str, Tensor], about: Mapping[str, Any] | None = None) -> None:
-        """Have the next file written, after the one before it.
+    def add(
+        self,
+        tensors: dict[str, Tensor],
+        about: Mapping[str, Any] | None = None,
+        *,
+        waiting: int = 0,
+    ) -> None:
+        """Have the next file written, after those before it, of which so many may wait still.
 
         Raises:
-            OutputError: the one before could not be written.
+            OutputError: one of those before could not be written.
         """
-        self.wait()
+        self.wait(waiting)
         file = self.files[self.done]
         world = self.partial.world
         if world.size == 1:  # recorded by the thread, at once
-            self._writing = self._thread.submit(self.partial.save, file, tensors, about)
+            self._writing.append(self._thread.submit(self.partial.save, file, tensors, about))
         elif self.writes_next:
-            self._writing = self._thread.submit(self.partial.write, file, tensors, about)
-        self._waiting = True
+            self._writing.append(self._thread.submit(self.partial.write, file, tensors, about))
+        else:
+            self._writing.append(None)
         self.done += 1
 
-    def wait(self) -> None:
-        """Wait until all files so far are on the disk.
+    def wait(self, waiting: int = 0) -> None:
+        """Wait until all files so far are on the disk, or all but so many.
 
         Raises:
-            OutputError: the last one could not be written.
+            OutputError: one of them could not be written.
         """
-        if not self._waiting:
-            return
-        self._waiting = False
-        last, self._writing = self._writing, None
-        record: Any = None if last is None else last.result()
-        if self.partial.world.size > 1:
-            self.partial.take(self.partial.world.broadcast(record, self._writer(-1)))
+        while len(self._writing) > waiting:
+            writer = self._writer(-len(self._writing))
+            first = self._writing.popleft()
+            record: Any = None if first is None else first.result()
+            if self.partial.world.size > 1:
+                self.partial.take(self.partial.world.broadcast(record, writer))
 
     @property
     def writes_next(self) -> bool:

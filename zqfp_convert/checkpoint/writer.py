@@ -59,9 +59,15 @@ class Writer:
     ) -> None:
         self.shards.__exit__(kind, error, trace)
 
-    def add_shard(self, tensors: dict[str, Tensor], about: Mapping[str, Any] | None = None) -> None:
-        """Have the next shard written, with JSON values for the journal."""
-        self.shards.add(tensors, about)
+    def add_shard(
+        self,
+        tensors: dict[str, Tensor],
+        about: Mapping[str, Any] | None = None,
+        *,
+        waiting: int = 0,
+    ) -> None:
+        """Have the next shard written, with JSON values for the journal; as `Series.add`."""
+        self.shards.add(tensors, about, waiting=waiting)
 
     def copy(self, source: Path, files: Iterable[Path]) -> None:
         """Carry files over, given relative to the folder `source`."""

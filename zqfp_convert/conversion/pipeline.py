@@ -148,7 +148,7 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
             tensors: dict[str, Tensor] = {}
             for name in names if writer.shards.writes_next else ():  # rotated there, if it is
                 tensors |= {name: plan.source.shards.read([name], plan.device)[name].cpu()}
-            writer.add_shard(tensors if tuned is None else tuned.of(tensors))
+            writer.add_shard(tensors if tuned is None else tuned.of(tensors), waiting=1)
             del tensors  # else they are here while all blocks are computed
         if not tunes:
             for block, about in work.blocks(writer.shards, others):
