@@ -88,7 +88,7 @@ def test_shipped_shapes() -> None:
 def test_a_table_that_cannot_be_written(gpu: Path) -> None:
     gpu.parent.write_text("in the way")
     done = tune("--shapes", "96x64", "--tokens", "1")
-    assert done.exit_code == 2
+    assert done.exit_code == 1
     assert "XDG_CACHE_HOME" in done.stderr
 
 
@@ -99,7 +99,6 @@ def test_a_table_that_cannot_be_written(gpu: Path) -> None:
         (["--shapes", "0x12"], "1 or more"),
         (["--tokens", "0"], "--tokens"),
         (["--tokens", "-1"], "whole numbers"),
-        (["./nowhere"], "no such folder"),
     ],
 )
 def test_options_that_cannot_be(words: list[str], said: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +9,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from zqfp_convert.cli import console
-from zqfp_convert.errors import OutputError
 
 if TYPE_CHECKING:
     from zqfp_convert.bench.figures import Benchmark, Figures
@@ -19,24 +16,34 @@ if TYPE_CHECKING:
 HOST_BOUND = 0.9  # share of the time of decoding that the host took to ask for it
 
 
+EXAMPLES = [
+    ("zqfp-convert bench OUT/", ""),
+    ("zqfp-convert bench OUT/ --context 1024 --no-baseline", ""),
+]
+
+
 def command(
-    checkpoint: Annotated[str, typer.Argument(help="A packed checkpoint, or a name on the Hub.")],
+    checkpoint: console.Checkpoint,
     prompt_tokens: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="N,N",
             help="Lengths of prompts: 8192,1024. Repeat for more. \\[default: 8192,1024, as far as "
-            "the model's positions go]"
+            "the model's positions go]",
         ),
     ] = None,
     context: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             help="Tokens in the cache when decoding begins. \\[default: 1024, as far as the "
-            "model's positions go]"
+            "model's positions go]",
         ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="To decode.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Of each measurement; the median counts.")] = 5,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="To decode.")] = 64,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", help="Of each measurement; the median counts.")
+    ] = 5,
     baseline: Annotated[
         bool,
         typer.Option(
@@ -47,18 +54,15 @@ def command(
     original: Annotated[
         str | None,
         typer.Option(
+            metavar="MODEL",
             help="The model that it was made from. \\[default: the one on record if it is there, "
-            "else random weights of the same shapes]"
+            "else random weights of the same shapes]",
         ),
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the figures there too; - prints them."),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 … \\[default: the first GPU]")
-    ] = None,
+    json_file: console.JsonFile = None,
+    device: console.Device = None,
     quiet: console.Quiet = False,
+    log_file: console.LogFile = None,
     debug: console.Debug = False,
 ) -> None:
     """Measure prefill and decoding in tokens a second, memory, and bytes read, beside bfloat16.
@@ -66,11 +70,12 @@ def command(
     Both models run in the same way, in turn, a batch of one: transformers with a static cache; on a
     GPU the steps are compiled, and decoding runs as a CUDA graph.
     """
-    printed = json_file is not None and str(json_file) == "-"
-    with console.errors(debug, printed):
+    as_json = json_file == console.TO_PROGRAMS
+    with console.interface(debug, as_json=as_json, quiet=quiet, log_file=log_file) as ui:
         from zqfp_convert.bench.run import bench
 
-        with console.progress(quiet or printed) as report:
+        target = console.json_target(json_file)
+        with ui.progress() as report:
             result = bench(
                 checkpoint,
                 prompts=console.numbers("prompt-tokens", prompt_tokens),
@@ -82,32 +87,15 @@ def command(
                 device=device,
                 progress=report,
             )
-        if printed:
-            console.print_json(result.to_json())
-            return
-        if json_file is not None:
-            _write(json_file, result)
-        if not quiet:
-            show(result)
+        console.give_json(result.to_json(), json_file, target)
+        show(ui, result)
 
 
-def _write(path: Path, result: Benchmark) -> None:
-    try:
-        path.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            str(path),
-            f"cannot be written ({error.strerror})",
-            needed="a file in a folder that can be written",
-            do="Give another FILE to --json.",
-        ) from error
-
-
-def show(result: Benchmark) -> None:
+def show(ui: console.Interface, result: Benchmark) -> None:
     """The tables of a benchmark."""
     work = result.workload
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
-    console.out.print(escape(f"{result.device}; {versions}"))
+    ui.print(escape(f"{result.device}; {versions}"))
     models = [m for m in (result.packed, result.bf16) if m is not None]
     names = ["packed", "bf16"][: len(models)]
     table = Table("", *names, *(["ratio"] if result.bf16 else []), box=None)
@@ -147,16 +135,16 @@ def show(result: Benchmark) -> None:
         ratios.get("read_bytes"),
     )
     row("share of read bandwidth", [f"{result.share(m):.1%}" for m in models], None)
-    console.out.print(table)
-    console.out.print(_reads(names, models))
-    console.out.print(f"read bandwidth measured: {result.bandwidth / 1e12:.3f} TB/s")
+    ui.print(table)
+    ui.print(_reads(names, models))
+    ui.print(f"read bandwidth measured: {result.bandwidth / 1e12:.3f} TB/s")
     if result.original is not None:
-        console.out.print(f"bf16 model: {escape(result.original)}", soft_wrap=True)
+        ui.print(f"bf16 model: {escape(result.original)}", soft_wrap=True)
     for name, figures in zip(names, models, strict=True):
         if figures.compiled and figures.queued > HOST_BOUND:
-            console.out.print(f"{name}: decoding waited for the host, not for the GPU")
+            ui.print(f"{name}: decoding waited for the host, not for the GPU")
     for note in result.notes:
-        console.out.print(f"[bold yellow]Note:[/] {escape(note)}", soft_wrap=True)
+        ui.print(f"[bold yellow]Note:[/] {escape(note)}", soft_wrap=True)
 
 
 def _reads(names: list[str], models: list[Figures]) -> Table:

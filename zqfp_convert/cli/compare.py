@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from zqfp_convert.cli import console
+from zqfp_convert.cli.screen import choices
 
 if TYPE_CHECKING:
     from zqfp_convert.compare.configuration import Configuration
@@ -19,69 +20,84 @@ if TYPE_CHECKING:
 PRESET = "zeroquant-fp"
 
 
+EXAMPLES = [
+    ("zqfp-convert compare MODEL", ""),
+    ("zqfp-convert compare MODEL --preset mx --text T.txt --plot kl.svg", ""),
+]
+
+
 def command(
-    model: Annotated[str, typer.Argument(help="A folder, or a name on the Hub.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a name on the Hub.")],
     preset: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME",
+            autocompletion=choices("zeroquant-fp", "fp8-formats", "zeroquant-v2", "mx"),
             help="Whose table: zeroquant-fp, fp8-formats, zeroquant-v2 or mx. \\[default: "
-            "zeroquant-fp, unless configurations are given]"
+            "zeroquant-fp, unless configurations are given]",
         ),
     ] = None,
     configuration: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="ROW",
             help="One row, such as weights=e2m1,activations=e4m3,scales=m2,solver=gptq,rank=8. "
-            "Repeat for more."
+            "Repeat for more.",
         ),
     ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="A .txt or .jsonl file to measure on. Repeat for more. \\[default: text that the "
-            "model writes]"
+            metavar="FILE",
+            help="A .txt or .jsonl file to measure on, repeatable. \\[default: self-written]",
         ),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Other text, for GPTQ, SmoothQuant and static scales: a file, or a data set on "
-            "the Hub. \\[default: text that the model writes]"
+            metavar="TEXT",
+            help="Other text, for GPTQ, SmoothQuant and static scales. \\[default: self-written]",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 16,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Calibration windows.")] = 16,
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens in each. \\[default: 1024, or the most it takes]")
+        int | None,
+        typer.Option(metavar="N", help="Tokens in each. \\[default: 1024, or the most it takes]"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Which calibration windows.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Which calibration windows.")] = 0,
     tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="How many to take of each text at most. \\[default: all]"),
+        typer.Option(
+            metavar="N", min=2, help="How many to take of each text at most. \\[default: all]"
+        ),
     ] = None,
     window: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of text that see each other. \\[default: 2048, or the most it takes]"
+            metavar="N",
+            help="Tokens of text that see each other. \\[default: 2048, or the most it takes]",
         ),
     ] = None,
     group_size: Annotated[
-        int, typer.Option(min=0, help="Weights that share a scale, in presets; 0: a whole row.")
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Weights that share a scale, in presets; 0: a whole row."
+        ),
     ] = 256,
-    rank: Annotated[int, typer.Option(min=1, help="Of LoRC, in presets.")] = 8,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 … \\[default: the first GPU]")
-    ] = None,
+    rank: Annotated[int, typer.Option(metavar="N", min=1, help="Of LoRC, in presets.")] = 8,
+    device: console.Device = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw it: .png, .svg or .pdf (extra \\[report])."),
     ] = None,
     json_file: console.JsonFile = None,
     quiet: console.Quiet = False,
+    log_file: console.LogFile = None,
     debug: console.Debug = False,
 ) -> None:
     """Compare number formats, scales and solvers on a model, by simulation; writes no model."""
     as_json = json_file == console.TO_PROGRAMS
-    with console.errors(debug, as_json):
+    with console.interface(debug, as_json=as_json, quiet=quiet, log_file=log_file) as ui:
         from zqfp_convert.compare import plot as plotting
         from zqfp_convert.compare.plan import make_plan
         from zqfp_convert.compare.study import run
@@ -101,16 +117,13 @@ def command(
             window=window,
             device=device,
         )
-        silent = quiet or as_json
-        if not silent:
-            _show_plan(plan)
-        with console.progress(silent) as report:
+        _show_plan(ui, plan)
+        with ui.progress("blocks") as report:
             result = run(plan, report)
         console.give_json(result.to_json(), json_file, target)
         if plot is not None:
             plotting.draw(result, plot)
-        if not silent:
-            _show_result(result)
+        _show_result(ui, result)
 
 
 def _configurations(
@@ -125,7 +138,7 @@ def _configurations(
     return [*presets.preset(preset or PRESET, group_size, rank), *own]
 
 
-def _show_plan(plan: StudyPlan) -> None:
+def _show_plan(ui: console.Interface, plan: StudyPlan) -> None:
     from zqfp_convert.compare.plan import WRITTEN
 
     count = sum(len(text.ids) for text in plan.texts) or WRITTEN
@@ -146,10 +159,10 @@ def _show_plan(plan: StudyPlan) -> None:
     table.add_column(overflow="fold")
     for key, value in rows.items():
         table.add_row(key, escape(value))
-    console.out.print(table)
+    ui.print(table)
 
 
-def _show_result(result: Study) -> None:
+def _show_result(ui: console.Interface, result: Study) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("", "weights", "activations", "solver"):
         table.add_column(heading, overflow="fold")
@@ -165,10 +178,10 @@ def _show_result(result: Study) -> None:
             section = row.configuration.section
             table.add_row(f"[bold]{escape(section)}[/]")
         table.add_row(*_cells(row))
-    console.out.print()
-    console.out.print(table)
+    ui.print()
+    ui.print(table)
     names = ", ".join(text.name for text in result.texts)
-    console.out.print(
+    ui.print(
         f"\nmeasured on {escape(names)}; KL of original to quantized in nats a token, ± the 95 % "
         f"interval over windows; {result.seconds:.1f} s"
     )

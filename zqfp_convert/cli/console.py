@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from zqfp_convert.cli.log import Log, redacted
+from zqfp_convert.cli.progress import Report, showing
+from zqfp_convert.cli.screen import RARE
 from zqfp_convert.errors import OptionError, ZqfpError
 from zqfp_convert.report.wording import kinds as kinds
 from zqfp_convert.report.wording import size as size
@@ -29,63 +33,129 @@ PIPED_WIDTH = 160  # columns of a table that goes to a file or a program
 out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True, highlight=False)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")
+]
 JsonFile = Annotated[
     str | None,
     typer.Option(
         "--json",
-        metavar="FILE",
-        help="Write the figures to FILE as one JSON object; - prints it, and nothing else.",
+        metavar="[FILE]",
+        help="Write one JSON object to FILE; without FILE print it, and nothing else.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Append what happens to FILE, as plain lines with times."),
+]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=RARE),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 … \\[default: the first GPU]"),
+]
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="OUT", help="A packed checkpoint: a folder, or a name on the Hub.")
+]
 
-Report = Callable[[str, int, int], None]
+STOPPED = "Stopped. Nothing half-written was left behind."
+REFUSED, WRONG_USE, INTERRUPTED = 1, 2, 130  # exit codes
+
+
+@dataclass
+class Interface:
+    """One command at work: what it shows, where it logs, and how it ends.
+
+    Attributes:
+        silent: nothing but errors is shown.
+        as_json: whoever started it reads one JSON object.
+        log: gets all that is shown, or would be if it were not silent.
+    """
+
+    silent: bool = False
+    as_json: bool = False
+    log: Log | None = None
+    follows: bool = False
+
+    def follow(self) -> None:
+        """Leave it to another process to show and to log what goes on."""
+        self.silent = self.follows = True
+
+    def print(self, *things: Any, soft_wrap: bool = False, markup: bool = True) -> None:
+        """Show something, with rich's markup."""
+        if not self.silent:
+            out.print(*things, soft_wrap=soft_wrap, markup=markup)
+        if self.log is not None and not self.follows:
+            self.log.print(*things, markup=markup)
+
+    def progress(self, unit: str = "") -> AbstractContextManager[Report]:
+        """Shows how far work is on standard error; `unit` is of what it counts."""
+        log = None if self.log is None or self.follows else self.log.write
+        return showing(None if self.silent else err, unit, log)
+
+    def give(self, found: dict[str, Any]) -> None:
+        """Print a result for programs, if it is wanted."""
+        if self.as_json and not self.follows:
+            print_json(found)
+
+    def fail(self, message: str, code: int) -> typer.Exit:
+        """Say why it ends, and give what to raise."""
+        message = redacted(message)
+        if self.as_json:
+            print_json({"error": message})
+        red, _, rest = message.partition(": ") if code != INTERRUPTED else ("", "", message)
+        err.print(f"[bold red]{red}:[/] {escape(rest)}" if red else escape(rest), soft_wrap=True)
+        if self.log is not None:
+            self.log.write(message)
+        return typer.Exit(code)
 
 
 @contextmanager
-def errors(debug: bool, as_json: bool = False) -> Iterator[None]:
-    """Turns a user's error into a message and exit code 2, and Ctrl-C into exit code 130.
+def interface(
+    debug: bool,
+    *,
+    as_json: bool = False,
+    quiet: bool = False,
+    log_file: Path | None = None,
+) -> Iterator[Interface]:
+    """What a command shows itself through; what goes wrong in it becomes a message.
 
+    A wrong option exits with 2, everything else that is refused or fails with 1, Ctrl-C with 130.
     With `as_json` the message is on standard output too, as `{"error": …}`.
     """
-    _hush_libraries()
-    try:
-        yield
-    except ZqfpError as error:
-        if debug:
+    ui = Interface(quiet or as_json, as_json)
+    with ExitStack() as log:
+        try:
+            if log_file is not None:
+                ui.log = log.enter_context(Log(log_file))
+            _hush_libraries()
+            yield ui
+        except (typer.Exit, BrokenPipeError):
             raise
-        if as_json:
-            print_json({"error": str(error)})
-        err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt as error:
-        told = str(error) or "Stopped. Nothing half-written was left behind."
-        err.print(escape(told), soft_wrap=True)
-        raise typer.Exit(130) from None
+        except KeyboardInterrupt as stopped:
+            raise ui.fail(str(stopped) or STOPPED, INTERRUPTED) from None
+        except Exception as error:
+            if ui.log is not None and not isinstance(error, ZqfpError):
+                ui.log.write(traceback.format_exc())
+            if debug:
+                raise
+            code = WRONG_USE if isinstance(error, OptionError) else REFUSED
+            raise ui.fail(f"Error: {_told(error)}", code) from None
 
 
-@contextmanager
-def progress(quiet: bool) -> Iterator[Report]:
-    """A progress bar on a terminal's standard error; silent when quiet or not a terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda text, done, total: None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+def _told(error: Exception) -> str:
+    if isinstance(error, ZqfpError):
+        return str(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError):
+        return f"the system refuses: {text}"
+    return (
+        f"{type(error).__name__}: {text}. This should not happen: please report it, with what the "
+        "same command shows with --debug added."
     )
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def report(text: str, done: int, total: int) -> None:
-            bar.update(task, description=escape(text), completed=done, total=total or None)
-
-        yield report
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -16,15 +16,22 @@ from rich.table import Table
 
 from zqfp_convert.cli import console
 from zqfp_convert.cli.push import show as show_pushed
+from zqfp_convert.cli.screen import RARE, HelpAll, choices
 
 if TYPE_CHECKING:
     from zqfp_convert.conversion import Conversion
     from zqfp_convert.conversion.probe import Estimate
     from zqfp_convert.plan import Plan
 
-QUALITY = "Quality and size"
-CALIBRATION = "Calibration"
-HUB = "Hub"
+METHOD = f"{RARE}: the method"
+TEXT = f"{RARE}: text"
+OTHERS = f"{RARE}: the rest"
+
+EXAMPLES = [
+    ("zqfp-convert MODEL OUT/", ""),
+    ("zqfp-convert MODEL OUT/ --calibration T.txt --dry-run", "the plan alone"),
+    ("zqfp-convert MODEL OUT/ --recipe fast", "no calibration"),
+]
 
 
 class Offset(Enum):
@@ -35,81 +42,109 @@ class Offset(Enum):
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A model folder, or a name on the Hub.")],
-    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a name on the Hub.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     recipe: Annotated[
         str,
         typer.Option(
-            help="[bold]best[/]: close to the original, layer by layer; [bold]max[/]: closer, "
-            "tuned as a whole; [bold]fast[/]: no calibration; [bold]paper[/]: ZeroQuant-FP as "
-            "printed.",
-            rich_help_panel=QUALITY,
+            metavar="NAME",
+            help="[bold]best[/], [bold]max[/] (then tuned as a whole), [bold]fast[/] (not "
+            "calibrated), [bold]paper[/] (ZeroQuant-FP).",
+            autocompletion=choices("best", "max", "fast", "paper"),
         ),
     ] = "best",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help=".txt, .jsonl, or a data set on the Hub. \\[default: the model writes its own]",
+        ),
+    ] = None,
     scales: Annotated[
         str | None,
         typer.Option(
-            help="free, m1 (powers of two) or m2 (row scale times powers of two).",
-            rich_help_panel=QUALITY,
+            metavar="KIND",
+            help="m2: row scale times powers of two; m1: powers of two; free.",
+            autocompletion=choices("m2", "m1", "free"),
         ),
     ] = None,
     group_size: Annotated[
         str | None,
-        typer.Option(help="32, 64, 128, 256 or row.", rich_help_panel=QUALITY),
+        typer.Option(
+            metavar="N",
+            help="32, 64, 128, 256 or row.",
+            autocompletion=choices("32", "64", "128", "256", "row"),
+        ),
     ] = None,
     codebooks: Annotated[
         str | None,
         typer.Option(
-            help="What codes stand for: e2m1, or pair (each group has the better of two, for one "
-            "bit: closer to the original).",
-            rich_help_panel=QUALITY,
+            metavar="KIND",
+            help="pair (closer to the original), or e2m1 (plain FP4).",
+            autocompletion=choices("pair", "e2m1"),
         ),
     ] = None,
     rank: Annotated[
         str | None,
+        typer.Option(metavar="N", help="Of the low-rank compensation; 0: none; auto."),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
         typer.Option(
-            help="Of the low-rank compensation; 0 for none, auto for what each layer gains more by "
-            "than by the same bits in its codes.",
-            rich_help_panel=QUALITY,
+            metavar="GLOB",
+            help="Leave layers alone, such as 'down_proj' or 'layers.0.*'. Repeat for more. "
+            "\\[default: lm_head]",
         ),
     ] = None,
-    alternations: Annotated[
+    device: console.Device = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace an earlier checkpoint (in OUT, on the Hub)."),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on with what is in OUT.partial, or throw it away.",
+        ),
+    ] = True,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="USER/NAME", help="Upload it when it is done, with a model card."),
+    ] = None,
+    as_json: console.Json = False,
+    quiet: console.Quiet = False,
+    log_file: console.LogFile = None,
+    every: HelpAll = False,
+    tune: Annotated[
         int | None,
         typer.Option(
-            help="Times that the low-rank factors are fitted again and the codes with them.",
-            rich_help_panel=QUALITY,
+            metavar="N",
+            help="Steps of end-to-end tuning after all else; 0 for none.",
+            rich_help_panel=METHOD,
             min=0,
-        ),
-    ] = None,
-    sweeps: Annotated[
-        int | None,
-        typer.Option(
-            help="Of coordinate descent over the codes, after GPTQ.", rich_help_panel=QUALITY, min=0
-        ),
-    ] = None,
-    asymmetry: Annotated[
-        float | None,
-        typer.Option(
-            help="From 0 to 1: how far a layer aims at the original model's outputs instead of "
-            "those of its own quantized inputs.",
-            rich_help_panel=QUALITY,
-        ),
-    ] = None,
-    act_order: Annotated[
-        bool | None,
-        typer.Option(
-            "--act-order/--no-act-order",
-            help="GPTQ in the order of the Hessian's diagonal.",
-            rich_help_panel=QUALITY,
-            show_default=False,
         ),
     ] = None,
     rotation: Annotated[
         str | None,
         typer.Option(
+            metavar="KIND",
             help="Of the residual stream, by a Hadamard matrix: auto (if a rehearsal is closer to "
             "the original with it), residual or none.",
-            rich_help_panel=QUALITY,
+            rich_help_panel=METHOD,
+            autocompletion=choices("auto", "residual", "none"),
+        ),
+    ] = None,
+    offset: Annotated[
+        Offset | None,
+        typer.Option(
+            metavar="KIND",
+            help="What is subtracted from the outputs of LayerNorms, so that FP8 has less to lose: "
+            "each feature's mean (folded into biases), or none.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     balance: Annotated[
@@ -118,107 +153,91 @@ def command(
             "--balance/--no-balance",
             help="Take back what the gains of norms and the weights behind them have moved "
             "between each other, where that is much.",
-            rich_help_panel=QUALITY,
+            rich_help_panel=METHOD,
             show_default=False,
         ),
     ] = None,
-    offset: Annotated[
-        Offset | None,
+    act_order: Annotated[
+        bool | None,
         typer.Option(
-            help="What is subtracted from the outputs of LayerNorms, so that FP8 has less to lose: "
-            "each feature's mean (folded into biases), or none.",
-            rich_help_panel=QUALITY,
+            "--act-order/--no-act-order",
+            help="GPTQ in the order of the Hessian's diagonal.",
+            rich_help_panel=METHOD,
+            show_default=False,
         ),
     ] = None,
-    tune: Annotated[
+    asymmetry: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="From 0 to 1: how far a layer aims at the original model's outputs instead of "
+            "those of its own quantized inputs.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    sweeps: Annotated[
         int | None,
         typer.Option(
-            help="Steps of end-to-end tuning after all else; 0 for none.",
-            rich_help_panel=QUALITY,
+            metavar="N",
+            help="Of coordinate descent over the codes, after GPTQ.",
+            rich_help_panel=METHOD,
             min=0,
         ),
     ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Leave layers alone: a glob on the end of their names, such as 'down_proj' or "
-            "'layers.0.*'. Repeat for more. \\[default: lm_head]",
-            rich_help_panel=QUALITY,
-        ),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="A .txt or .jsonl file, or a data set on the Hub. By default the model writes "
-            "its own text.",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
-    tune_samples: Annotated[
+    alternations: Annotated[
         int | None,
         typer.Option(
-            help="Windows to tune on: more of the calibration text, and where it ends, text that "
-            "the model writes.",
-            rich_help_panel=CALIBRATION,
+            metavar="N",
+            help="Times that the low-rank factors are fitted again and the codes with them.",
+            rich_help_panel=METHOD,
             min=0,
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="How many windows of text.", rich_help_panel=CALIBRATION)
+        int | None,
+        typer.Option(metavar="N", help="How many windows to calibrate on.", rich_help_panel=TEXT),
     ] = None,
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens in each.", rich_help_panel=CALIBRATION)
+        int | None, typer.Option(metavar="N", help="Tokens in each.", rich_help_panel=TEXT)
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of all that is random.", rich_help_panel=CALIBRATION)
+        int | None, typer.Option(metavar="N", help="Of all that is random.", rich_help_panel=TEXT)
     ] = None,
-    push_to_hub: Annotated[
-        str | None,
+    tune_samples: Annotated[
+        int | None,
         typer.Option(
-            metavar="USER/NAME",
-            help="Upload the checkpoint when it is done, with a model card.",
-            rich_help_panel=HUB,
+            metavar="N",
+            help="Windows to tune on: more of the calibration text, and where it ends, text that "
+            "the model writes.",
+            rich_help_panel=TEXT,
+            min=0,
         ),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of a model on the Hub.", rich_help_panel=OTHERS),
     ] = None,
     private: Annotated[
         bool,
         typer.Option(
             "--private",
-            help="To a repository that others cannot see.",
-            rich_help_panel=HUB,
+            help="Push to a repository that others cannot see.",
+            rich_help_panel=OTHERS,
         ),
     ] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 … \\[default: the first GPU]")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a model on the Hub.")] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace an earlier checkpoint in OUT, and what the repository of --push-to-hub "
-            "holds.",
-        ),
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume/--no-resume",
-            help="Go on with what an earlier run of the same conversion has left in OUT.partial, "
-            "or throw it away.",
-        ),
-    ] = True,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
-    ] = False,
-    as_json: console.Json = False,
-    quiet: console.Quiet = False,
     debug: console.Debug = False,
 ) -> None:
-    """Convert MODEL into a packed FP4 checkpoint in OUT (the command's name may be left out)."""
+    """Convert MODEL into a packed FP4 checkpoint in OUT (the word convert may be left out).
+
+    Stopped by Ctrl-C or killed, the same command goes on where it was.
+    """
     from zqfp_convert import parallel
 
-    with console.errors(debug, as_json), parallel.join(device) as world, ExitStack() as planning:
+    with (
+        console.interface(debug, as_json=as_json, quiet=quiet, log_file=log_file) as ui,
+        parallel.join(device) as world,
+        ExitStack() as planning,
+    ):
         from zqfp_convert.checkpoint import hub
         from zqfp_convert.conversion import run
         from zqfp_convert.conversion.probe import estimate
@@ -227,6 +246,8 @@ def command(
         from zqfp_convert.push.run import check, push
         from zqfp_convert.recipe import Recipe
 
+        if not world.leads:
+            ui.follow()
         chosen = Recipe.named(
             recipe,
             scales=scales,
@@ -257,40 +278,33 @@ def command(
             revision=revision,
             world=world,
         )
-        silent = quiet or as_json or not world.leads
         if push_to_hub is not None and not dry_run:
             world.lead(lambda: check(push_to_hub, private=private, overwrite=overwrite))
-        time = estimate(plan) if world.leads and (dry_run or not silent) else None
+        shown = not ui.silent or ui.log is not None
+        time = estimate(plan) if world.leads and (dry_run or shown) else None
+        _show_plan(ui, plan, time, every_layer=dry_run)
         if dry_run:
-            if world.leads and as_json:
-                seconds = {} if time is None else {"estimated_seconds": round(time.seconds, 1)}
-                console.print_json(plan.to_json() | seconds)
-            elif world.leads:
-                _show_plan(plan, time, every_layer=True)
+            seconds = {} if time is None else {"estimated_seconds": round(time.seconds, 1)}
+            ui.give(plan.to_json() | seconds)
             return
-        if not silent:
-            _show_plan(plan, time, every_layer=False)
         try:
-            with console.progress(silent) as report:
+            with ui.progress("weights") as report:
                 result = run(plan, report, resume=resume, world=world)
         except Stopped as stopped:
             if world.size > 1:
                 raise
             again = ["zqfp-convert", *(word for word in sys.argv[1:] if word != "--no-resume")]
             raise Stopped(f"{stopped} Go on with:\n  {shlex.join(again)}") from None
-        if not silent:
-            _show_result(result, time)
-        found = result.to_json() if as_json else {}
+        _show_result(ui, result, time)
+        found = result.to_json()
         if push_to_hub is not None and world.leads:
-            with console.progress(silent) as report:
+            with ui.progress("bytes") as report:
                 pushed = push(
                     out, push_to_hub, private=private, overwrite=overwrite, progress=report
                 )
             found["pushed"] = pushed.to_json()
-            if not silent:
-                show_pushed(pushed)
-        if world.leads and as_json:
-            console.print_json(found)
+            show_pushed(ui, pushed)
+        ui.give(found)
 
 
 def _number(text: str | None) -> int | str | None:
@@ -304,7 +318,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _show_plan(plan: Plan, time: Estimate | None, *, every_layer: bool) -> None:
+def _show_plan(
+    ui: console.Interface, plan: Plan, time: Estimate | None, *, every_layer: bool
+) -> None:
     from zqfp_convert.checkpoint.partial import partial_folder, room
     from zqfp_convert.plan.disk import journal_bytes
 
@@ -351,7 +367,7 @@ def _show_plan(plan: Plan, time: Estimate | None, *, every_layer: bool) -> None:
     table.add_column(overflow="fold")
     for key, value in rows.items():
         table.add_row(key, escape(value))
-    console.out.print(table)
+    ui.print(table)
     if not every_layer:
         return
     title = "layer of a block", "N", "K", "how many", f"{most}bits a weight", f"{most}size"
@@ -361,7 +377,7 @@ def _show_plan(plan: Plan, time: Estimate | None, *, every_layer: bool) -> None:
         bits = 8 * size / (n * k * len(alike))
         row = place, str(n), str(k), str(len(alike)), f"{bits:.3f}", console.size(size)
         shapes.add_row(*map(escape, row))
-    console.out.print(shapes)
+    ui.print(shapes)
 
 
 def _left_alone(plan: Plan) -> str:
@@ -386,19 +402,19 @@ def _estimated(result: Conversion, time: Estimate | None) -> Iterator[str]:
             yield f"{console.size(peak)} of {where} (estimated: {console.size(planned)})"
 
 
-def _show_result(result: Conversion, time: Estimate | None) -> None:
+def _show_result(ui: console.Interface, result: Conversion, time: Estimate | None) -> None:
     plan, layers = result.plan, result.layers
-    console.out.print(
+    ui.print(
         f"\n[bold]{escape(str(result.out))}[/]: {console.size(plan.bytes_before)} to "
         f"{console.size(result.bytes_after)}, {result.bits:.2f} bits a weight, "
         f"{result.seconds:.1f} s"
     )
-    console.out.print(f"took {', '.join(_estimated(result, time))}")
+    ui.print(f"took {', '.join(_estimated(result, time))}")
     if plan.rotation is not None:
-        console.out.print("residual stream rotated")
+        ui.print("residual stream rotated")
     if plan.recipe.rank == "auto":
         found = ", ".join(f"{rank} in {count}" for rank, count in result.ranks.items())
-        console.out.print(f"rank of the low-rank compensation: {found} of {len(layers)} layers")
+        ui.print(f"rank of the low-rank compensation: {found} of {len(layers)} layers")
     worst = Table(
         "least exact layers", "error of weights", "of outputs", "of FP8 activations", box=None
     )
@@ -407,28 +423,28 @@ def _show_result(result: Conversion, time: Estimate | None) -> None:
         shown = "not calibrated" if output is None else f"{output:.2%}"
         lost = f"{entry['activation_error']:.2%}" if "activation_error" in entry else "-"
         worst.add_row(escape(name), f"{entry['weight_error']:.2%}", shown, lost)
-    console.out.print(worst)
+    ui.print(worst)
     used = result.calibration
     if used is not None:
         tokens = used["samples"] * used["seq_len"]
-        console.out.print(f"calibrated on {used['samples']} windows, {tokens:,} tokens")
+        ui.print(f"calibrated on {used['samples']} windows, {tokens:,} tokens")
         widest = max(layer.columns for block in plan.layers for layer in block)
         if tokens < widest:
-            console.out.print(
+            ui.print(
                 f"[bold yellow]Few tokens:[/] the widest layer has {widest:,} inputs, so its "
                 "statistics are poor; give more text."
             )
     covered = result.coverage
     if covered:
-        console.out.print(console.coverage_table(covered))
+        ui.print(console.coverage_table(covered))
         if any(one.pooled for one in covered.values()):
-            console.out.print(
+            ui.print(
                 "Pooled matrices have seen fewer tokens than they have columns, and were solved "
                 "with the statistics of their block's experts together; more text may help."
             )
     if result.tuning is not None:
         tuning = result.tuning
-        console.out.print(
+        ui.print(
             f"tuned as a whole: KL to the original on text held back {tuning.kl_before:.4f} to "
             f"{tuning.kl_after:.4f} in {tuning.seconds / 60:.1f} minutes"
             + ("" if tuning.roundings else ", roundings left as they were")
@@ -436,6 +452,6 @@ def _show_result(result: Conversion, time: Estimate | None) -> None:
         )
     retried = result.to_json()["damping_retries"]
     if retried:
-        console.out.print(f"More damping was needed for: {escape(', '.join(retried))}")
+        ui.print(f"More damping was needed for: {escape(', '.join(retried))}")
     path = escape(repr(str(result.out)))
-    console.out.print(f"\nLoad it:  import zqfp_convert; model = zqfp_convert.load({path})")
+    ui.print(f"\nLoad it:  import zqfp_convert; model = zqfp_convert.load({path})")

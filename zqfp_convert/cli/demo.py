@@ -12,28 +12,33 @@ from rich.table import Table
 
 from zqfp_convert.cli import console
 
+EXAMPLES = [
+    ("zqfp-convert demo", ""),
+    ("zqfp-convert demo KEPT/", "keep what it makes"),
+]
+
 
 def command(
     keep: Annotated[
-        Path | None, typer.Argument(help="A new folder to keep the checkpoints in.")
+        Path | None,
+        typer.Argument(metavar="[FOLDER]", help="A new folder to keep the checkpoints in."),
     ] = None,
     as_json: console.Json = False,
     debug: console.Debug = False,
 ) -> None:
     """Convert the small model that the package carries, and show what it is worth."""
-    with console.errors(debug, as_json):
+    with console.interface(debug, as_json=as_json) as ui:
         from zqfp_convert.demo.run import demo
 
         began = time.monotonic()
         with demo(keep) as shown:
             results = []
             for recipe in ("fast", "paper", "best"):
-                if not as_json:
-                    console.out.print(f"converting with recipe [bold]{recipe}[/] …")
-                with console.progress(as_json) as report:
+                ui.print(f"converting with recipe [bold]{recipe}[/] …")
+                with ui.progress("weights") as report:
                     results.append(shown.measure(recipe, report))
             if as_json:
-                console.print_json(
+                ui.give(
                     {
                         r.recipe: {
                             "bits": r.conversion.bits,
@@ -64,16 +69,16 @@ def command(
                     f"{r.divergence.same_top:.1%}",
                     f"{r.conversion.seconds:.1f}",
                 )
-            console.out.print()
-            console.out.print(table)
+            ui.print()
+            ui.print(table)
             tokens = original.divergence.tokens
-            console.out.print(
+            ui.print(
                 f"measured on {tokens:,} tokens that the original wrote, none of them calibrated "
                 "on\n"
             )
-            console.out.print("[bold]best[/], at work:")
+            ui.print("[bold]best[/], at work:")
             for line in shown.lines(results[-1].conversion.out):
-                console.out.print(f"  {escape(line)}")
+                ui.print(f"  {escape(line)}")
             if keep is not None:
-                console.out.print(f"\nkept in {escape(str(keep))}")
-            console.out.print(f"\n{time.monotonic() - began:.0f} seconds in all")
+                ui.print(f"\nkept in {escape(str(keep))}")
+            ui.print(f"\n{time.monotonic() - began:.0f} seconds in all")

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from zqfp_convert.cli import console
+from zqfp_convert.cli.screen import choices
 
 if TYPE_CHECKING:
     from zqfp_convert.evaluate.evaluation import Evaluation, Measured
@@ -28,45 +29,57 @@ FIGURES = (
 )
 
 
+EXAMPLES = [
+    ("zqfp-convert evaluate OUT/ --against MODEL --text T.txt", ""),
+    ("zqfp-convert evaluate OUT/ --against MODEL --text T.txt --json F", ""),
+]
+
+
 def command(
-    checkpoint: Annotated[str, typer.Argument(help="A packed checkpoint, or a name on the Hub.")],
-    against: Annotated[str, typer.Option(help="The model that it was made from.")],
+    checkpoint: console.Checkpoint,
+    against: Annotated[str, typer.Option(metavar="MODEL", help="The model that it was made from.")],
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="A .txt or .jsonl file to measure on, not calibrated on. Repeat for more."
+            metavar="FILE",
+            help="A .txt or .jsonl file to measure on, not calibrated on. Repeat for more.",
         ),
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="How many to take of each text at most. \\[default: all]"),
+        typer.Option(
+            metavar="N", min=2, help="How many to take of each text at most. \\[default: all]"
+        ),
     ] = None,
     window: Annotated[
         int | None,
         typer.Option(
-            help="Tokens that see each other. \\[default: 2048, or the most the model takes]"
+            metavar="N",
+            help="Tokens that see each other. \\[default: 2048, or the most the model takes]",
         ),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Windows that go through a block together.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Windows that go through a block together."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 … \\[default: the first GPU]")
-    ] = None,
+    device: console.Device = None,
     dtype: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME",
+            autocompletion=choices("float32", "bfloat16", "float16", "stored"),
             help="Of the original: float32, bfloat16, float16 or stored. \\[default: float32 on "
-            "the CPU, else as stored]"
+            "the CPU, else as stored]",
         ),
     ] = None,
     json_file: console.JsonFile = None,
     quiet: console.Quiet = False,
+    log_file: console.LogFile = None,
     debug: console.Debug = False,
 ) -> None:
     """Measure how close a checkpoint is to its model: perplexity, KL divergence, top tokens."""
     as_json = json_file == console.TO_PROGRAMS
-    with console.errors(debug, as_json):
+    with console.interface(debug, as_json=as_json, quiet=quiet, log_file=log_file) as ui:
         from zqfp_convert.evaluate.evaluation import run
         from zqfp_convert.evaluate.plan import make_plan
 
@@ -81,17 +94,14 @@ def command(
             device=device,
             dtype=dtype,
         )
-        silent = quiet or as_json
-        if not silent:
-            _show_plan(plan)
-        with console.progress(silent) as report:
+        _show_plan(ui, plan)
+        with ui.progress("blocks") as report:
             result = run(plan, report)
         console.give_json(result.to_json(), json_file, target)
-        if not silent:
-            _show_result(result)
+        _show_result(ui, result)
 
 
-def _show_plan(plan: EvaluationPlan) -> None:
+def _show_plan(ui: console.Interface, plan: EvaluationPlan) -> None:
     def kind(dtype: object) -> str:
         return str(dtype).removeprefix("torch.")
 
@@ -110,26 +120,26 @@ def _show_plan(plan: EvaluationPlan) -> None:
     table.add_column(overflow="fold")
     for key, value in rows.items():
         table.add_row(key, escape(value))
-    console.out.print(table)
+    ui.print(table)
     for name in plan.seen_in_calibration:
-        console.out.print(
+        ui.print(
             f"[bold yellow]Calibrated on:[/] the checkpoint names {escape(name)} as the text it "
             "was calibrated on; on it, it looks closer than it is."
         )
 
 
-def _show_result(result: Evaluation) -> None:
+def _show_result(ui: console.Interface, result: Evaluation) -> None:
     texts = _table("text", "windows", "tokens", *FIGURES)
     for measured in result.texts:
         figures = measured.figures
         count = str(measured.windows), f"{figures.tokens:,}"
         texts.add_row(escape(measured.name), *count, *_cells(figures))
-    console.out.print()
-    console.out.print(texts)
+    ui.print()
+    ui.print(texts)
     for measured in result.texts:
-        console.out.print()
-        console.out.print(_by_position(measured))
-    console.out.print(
+        ui.print()
+        ui.print(_by_position(measured))
+    ui.print(
         f"\nKL of original to quantized and log-loss in nats a token, ± the 95 % interval over "
         f"windows; {result.seconds:.1f} s"
     )

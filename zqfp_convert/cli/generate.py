@@ -8,26 +8,36 @@ import typer
 
 from zqfp_convert.cli import console
 
+EXAMPLES = [
+    ('zqfp-convert generate OUT/ "Once upon a time"', ""),
+    ('zqfp-convert generate OUT/ "2 + 2 =" --temperature 0', ""),
+]
+
 
 def command(
-    checkpoint: Annotated[str, typer.Argument(help="A packed checkpoint, or a name on the Hub.")],
-    prompt: Annotated[str, typer.Argument(help="What the text begins with.")],
-    tokens: Annotated[int, typer.Option(min=1, help="How many to write at most.")] = 100,
+    checkpoint: console.Checkpoint,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the text begins with.")],
+    tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many to write at most.")
+    ] = 100,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 always takes the likeliest token.")
+        float, typer.Option(metavar="X", min=0.0, help="0 always takes the likeliest token.")
     ] = 0.8,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 … \\[default: the first GPU]")
-    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the sampling.")] = 0,
+    device: console.Device = None,
+    as_json: console.Json = False,
     debug: console.Debug = False,
 ) -> None:
     """Write text with a packed model, after a prompt."""
-    with console.errors(debug):
+    with console.interface(debug, as_json=as_json) as ui:
         from zqfp_convert.generate import generate
 
-        for piece in generate(
+        pieces = generate(
             checkpoint, prompt, tokens=tokens, temperature=temperature, seed=seed, device=device
-        ):
+        )
+        if as_json:
+            ui.give({"prompt": prompt, "text": "".join(pieces)})
+            return
+        for piece in pieces:
             typer.echo(piece, nl=False)
         typer.echo()

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from zqfp_convert.cli import console
 
+EXAMPLES = [
+    ("zqfp-convert inspect OUT/", ""),
+    ("zqfp-convert inspect OUT/ --json | jq .layers", "for programs"),
+]
+
 
 def command(
-    checkpoint: Annotated[str, typer.Argument(help="A packed checkpoint, or a name on the Hub.")],
+    checkpoint: console.Checkpoint,
     as_json: console.Json = False,
+    log_file: console.LogFile = None,
     debug: console.Debug = False,
 ) -> None:
     """Show a checkpoint's layers: bits a weight, errors, spans."""
-    with console.errors(debug, as_json):
+    with console.interface(debug, as_json=as_json, log_file=log_file) as ui:
         from zqfp_convert.checkpoint import hub
         from zqfp_convert.checkpoint.coverage import coverage
         from zqfp_convert.checkpoint.reader import PackedCheckpoint
@@ -32,7 +36,7 @@ def command(
             described = {"quantization_config": packed.quantization, "layers": layers}
             experts = coverage(packed.manifest["layers"])
             described["experts"] = {name: asdict(one) for name, one in experts.items()}
-            console.print_json({**described, "changed": packed.manifest["changed"]})
+            ui.give({**described, "changed": packed.manifest["changed"]})
             return
         table = Table(box=None)
         table.add_column("layer", overflow="fold")
@@ -51,22 +55,22 @@ def command(
                 "-" if output is None else f"{output:.2%}",
                 f"{entry['activation_error']:.2%}" if "activation_error" in entry else "-",
             )
-        console.out.print(table)
+        ui.print(table)
         covered = coverage(packed.manifest["layers"])
         if covered:
-            console.out.print(console.coverage_table(covered))
+            ui.print(console.coverage_table(covered))
         weights = sum(n * k for n, k in (entry["shape"] for entry in layers.values()))
         bits = sum(e["bits"] * e["shape"][0] * e["shape"][1] for e in layers.values()) / weights
         described = packed.quantization
         producer, recipe = described["producer"], described["recipe"]
-        console.out.print(
+        ui.print(
             f"{len(layers)} layers, {weights:,} weights at {bits:.3f} bits; codes "
             f"{described['weights']['format']}, scales "
             f"{described['weights']['scales']}, groups of {described['weights']['group_size']}; "
             f"recipe {recipe.get('name', 'unnamed')}, made by {producer['name']} "
             f"{producer['version']}"
         )
-        console.out.print(
+        ui.print(
             f"left alone: {escape(console.kinds(described['ignore']))}; changed tensors: "
             f"{len(packed.manifest['changed'])}"
         )

@@ -14,8 +14,17 @@ if TYPE_CHECKING:
     from zqfp_convert.push.run import Pushed
 
 
+EXAMPLES = [
+    ("zqfp-convert push OUT/ USER/NAME", ""),
+    ("zqfp-convert push OUT/ USER/NAME --private", ""),
+    ("HF_TOKEN=… zqfp-convert push OUT/ USER/NAME", "a token for this once"),
+]
+
+
 def command(
-    checkpoint: Annotated[str, typer.Argument(help="The folder of a packed checkpoint.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="OUT", help="The folder of a packed checkpoint.")
+    ],
     repository: Annotated[
         str, typer.Argument(metavar="USER/NAME", help="The repository; made if there is none.")
     ],
@@ -40,6 +49,7 @@ def command(
         str | None,
         typer.Option(
             "--license",
+            metavar="NAME",
             help="Its licence, as the Hub spells it. \\[default: that of the original's card]",
         ),
     ] = None,
@@ -48,6 +58,7 @@ def command(
     ] = False,
     as_json: console.Json = False,
     quiet: console.Quiet = False,
+    log_file: console.LogFile = None,
     debug: console.Debug = False,
 ) -> None:
     """Upload a checkpoint to the Hub, with a model card made of what it has on record.
@@ -55,10 +66,10 @@ def command(
     Interrupted, the same command sends what is missing. The token is that of HF_TOKEN or of
     hf auth login.
     """
-    with console.errors(debug, as_json):
+    with console.interface(debug, as_json=as_json, quiet=quiet, log_file=log_file) as ui:
         from zqfp_convert.push.run import push
 
-        with console.progress(quiet or as_json) as report:
+        with ui.progress("bytes") as report:
             done = push(
                 checkpoint,
                 repository,
@@ -69,23 +80,19 @@ def command(
                 license_name=license_name,
                 progress=report,
             )
-        if as_json:
-            console.print_json(done.to_json())
-        elif not quiet:
-            show(done)
+        ui.give(done.to_json())
+        show(ui, done)
 
 
-def show(done: Pushed) -> None:
+def show(ui: console.Interface, done: Pushed) -> None:
     """What a push did, in a few lines."""
     made = "made" if done.created else "there before"
-    console.out.print(
+    ui.print(
         f"[bold]{escape(done.url)}[/] ({made}): {len(done.sent)} files sent, {len(done.there)} "
         "there already" + (f", {len(done.removed)} removed" if done.removed else ""),
         soft_wrap=True,
     )
     if done.left_out:
-        console.out.print(
-            f"not part of the checkpoint, not sent: {escape(', '.join(done.left_out))}"
-        )
+        ui.print(f"not part of the checkpoint, not sent: {escape(', '.join(done.left_out))}")
     if not done.pictured:
-        console.out.print("The card has no picture: pip install 'zqfp-convert\\[report]' draws it.")
+        ui.print("The card has no picture: pip install 'zqfp-convert\\[report]' draws it.")

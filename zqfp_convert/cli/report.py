@@ -10,9 +10,14 @@ from rich.markup import escape
 
 from zqfp_convert.cli import console
 
+EXAMPLES = [
+    ("zqfp-convert report OUT/", ""),
+    ("zqfp-convert report OUT/ --evaluation figures.json", "with KL and perplexity"),
+]
+
 
 def command(
-    checkpoint: Annotated[str, typer.Argument(help="A packed checkpoint, or a name on the Hub.")],
+    checkpoint: console.Checkpoint,
     evaluation: Annotated[
         Path | None,
         typer.Option(
@@ -30,29 +35,23 @@ def command(
     ] = None,
     as_json: console.Json = False,
     quiet: console.Quiet = False,
+    log_file: console.LogFile = None,
     debug: console.Debug = False,
 ) -> None:
     """Write a page and a picture: size, errors, spans, KL, what limited it and what to try.
 
     report.html needs nothing beside it; report.png is what a model card shows (extra [report]).
     """
-    with console.errors(debug, as_json):
+    with console.interface(debug, as_json=as_json, quiet=quiet, log_file=log_file) as ui:
         from zqfp_convert.report.run import report
 
         made = report(checkpoint, evaluation=evaluation, to=to)
-        if as_json:
-            found = [
-                {"title": each.title, "text": each.text, "try": each.attempt}
-                for each in made.findings
-            ]
-            console.print_json(
-                {"page": str(made.page), "picture": str(made.picture), "findings": found}
-            )
-        elif not quiet:
-            for each in made.findings:
-                console.out.print(f"[bold]{escape(each.title)}[/]: {escape(each.text)}")
-                if each.attempt:
-                    console.out.print(f"  try {escape(each.attempt)}")
-            console.out.print(
-                f"\nwritten: {made.page}, {made.picture}", soft_wrap=True, markup=False
-            )
+        found = [
+            {"title": each.title, "text": each.text, "try": each.attempt} for each in made.findings
+        ]
+        ui.give({"page": str(made.page), "picture": str(made.picture), "findings": found})
+        for each in made.findings:
+            ui.print(f"[bold]{escape(each.title)}[/]: {escape(each.text)}")
+            if each.attempt:
+                ui.print(f"  try {escape(each.attempt)}")
+        ui.print(f"\nwritten: {made.page}, {made.picture}", soft_wrap=True, markup=False)

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from zqfp_convert.tune import Tuned
 
 
+EXAMPLES = [
+    ("zqfp-convert tune OUT/", ""),
+    ("zqfp-convert tune --shapes 4096x14336 --tokens 1,16", ""),
+]
+
+
 def command(
     checkpoints: Annotated[
         list[str] | None,
@@ -32,36 +38,31 @@ def command(
         list[str] | None,
         typer.Option(help="Numbers of tokens: 1,16,8192. Repeat for more. \\[default: 1 to 8192]"),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1 … \\[default: the first GPU]")
-    ] = None,
+    device: console.Device = None,
     as_json: console.Json = False,
     quiet: console.Quiet = False,
+    log_file: console.LogFile = None,
     debug: console.Debug = False,
 ) -> None:
-    """Measure on this Hopper GPU how products are best cut up, and keep that for its kernels.
+    """Measure how this Hopper GPU multiplies fastest, and keep that for its kernels.
 
     What is found goes into a table in the user's cache, one for each kind of GPU, and is used from
     then on; without it, the table that comes with the package. Other GPUs have nothing to tune.
     """
-    with console.errors(debug, as_json):
+    with console.interface(debug, as_json=as_json, quiet=quiet, log_file=log_file) as ui:
         from zqfp_convert.tune import table_path, tune
 
         wanted = console.shapes("shapes", shapes)
         counts = console.numbers("tokens", tokens)
-        with console.progress(quiet or as_json) as report:
+        with ui.progress("measurements") as report:
             found = list(tune(checkpoints or [], wanted, counts, device, report))
         path = table_path(device)
-        if as_json:
-            console.print_json(
-                {"table": str(path), "entries": [tuned.to_json() for tuned in found]}
-            )
-        elif not quiet:
-            _show(found)
-            console.out.print(f"kept in {path}", soft_wrap=True, markup=False)
+        ui.give({"table": str(path), "entries": [tuned.to_json() for tuned in found]})
+        _show(ui, found)
+        ui.print(f"kept in {path}", soft_wrap=True, markup=False)
 
 
-def _show(found: list[Tuned]) -> None:
+def _show(ui: console.Interface, found: list[Tuned]) -> None:
     table = Table(box=None)
     for heading in ("N", "K", "M"):
         table.add_column(heading, justify="right")
@@ -81,7 +82,7 @@ def _show(found: list[Tuned]) -> None:
             f"{entry.expanded:.2f}",
             f"{rate / 1e12:.2f} TB/s" if rate else f"{tuned.flops / 1e12:.0f} TFLOP/s",
         )
-    console.out.print(table)
+    ui.print(table)
 
 
 def _words(schedule: dict[str, int]) -> str:
