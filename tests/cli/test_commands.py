@@ -41,7 +41,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["inspect", "OUT"], ["inspect", "OUT"]),
         (["./inspect", "OUT"], ["convert", "./inspect", "OUT"]),
         (["--help"], ["--help"]),
-        ([], []),
+        (["-q", "inspect", "OUT"], ["inspect", "-q", "OUT"]),
+        (["-q", "MODEL", "OUT"], ["convert", "-q", "MODEL", "OUT"]),
+        (["evaluate", "OUT", "--json"], ["evaluate", "OUT", "--json", "-"]),
+        (["bench", "--json", "--debug", "OUT"], ["bench", "--json", "-", "--debug", "OUT"]),
+        (["bench", "OUT", "--json", "F"], ["bench", "OUT", "--json", "F"]),
+        (["inspect", "OUT", "--json"], ["inspect", "OUT", "--json"]),
+        ([], ["--help"]),
     ],
 )
 def test_arguments(given: list[str], want: list[str]) -> None:

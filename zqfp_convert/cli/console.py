@@ -62,6 +62,12 @@ Checkpoint = Annotated[
 ]
 
 STOPPED = "Stopped. Nothing half-written was left behind."
+SPELT = {  # choices of a recipe whose options have other names
+    "activation_order": "act_order",
+    "balance_norms": "balance",
+    "center_norms": "offset",
+    "low_rank_rounds": "alternations",
+}
 REFUSED, WRONG_USE, INTERRUPTED = 1, 2, 130  # exit codes
 
 
@@ -106,10 +112,10 @@ class Interface:
         message = redacted(message)
         if self.as_json:
             print_json({"error": message})
-        red, _, rest = message.partition(": ") if code != INTERRUPTED else ("", "", message)
-        err.print(f"[bold red]{red}:[/] {escape(rest)}" if red else escape(rest), soft_wrap=True)
+        title = "" if code == INTERRUPTED else "Error: "
+        err.print(f"[bold red]{title}[/]{escape(message)}", soft_wrap=True)
         if self.log is not None:
-            self.log.write(message)
+            self.log.write(title + message)
         return typer.Exit(code)
 
 
@@ -143,10 +149,13 @@ def interface(
             if debug:
                 raise
             code = WRONG_USE if isinstance(error, OptionError) else REFUSED
-            raise ui.fail(f"Error: {_told(error)}", code) from None
+            raise ui.fail(_told(error), code) from None
 
 
 def _told(error: Exception) -> str:
+    if isinstance(error, OptionError) and error.where.isidentifier():
+        option = SPELT.get(error.where, error.where).replace("_", "-")
+        return str(error).replace(error.where, f"--{option}")
     if isinstance(error, ZqfpError):
         return str(error)
     text = " ".join(str(error).split()) or type(error).__name__

@@ -31,7 +31,6 @@ from zqfp_convert.cli.screen import Commands, with_examples
 app = typer.Typer(
     cls=Commands,
     add_completion=True,
-    no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -61,6 +60,7 @@ for _name, _panel, _module, _short in (
     app.command(_name, cls=_kind, rich_help_panel=_panel, short_help=_short)(_module.command)
 
 OWN_OPTIONS = ("-h", "--help", "--version", "--install-completion", "--show-completion")
+FLAGS = ("-q", "--quiet", "--debug", "--json")
 FIGURES = ("bench", "compare", "evaluate")  # whose --json may name a file
 
 
@@ -94,10 +94,16 @@ def commands() -> set[str]:
 def arguments(given: list[str]) -> list[str]:
     """The arguments with what may be left out put in.
 
-    That is the command `convert`, and the `-` of a `--json` that names no file.
+    That is `--help` where there is nothing, the command `convert`, and the `-` of a `--json` that
+    names no file. `--quiet` and its like may come before a command.
     """
-    if not given or given[0] in OWN_OPTIONS:
+    if not given:
+        return ["--help"]
+    if given[0] in OWN_OPTIONS:
         return given
+    ahead = next((i for i, word in enumerate(given) if word not in FLAGS), len(given))
+    if 0 < ahead < len(given) and given[ahead] in commands():
+        given = [given[ahead], *given[:ahead], *given[ahead + 1 :]]
     if given[0] not in commands():
         return ["convert", *given]
     if given[0] not in FIGURES:

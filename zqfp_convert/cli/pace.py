@@ -102,12 +102,10 @@ class Nested:
 
     def told(self) -> str:
         """The speed of the whole, and the time that is left."""
-        parts = []
-        if (rate := self.whole.rate) is not None:
-            parts.append(speed(rate, self.unit))
-        if (left := self.whole.left) is not None:
-            parts.append(f"about {span(left)} left")
-        return ", ".join(parts)
+        rate, left = self.whole.rate, self.whole.left
+        if rate is None or left is None:
+            return ""
+        return f"{speed(rate, self.unit)}, about {span(left)} left"
 
     def step_told(self) -> str:
         """What is being done, for how long, and for how long yet where it counts itself."""

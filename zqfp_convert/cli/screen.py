@@ -28,13 +28,17 @@ class Command(TyperCommand):
     every = False
     examples: Examples = ()
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What stands behind the command's name where it is used wrongly."""
+        words = [p for p in self.get_params(ctx) if p.param_type_name == "argument"]
+        return [str(p.metavar) for p in words] + ["[options]"]
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help page."""
         page = Page()
         params: list[Any] = self.get_params(ctx)
         words = [p for p in params if p.param_type_name == "argument"]
-        usage = " ".join(p.metavar if p.required else f"[{p.metavar}]" for p in words)
-        page.text(f"Usage: {ctx.command_path} {usage} [bold]\\[options][/]")
+        page.text(f"Usage: {ctx.command_path} {escape(' '.join(self.collect_usage_pieces(ctx)))}")
         page.text(self.help or "")
         page.rows("", [(str(p.metavar), p.help or "") for p in words])
         panels: dict[str, list[Any]] = {"Options": []}
@@ -56,7 +60,7 @@ class Commands(TyperGroup):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help page."""
         page = Page()
-        page.text(f"Usage: {ctx.command_path} [bold]COMMAND[/] … [bold]\\[options][/]")
+        page.text(f"Usage: {ctx.command_path} COMMAND … \\[options]")
         page.text(self.help or "")
         panels: dict[str, list[Any]] = {}
         for name in self.list_commands(ctx):

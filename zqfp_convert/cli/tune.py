@@ -23,6 +23,7 @@ def command(
     checkpoints: Annotated[
         list[str] | None,
         typer.Argument(
+            metavar="[OUT]...",
             help="Packed checkpoints, or names on the Hub, whose layers' shapes to measure. "
             "\\[default: the shapes of the table that comes with the package]",
             show_default=False,
@@ -31,12 +32,16 @@ def command(
     shapes: Annotated[
         list[str] | None,
         typer.Option(
-            help="More shapes, N x K (outputs x inputs): 4096x14336,1024x4096. Repeat for more."
+            metavar="NxK",
+            help="More shapes, N x K (outputs x inputs): 4096x14336,1024x4096. Repeat for more.",
         ),
     ] = None,
     tokens: Annotated[
         list[str] | None,
-        typer.Option(help="Numbers of tokens: 1,16,8192. Repeat for more. \\[default: 1 to 8192]"),
+        typer.Option(
+            metavar="N,N",
+            help="Numbers of tokens: 1,16,8192. Repeat for more. \\[default: 1 to 8192]",
+        ),
     ] = None,
     device: console.Device = None,
     as_json: console.Json = False,
