@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TEXTS = ["README.md", "tests/benchmarks/NOTES.md", "formats/zqfp-1.md"]
+TEXTS = ["README.md", "CHANGELOG.md", "tests/benchmarks/NOTES.md", "formats/zqfp-1.md"]
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -115,6 +116,7 @@ def main() -> None:
     closeness(above)
     products(below)
     target = parser.parse_args().to
+    rcParams["svg.hashsalt"] = "overview"  # the same file each time
     figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else {})
 
 

@@ -62,12 +62,6 @@ Checkpoint = Annotated[
 ]
 
 STOPPED = "Stopped. Nothing half-written was left behind."
-SPELT = {  # choices of a recipe whose options have other names
-    "activation_order": "act_order",
-    "balance_norms": "balance",
-    "center_norms": "offset",
-    "low_rank_rounds": "alternations",
-}
 REFUSED, WRONG_USE, INTERRUPTED = 1, 2, 130  # exit codes
 
 
@@ -153,9 +147,6 @@ def interface(
 
 
 def _told(error: Exception) -> str:
-    if isinstance(error, OptionError) and error.where.isidentifier():
-        option = SPELT.get(error.where, error.where).replace("_", "-")
-        return str(error).replace(error.where, f"--{option}")
     if isinstance(error, ZqfpError):
         return str(error)
     text = " ".join(str(error).split()) or type(error).__name__

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -17,11 +17,13 @@ from rich.table import Table
 from zqfp_convert.cli import console
 from zqfp_convert.cli.push import show as show_pushed
 from zqfp_convert.cli.screen import RARE, HelpAll, choices
+from zqfp_convert.errors import OptionError, Stopped
 
 if TYPE_CHECKING:
     from zqfp_convert.conversion import Conversion
     from zqfp_convert.conversion.probe import Estimate
     from zqfp_convert.plan import Plan
+    from zqfp_convert.recipe import Recipe
 
 METHOD = f"{RARE}: the method"
 TEXT = f"{RARE}: text"
@@ -32,6 +34,13 @@ EXAMPLES = [
     ("zqfp-convert MODEL OUT/ --calibration T.txt --dry-run", "the plan alone"),
     ("zqfp-convert MODEL OUT/ --recipe fast", "no calibration"),
 ]
+
+SPELT = {  # choices of a recipe whose options have other names
+    "activation_order": "act_order",
+    "balance_norms": "balance",
+    "center_norms": "offset",
+    "low_rank_rounds": "alternations",
+}
 
 
 class Offset(Enum):
@@ -241,14 +250,14 @@ def command(
         from zqfp_convert.checkpoint import hub
         from zqfp_convert.conversion import run
         from zqfp_convert.conversion.probe import estimate
-        from zqfp_convert.errors import Stopped
         from zqfp_convert.plan import make_plan
         from zqfp_convert.push.run import check, push
         from zqfp_convert.recipe import Recipe
 
         if not world.leads:
             ui.follow()
-        chosen = Recipe.named(
+        chosen = _named(
+            Recipe.named,
             recipe,
             scales=scales,
             group_size=_number(group_size),
@@ -305,6 +314,18 @@ def command(
             found["pushed"] = pushed.to_json()
             show_pushed(ui, pushed)
         ui.give(found)
+
+
+def _named(named: Callable[..., Recipe], recipe: str, **choices: Any) -> Recipe:
+    """A recipe; where a choice cannot be, the error names its option."""
+    try:
+        return named(recipe, **choices)
+    except OptionError as error:
+        if error.where not in choices:
+            raise
+        option = "--" + SPELT.get(error.where, error.where).replace("_", "-")
+        advice = error.do.replace(error.where, option)
+        raise OptionError(option, error.found, needed=error.needed, do=advice) from None
 
 
 def _number(text: str | None) -> int | str | None:
