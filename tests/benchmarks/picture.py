@@ -64,7 +64,6 @@ def whole_model(axes: Sequence[Axes]) -> None:
         rf"({FLOAT}) times \| ({FLOAT}) GB against ({FLOAT}) \|"
     )
     decode, bf16_decode, times, fill, bf16_fill, fill_times, size, bf16 = found(README, pattern)
-    filled = "Prefill of 8192 tokens, H200, tokens/s"
     for one, title, pair, told in (
         (axes[0], "Weights of Llama-3.1-8B's shape, GB", (bf16, size), ""),
         (axes[1], "Decoding, H200, tokens/s", (bf16_decode, decode), f"  ({times} times)"),

@@ -169,7 +169,7 @@ def test_errors_are_messages(tmp_path: Path) -> None:
     assert isinstance(done.exception, SystemExit)
     assert isinstance(run(tmp_path / "nowhere", tmp_path / "out", "--debug").exception, SourceError)
     assert run("inspect", DEMO).exit_code == 1
-    for option, value in (("--group-size", "48"), ("--alternations", "99"), ("--scales", "m3")):
+    for option, value in (("--group-size", "48"), ("--asymmetry", "2"), ("--scales", "m3")):
         done = run(DEMO, tmp_path / "out", option, value)
         assert done.exit_code == 2
         assert done.stderr.startswith(f"Error: {option}: ")
