@@ -182,12 +182,11 @@ def model() -> torch.nn.Module:
     return random_model(configuration("llama"))
 
 
-def test_generated(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "GENERATED_AT_ONCE", 3)
+def test_generated(model: torch.nn.Module) -> None:
     torch.manual_seed(11)
     want = torch.rand(3)
     torch.manual_seed(11)
-    windows = text.generate(model, 7, 12, seed=0)
+    windows = text.generate(model, 7, 12, seed=0, at_once=3)
     assert torch.equal(torch.rand(3), want)  # nobody else's random numbers are touched
     assert windows.shape == (7, 12)
     assert windows.dtype == torch.int64
@@ -196,8 +195,13 @@ def test_generated(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> N
     assert int(windows.min()) >= 0
     assert int(windows.max()) < VOCABULARY
     assert len({tuple(row) for row in windows.tolist()}) == 7
-    assert torch.equal(windows, text.generate(model, 7, 12, seed=0))
-    assert not torch.equal(windows, text.generate(model, 7, 12, seed=1))
+    told: list[tuple[int, int]] = []
+    watched = text.generate(model, 7, 12, seed=0, at_once=3, report=lambda *at: told.append(at))
+    assert torch.equal(windows, watched)  # nor does it matter whether anybody is told
+    assert told == [(3 * n, 84) for n in range(2, 13)] + [
+        (36 + 3 * n, 84) for n in range(2, 13)
+    ] + [(72 + n, 84) for n in range(2, 13)]
+    assert not torch.equal(windows, text.generate(model, 7, 12, seed=1, at_once=3))
     assert model.training is False
 
 

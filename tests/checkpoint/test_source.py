@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -99,6 +100,17 @@ def test_weights_that_are_not_finite(value: float, dtype: torch.dtype, tmp_path:
         Source(tmp_path).check_finite()
     assert raised.value.where == "b.weight"
     assert "model.safetensors" in raised.value.found
+
+
+def test_nobody_waits_for_the_rest_of_a_check(tmp_path: Path) -> None:
+    bad = {**TENSORS, "b.weight": torch.full((2,), float("nan"))}
+    write(tmp_path)
+    save_file(bad, tmp_path / "model.safetensors")
+    source, stopped = Source(tmp_path), Event()
+    with pytest.raises(SourceError):
+        source.check_finite(stopped=stopped)
+    stopped.set()
+    source.check_finite(stopped=stopped)  # reads nothing
 
 
 def test_no_config(tmp_path: Path) -> None:

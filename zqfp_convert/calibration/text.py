@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
 from zqfp_convert.errors import OptionError, SourceError
 from zqfp_convert.parallel import ALONE, World
@@ -126,6 +131,16 @@ def windows_and_more(
     return at(chosen), at(others)
 
 
+def _watched(report: Callable[[int, int], None], before: int, total: int) -> StoppingCriteriaList:
+    """Never stops; reports after each token of all windows, given the number of those before."""
+
+    def watch(ids: Tensor, scores: object, **about: object) -> Tensor:
+        report(before + ids.numel(), total)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    return StoppingCriteriaList([watch])
+
+
 def generate(
     model: PreTrainedModel,
     samples: int,
@@ -134,13 +149,15 @@ def generate(
     world: World = ALONE,
     *,
     at_once: int = GENERATED_AT_ONCE,
+    report: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Windows that the model writes itself, int64 `[samples, seq_len]`, on the CPU.
 
     Each starts with the begin-of-text token (a random one where the model has none) and goes on by
     sampling from the model's own distribution, past ends of text. Deterministic for a seed on one
     machine and a number of windows that are written `at_once`; the global random state is left as
-    it was. Processes of a `world` take turns; all get everything.
+    it was. Processes of a `world` take turns; all get everything. `report` is called with
+    how many tokens of how many have been written here.
 
     Raises:
         SourceError: the model cannot write.
@@ -167,8 +184,10 @@ def generate(
     try:
         random_state = torch.random.fork_rng(devices=devices)
         with world.attempt(), random_state, torch.inference_mode():
-            every = range(0, samples, at_once)
-            for start in every[world.rank :: world.size]:
+            mine = range(0, samples, at_once)[world.rank :: world.size]
+            total = seq_len * sum(min(at_once, samples - start) for start in mine)
+            written = 0
+            for start in mine:
                 torch.manual_seed((seed + start) % 2**63)  # whoever writes these, writes the same
                 count = min(at_once, samples - start)
                 if first is not None and first < vocabulary:
@@ -179,7 +198,10 @@ def generate(
                 # Else a first token that is also the padding is hidden.
                 mask = torch.ones_like(prompt)
                 try:
-                    parts[start] = model.generate(prompt, attention_mask=mask).cpu()
+                    watched = None if report is None else _watched(report, written, total)
+                    found = model.generate(prompt, attention_mask=mask, stopping_criteria=watched)
+                    parts[start] = found.cpu()
+                    written += found.numel()
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:  # of the model's own lines, which may ask for anything

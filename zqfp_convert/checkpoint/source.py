@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -75,17 +76,22 @@ class Source:
         """Python files of the model's author: carried over, never run."""
         return [path for path in self.other_files() if path.suffix == ".py"]
 
-    def check_finite(self, names: Iterable[str] | None = None) -> dict[str, int]:
+    def check_finite(
+        self, names: Iterable[str] | None = None, stopped: Event | None = None
+    ) -> dict[str, int]:
         """Read tensors, all or those named, once and refuse NaN and infinity.
 
         Returns:
-            A checksum of each, by their names.
+            A checksum of each, by their names; of no use once `stopped` is set, when no more are
+            read.
 
         Raises:
             SourceError: naming the first tensor that holds one.
         """
 
         def finite(name: str) -> tuple[bool, int]:
+            if stopped is not None and stopped.is_set():
+                return True, 0
             flat = self.shards.read([name])[name].reshape(-1)
             checksum = 0
             for start in range(0, len(flat), CHUNK):

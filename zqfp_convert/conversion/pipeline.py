@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -213,14 +214,18 @@ def _check_tuned_together(plan: Plan, world: World) -> None:
 def _weights_checked(plan: Plan, partial: Partial, report: Progress) -> Iterator[None]:
     """Runs the body while all weights are read and checked; what is wrong with them goes first.
 
-    Processes share the tensors.
+    Nobody waits for that after Ctrl-C or a wrong option. Processes share the tensors.
     """
     report("checking weights", 0, plan.weights)
     world, names = partial.world, sorted(plan.source.shards.tensors)
+    stopped = Event()
     with ThreadPoolExecutor(1, "check") as thread:
-        checking = thread.submit(plan.source.check_finite, names[world.part(len(names))])
+        checking = thread.submit(plan.source.check_finite, names[world.part(len(names))], stopped)
         try:
             yield
+        except (KeyboardInterrupt, OptionError):
+            stopped.set()
+            raise
         finally:
             checksums = checking.result()
     weights = fingerprint({k: v for own in world.gather(checksums) for k, v in own.items()})

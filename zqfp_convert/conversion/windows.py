@@ -64,8 +64,7 @@ def _text(plan: Plan, partial: Partial, report: Progress) -> tuple[Tensor, Tenso
     length, count = recipe.seq_len, recipe.samples
     extra = max(0, recipe.tune_samples - count) if recipe.tune > 0 else 0
     if plan.text is None:
-        report("writing calibration text", 0, plan.weights)
-        written = _written(plan, partial, count + extra)
+        written = _written(plan, partial, count + extra, "writing calibration text", report)
         return written[:count], written[:0], written[count:]
     report("reading calibration text", 0, plan.weights)
     source, where = plan.text, plan.source.folder
@@ -77,17 +76,23 @@ def _text(plan: Plan, partial: Partial, report: Progress) -> tuple[Tensor, Tenso
     missing = recipe.tune_samples - len(found) - len(more) if recipe.tune > 0 else 0
     if missing <= 0:
         return found, more, found[:0]
-    report("writing text to tune on", 0, plan.weights)
-    return found, more, _written(plan, partial, missing)
+    return found, more, _written(plan, partial, missing, "writing text to tune on", report)
 
 
-def _written(plan: Plan, partial: Partial, count: int) -> Tensor:
+def _written(plan: Plan, partial: Partial, count: int, what: str, report: Progress) -> Tensor:
     """Windows that the model writes, at once as many as fit; fewer than planned are noted."""
+    report(what, 0, plan.weights)
+
+    def tell(done: int, total: int) -> None:
+        report(f"{what}, token {done}/{total}", 0, plan.weights)
+
     recipe, world, whole = plan.recipe, partial.world, _whole(plan)
     while True:
         size = [text.GENERATED_AT_ONCE, *partial.noted(AT_ONCE)][-1]
         try:
-            return text.generate(whole, count, recipe.seq_len, recipe.seed, world, at_once=size)
+            return text.generate(
+                whole, count, recipe.seq_len, recipe.seed, world, at_once=size, report=tell
+            )
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
