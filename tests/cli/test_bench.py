@@ -30,7 +30,8 @@ def test_table(converted: Maker) -> None:
                  "decode after 16", "weights", "read for a decoded token", "KV cache",
                  "share of read bandwidth", "bf16 model: random weights"):  # fmt: skip
         assert said in done.stdout
-    assert not done.stderr.strip()
+    assert "Error" not in done.stderr  # progress at most
+    assert "Warning" not in done.stderr
 
 
 def test_json(converted: Maker, tiny_model: Maker, tmp_path: Path) -> None:
@@ -129,5 +130,5 @@ def test_other_folders(converted: Maker, tiny_model: Maker) -> None:
     assert done.exit_code == 1
     assert "no such folder" in done.stderr.replace("\n", " ")
     done = bench(converted(), *SMALL, "--original", tiny_model("opt"))
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "the model that the checkpoint was made from" in done.stderr.replace("\n", " ")

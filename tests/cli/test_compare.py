@@ -58,7 +58,7 @@ def test_tables(name: str, text: Path, tiny_model: Maker) -> None:
     words = ("--preset", name, "--text", text, "--calibration", text, "--group-size", "32")
     done = run(tiny_model("opt"), *words, *QUICK, "--rank", "2")
     assert done.exit_code == 0, done.stderr
-    assert not done.stderr.strip()
+    assert all("%  " in line for line in done.stderr.splitlines())  # progress at most
     rows = preset(name, 32, 2)
     for said in (
         "14 windows of 16 tokens",

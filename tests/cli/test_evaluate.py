@@ -37,7 +37,7 @@ def test_tables(pair: tuple[Path, str, Path], text: Path, tmp_path: Path) -> Non
     other.write_text("Call me Ishmael. " * 9)
     done = run(*pair, "--text", text, "--text", other, *SMALL)
     assert done.exit_code == 0, done.stderr
-    assert not done.stderr.strip()
+    assert all("%  " in line for line in done.stderr.splitlines())  # progress at most
     for said in (
         "23 windows of 16 tokens",
         "hidden states",
