@@ -101,6 +101,14 @@ def test_weights_that_are_not_finite(value: float, dtype: torch.dtype, tmp_path:
     assert "model.safetensors" in raised.value.found
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_weights_are_finite(dtype: torch.dtype, tmp_path: Path) -> None:
+    write(tmp_path)
+    largest = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)
+    save_file({"b.weight": torch.cat([largest, -largest])}, tmp_path / "model.safetensors")
+    assert Source(tmp_path).check_finite().keys() == {"b.weight"}
+
+
 def test_no_config(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"config\.json") as raised:
         Source(tmp_path)
