@@ -115,6 +115,22 @@ def test_no_config(tmp_path: Path) -> None:
     assert raised.value.where == str(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "found", "do"),
+    [
+        ("adapter_config.json", "LoRA adapter", "Merge it"),
+        ("model-Q4_K_M.gguf", "GGUF", "made from"),
+        ("checkpoint-500/config.json", "config.json", "checkpoint-500"),
+    ],
+)
+def test_no_model_but_something_else(file: str, found: str, do: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(SourceError, match=do) as raised:
+        Source(tmp_path)
+    assert found in raised.value.found
+
+
 def test_no_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SourceError, match="no weights"):

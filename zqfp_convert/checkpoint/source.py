@@ -31,6 +31,7 @@ OTHER_WEIGHTS = (
     ".tflite",
     ".ot",
 )
+ADAPTER = "adapter_config.json"  # of peft
 CHUNK = 1 << 17  # numbers looked at together, so that they stay in the cache
 EXPONENTS = {  # all bits of it are set in infinity and NaN alone (IEEE 754, section 3.4)
     torch.bfloat16: (torch.int16, 0x7F80),
@@ -52,12 +53,7 @@ class Source:
         """
         self.folder = folder
         if not (folder / layout.CONFIG_FILE).is_file():
-            raise SourceError(
-                str(folder),
-                f"no {layout.CONFIG_FILE}",
-                needed="a folder with a Hugging Face model",
-                do="Check the path, or give the name of a model on the Hub.",
-            )
+            raise _no_model(folder)
         self.config: dict[str, Any] = read_json(
             folder / layout.CONFIG_FILE, "bad-config", constants=True
         )
@@ -182,6 +178,24 @@ def _quantized(folder: Path, method: str | None) -> SourceError:
         "blocks (weight_scale_inv), or MXFP4",
         do="Convert the model that this one was made from.",
     )
+
+
+def _no_model(folder: Path) -> SourceError:
+    """The error for a folder without a configuration, by what else is there."""
+    found, do = (
+        f"no {layout.CONFIG_FILE}",
+        "Check the path, or give the name of a model on the Hub.",
+    )
+    within = [path for path in sorted(folder.iterdir()) if (path / layout.CONFIG_FILE).is_file()]
+    if (folder / ADAPTER).is_file():
+        found = f"a LoRA adapter ({ADAPTER})"
+        do = "Merge it into its model first (merge_and_unload() of peft), and convert what you get."
+    elif any(folder.glob("*.gguf")):
+        found = f"GGUF files, and no {layout.CONFIG_FILE}"
+        do = "Convert the model that they were made from."
+    elif within:
+        do = f"Give the folder of the model itself, such as {within[0]}."
+    return SourceError(str(folder), found, needed="a folder with a Hugging Face model", do=do)
 
 
 def _refuse_pickled(folder: Path) -> None:
