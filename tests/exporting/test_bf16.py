@@ -46,12 +46,14 @@ def test_experts_lie_as_in_the_source(packed: Packer, tmp_path: Path, arch: str)
     zqfp_convert.export(checkpoint, tmp_path / "bf16", "bf16")
     before, have = read_tensors(source_of(checkpoint)), read_tensors(tmp_path / "bf16")
     assert {name: t.shape for name, t in have.items()} == {n: t.shape for n, t in before.items()}
-    own = {name: weight.float() for name, weight in weights(checkpoint, merged=True).items()}
-    tensors = read_tensors(checkpoint)
-    parts = {f"{name}.weight": weight for name, weight in own.items()} | tensors
+    own, tensors = weights(checkpoint, merged=True), read_tensors(checkpoint)
+    parts = {f"{name}.weight": weight for name, weight in own.items()}
+    parts |= {name: tensor.double() for name, tensor in tensors.items()}
     want = {n: t for n, t in parts.items() if n in before} | fused(parts, before)
     for name, tensor in have.items():
-        assert torch.equal(tensor, want[name].bfloat16()), name
+        exact = want[name]
+        away, least = ((x.double() - exact).abs() for x in (tensor, exact.bfloat16()))
+        assert bool((away <= least + 1e-6).all()), name  # the nearest, but for ties in float32
     assert bool(EXPERT.match(next(n for n in have if "expert" in n))) is (arch == "qwen3_moe")
     assert logits(plain(tmp_path / "bf16"), token_ids()).isfinite().all()
 
