@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from architectures import token_ids
 from dequantized import manifest, read_tensors
 from exported_models import Packer, dequantized, logits, plain, source_of, weights
+from huggingface_hub import metadata_load
 from mixtures import EXPERT, fused
 from transformers import AutoTokenizer
 
@@ -70,6 +72,29 @@ def test_other_files_and_the_configuration(packed: Packer, tmp_path: Path) -> No
     text = "a tokenizer like the original's"
     one, other = (AutoTokenizer.from_pretrained(p) for p in (checkpoint, tmp_path / "bf16"))
     assert one(text)["input_ids"] == other(text)["input_ids"]
+
+
+def test_the_card_and_what_is_left(packed: Packer, tmp_path: Path) -> None:
+    """The licence goes with the weights; what is about the packed checkpoint does not."""
+    checkpoint = Path(shutil.copytree(packed("llama"), tmp_path / "packed"))
+    about = json.loads((checkpoint / "config.json").read_text())
+    source = {"name": "maker/model", "repository": "maker/model", "card": {"license": "mit"}}
+    about["quantization_config"]["source"] = source
+    (checkpoint / "config.json").write_text(json.dumps(about))
+    (checkpoint / "LICENSE").write_text("Some terms.")
+    for name in ("report.html", "report.png", "zqfp_evaluation.json"):
+        (checkpoint / name).write_text("{}")
+    zqfp_convert.export(checkpoint, tmp_path / "bf16", "bf16")
+    names = {path.name for path in (tmp_path / "bf16").iterdir()}
+    assert {"README.md", "LICENSE", "tokenizer.json"} <= names
+    assert not {"report.html", "report.png", "zqfp_evaluation.json"} & names
+    data = metadata_load(tmp_path / "bf16" / "README.md")
+    assert (data["license"], data["library_name"]) == ("mit", "transformers")
+    assert (data["base_model"], data["base_model_relation"]) == ("maker/model", "quantized")
+    text = (tmp_path / "bf16" / "README.md").read_text()
+    for said in ("# model, 4-bit weights in bfloat16", "huggingface.co/maker/model", "vllm serve"):
+        assert said in text
+    assert "zqfp" not in data["tags"]
 
 
 def test_shards_and_their_index(

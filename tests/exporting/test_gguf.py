@@ -16,6 +16,7 @@ import transformers as hf
 from architectures import token_ids
 from exported_models import DEMO, Packer, dequantized, logits, plain, source_of, weights
 from gguf import GGMLQuantizationType as Type
+from huggingface_hub import metadata_load
 from safetensors import safe_open
 
 import zqfp_convert
@@ -83,6 +84,7 @@ def test_weights_are_read_back(
     checkpoint = with_words(arch, **options)
     zqfp_convert.export(checkpoint, tmp_path / "gg", "gguf")
     path = tmp_path / "gg" / "gg-mxfp4.gguf"
+    assert metadata_load(tmp_path / "gg" / "README.md")["library_name"] == "gguf"
     kinds = {t.name: t.tensor_type for t in gguf.GGUFReader(path).tensors}
     have = tensors(path)
     config = hf.AutoConfig.from_pretrained(source_of(packed(arch, **options)))
@@ -123,6 +125,14 @@ def test_transformers_loads_it(with_words: Packer, packed: Packer, tmp_path: Pat
     one = hf.AutoTokenizer.from_pretrained(tmp_path / "gg", **file)
     other = hf.AutoTokenizer.from_pretrained(checkpoint)
     assert one(texts)["input_ids"] == other(texts)["input_ids"]
+
+
+def test_the_licence_goes_along(with_words: Packer, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(with_words("demo"), tmp_path / "packed"))
+    (checkpoint / "LICENSE.txt").write_text("Some terms.")
+    zqfp_convert.export(checkpoint, tmp_path / "gg", "gguf")
+    names = {path.name for path in (tmp_path / "gg").iterdir()}
+    assert names == {"LICENSE.txt", "README.md", "gg-mxfp4.gguf"}
 
 
 def test_experts_are_stacked(with_words: Packer, tmp_path: Path) -> None:
