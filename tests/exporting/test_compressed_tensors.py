@@ -28,6 +28,8 @@ from zqfp_convert.exporting.spans import wide
 def loaded(folder: Path, dtype: torch.dtype = torch.bfloat16) -> hf.PreTrainedModel:
     """The exported model with the weights decompressed, activations as they are."""
     option = hf.CompressedTensorsConfig(dequantize=True)
+    if not getattr(option, "dequantize", False):
+        pytest.skip("this transformers quantizes activations, whatever is asked of it")
     return plain(folder, quantization_config=option, dtype=dtype)
 
 

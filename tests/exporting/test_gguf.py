@@ -17,6 +17,7 @@ from architectures import token_ids
 from exported_models import DEMO, Packer, dequantized, logits, plain, source_of, weights
 from gguf import GGMLQuantizationType as Type
 from huggingface_hub import metadata_load
+from packaging.version import Version
 from safetensors import safe_open
 
 import zqfp_convert
@@ -124,7 +125,10 @@ def test_transformers_loads_it(with_words: Packer, packed: Packer, tmp_path: Pat
     texts = ["Once upon a time, it's 1234 times   nicer\n\n here — naïve", "  two  spaces"]
     one = hf.AutoTokenizer.from_pretrained(tmp_path / "gg", **file)
     other = hf.AutoTokenizer.from_pretrained(checkpoint)
-    assert one(texts)["input_ids"] == other(texts)["input_ids"]
+    have_ids, want_ids = one(texts)["input_ids"], other(texts)["input_ids"]
+    if Version(hf.__version__) < Version("5.8"):  # puts BOS before texts, whatever the file says
+        have_ids = [ids[1:] for ids in have_ids]
+    assert have_ids == want_ids
 
 
 def test_the_licence_goes_along(with_words: Packer, tmp_path: Path) -> None:
