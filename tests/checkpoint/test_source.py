@@ -58,14 +58,14 @@ def test_tensors(sharded: bool, tmp_path: Path) -> None:
 def test_files_that_are_carried_over(tmp_path: Path) -> None:
     write(tmp_path)
     carried = [
-        "LICENSE", "NOTICE.txt", "README.md", "chat_template.jinja", "generation_config.json",
+        "LICENSE", "NOTICE.txt", "chat_template.jinja", "generation_config.json",
         "merges.txt", "modeling_own.py", "sub/configuration_own.py", "sub/image.png",
         "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
     ]  # fmt: skip
     left = [
         ".gitattributes", ".cache/huggingface/x.json", "model-00001-of-00002.safetensors",
         "consolidated.00.pth", "flax_model.msgpack", "model.safetensors.index.json.bak",
-        "onnx/model.onnx", "original/params.pt", "pytorch_model.bin",
+        "README.md", "onnx/model.onnx", "original/params.pt", "pytorch_model.bin",
         "pytorch_model.bin.index.json", "tf_model.h5", "weights.gguf",
     ]  # fmt: skip
     for name in carried + left:

@@ -124,7 +124,10 @@ def _is_finite(numbers: Tensor) -> bool:
 
 
 def other_files(folder: Path) -> list[Path]:
-    """Files to carry over, relative to the folder: all that are no weights and not hidden."""
+    """Files to carry over, relative to the folder: all that are no weights and not hidden.
+
+    Nor the model card, which is about another model than the one that is made of this.
+    """
     return [
         path
         for path in sorted(p.relative_to(folder) for p in folder.rglob("*"))
@@ -133,6 +136,7 @@ def other_files(folder: Path) -> list[Path]:
         and path.suffix not in (*PICKLED, *OTHER_WEIGHTS)
         and not path.name.endswith(".index.json")
         and str(path) not in REWRITTEN
+        and str(path).lower() != layout.CARD.lower()
     ]
 
 

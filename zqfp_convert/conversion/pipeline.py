@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 
 from zqfp_convert import __version__
-from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint import card, layout
 from zqfp_convert.checkpoint.origin import origin, without_own_path
 from zqfp_convert.checkpoint.partial import Partial, differences, partial_folder
 from zqfp_convert.checkpoint.series import Series
@@ -166,6 +166,7 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
         outcome: Outcome | None = None if tuned is None else tuned.outcome
         quantization = _quantization_config(plan, bound, calibration, outcome)
         config = {**without_own_path(plan.source.config), layout.CONFIG_KEY: quantization}
+        writer.add_text(layout.CARD, card.packed(quantization))
         bits = 8 * writer.packed_bytes() / plan.weights
         writer.finish(config, work.layers.entries, work.changed)
     after = world.lead(lambda: sum(path.stat().st_size for path in plan.out.glob("*.safetensors")))
