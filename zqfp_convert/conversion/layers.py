@@ -17,6 +17,7 @@ from zqfp_convert.calibration.experts import Moments
 from zqfp_convert.calibration.simulated import SimulatedExpertLinear, SimulatedLinear
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.packed import PackedLayer, pack, unpack
+from zqfp_convert.conversion import host
 from zqfp_convert.conversion.result import Progress
 from zqfp_convert.distill.tunable import TunableLinear
 from zqfp_convert.model.blocks import bias_of, get_linear, is_transposed, weight_matrix
@@ -133,6 +134,7 @@ class Layers:
         self.report(f"block {index + 1}/{total}  {places}", self.done, self.plan.weights)
         here = [weight.to(self.plan.device) for weight in weights]
         quantized = quantize_together(here, curvature, self.plan.recipe, world, spend=spend)
+        host.trim()  # what solving took in small pieces is not wanted by packing
         for layer, solved in zip(layers, quantized, strict=True):
             self._note(layer, solved, curvature)
         return quantized
