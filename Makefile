@@ -15,6 +15,7 @@ test: $(VENV)/developing
 
 test-vllm: $(VLLM)/installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python tests/with_vllm/refused.py
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python tests/with_vllm/layers.py
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python tests/with_vllm/served.py
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python tests/with_vllm/exported.py
 

@@ -544,7 +544,7 @@ def test_out_of_memory_on_the_way(source: Path, out: Path, monkeypatch: pytest.M
     def fail(*args: object, **how: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. And so on")
 
-    monkeypatch.setattr("zqfp_convert.conversion.work.quantize_together", fail)
+    monkeypatch.setattr("zqfp_convert.conversion.layers.quantize_together", fail)
     refused(source, out, "memory of cpu", "out of memory", "--samples", "goes on")
     partial = out.with_name("out.partial")
     assert partial.is_dir()  # to go on when there is more memory

@@ -15,6 +15,7 @@ import torch
 import zqfp1_reader
 from architectures import ARCHITECTURES, QUICK, Maker, token_ids, write_model, write_tokenizer
 from dequantized import dense, manifest, quantization_config, read_tensors
+from huggingface_hub import metadata_load
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -113,6 +114,9 @@ def test_files_are_carried_over_and_code_is_not_run(tmp_path: Path) -> None:
     write_tokenizer(source)
     (source / "LICENSE").write_bytes(b"Some terms.\r\n")
     (source / "NOTICE").write_text("Somebody made this.")
+    (source / "README.md").write_text(
+        "---\nlicense: mit\nlanguage: en\nwidget: x\n---\nThe best model of all.\n"
+    )
     (source / "sub").mkdir()
     for name in ("modeling_llama.py", "configuration_llama.py", "sub/__init__.py"):
         (source / name).write_text(CODE.format(marker=str(marker)))
@@ -132,10 +136,23 @@ def test_files_are_carried_over_and_code_is_not_run(tmp_path: Path) -> None:
         "generation_config.json", "modeling_llama.py", "sub/__init__.py", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
-    ours = {"config.json", "model.safetensors.index.json", "zqfp_manifest.json"}
+    ours = {"README.md", "config.json", "model.safetensors.index.json", "zqfp_manifest.json"}
     weights = {name for name in after if name.endswith(".safetensors")}
     assert after.keys() == carried | ours | weights
     assert all(after[name] == before[name] for name in carried)
+    card = after["README.md"].decode()  # not the source's, which is about another model
+    data = metadata_load(tmp_path / "out" / "README.md")
+    assert (data["license"], data["language"], data["library_name"]) == (
+        "mit",
+        "en",
+        "zqfp-convert",
+    )
+    assert not {"widget", "base_model"} & data.keys()
+    assert "best model" not in card
+    assert all(said in card for said in ("source with 4-bit", 'load("FOLDER"', "recipe best"))
+    assert str(tmp_path) not in card
+    listed = json.loads(after["zqfp_manifest.json"])["files"]
+    assert set(listed) == carried | {"README.md"}
     assert result.plan.to_json()["code_files_not_run"] == [
         "configuration_llama.py", "modeling_llama.py", "sub/__init__.py"
     ]  # fmt: skip

@@ -75,6 +75,36 @@ def test_a_file(tmp_path: Path) -> None:
         hub.fetch(tmp_path / "model.safetensors")
 
 
+@pytest.mark.usefixtures("no_download")
+def test_a_file_in_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match="a file") as raised:
+        hub.fetch("model.gguf")
+    assert "folder" in raised.value.do
+    with pytest.raises(SourceError, match="a file"), hub.to_plan("model.gguf"):
+        pass
+
+
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.parametrize(
+    ("address", "do"),
+    [
+        ("https://huggingface.co/some/model", "Give some/model."),
+        ("https://huggingface.co/some/model/", "Give some/model."),
+        ("https://huggingface.co/some/model/tree/v2", "Give some/model --revision v2."),
+        ("https://huggingface.co/gpt2", "Download it, and give the folder; of the Hub give"),
+        ("https://example.org/some/model", "Download it, and give the folder; of the Hub give"),
+    ],
+)
+def test_an_address(address: str, do: str) -> None:
+    with pytest.raises(SourceError, match="an address") as raised:
+        hub.fetch(address)
+    assert do in raised.value.do
+    with pytest.raises(SourceError, match="an address"), hub.to_plan(address):
+        pass
+
+
 def test_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = answers(monkeypatch, tmp_path)
     assert hub.fetch("someone/model", "v2") == tmp_path

@@ -59,14 +59,14 @@ def test_tensors(sharded: bool, tmp_path: Path) -> None:
 def test_files_that_are_carried_over(tmp_path: Path) -> None:
     write(tmp_path)
     carried = [
-        "LICENSE", "NOTICE.txt", "README.md", "chat_template.jinja", "generation_config.json",
+        "LICENSE", "NOTICE.txt", "chat_template.jinja", "generation_config.json",
         "merges.txt", "modeling_own.py", "sub/configuration_own.py", "sub/image.png",
         "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
     ]  # fmt: skip
     left = [
         ".gitattributes", ".cache/huggingface/x.json", "model-00001-of-00002.safetensors",
         "consolidated.00.pth", "flax_model.msgpack", "model.safetensors.index.json.bak",
-        "onnx/model.onnx", "original/params.pt", "pytorch_model.bin",
+        "README.md", "onnx/model.onnx", "original/params.pt", "pytorch_model.bin",
         "pytorch_model.bin.index.json", "tf_model.h5", "weights.gguf",
     ]  # fmt: skip
     for name in carried + left:
@@ -113,10 +113,34 @@ def test_nobody_waits_for_the_rest_of_a_check(tmp_path: Path) -> None:
     source.check_finite(stopped=stopped)  # reads nothing
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_weights_are_finite(dtype: torch.dtype, tmp_path: Path) -> None:
+    write(tmp_path)
+    largest = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)
+    save_file({"b.weight": torch.cat([largest, -largest])}, tmp_path / "model.safetensors")
+    assert Source(tmp_path).check_finite().keys() == {"b.weight"}
+
+
 def test_no_config(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"config\.json") as raised:
         Source(tmp_path)
     assert raised.value.where == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "found", "do"),
+    [
+        ("adapter_config.json", "LoRA adapter", "Merge it"),
+        ("model-Q4_K_M.gguf", "GGUF", "made from"),
+        ("checkpoint-500/config.json", "config.json", "checkpoint-500"),
+    ],
+)
+def test_no_model_but_something_else(file: str, found: str, do: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(SourceError, match=do) as raised:
+        Source(tmp_path)
+    assert found in raised.value.found
 
 
 def test_no_weights(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -302,6 +304,28 @@ def test_a_file_that_is_not_what_the_journal_says_is_written_again(
         raise KeyboardInterrupt
     write(tmp_path / "out", A, B)
     assert files(tmp_path / "out") == files(write(tmp_path / "at once", A, B))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_within_a_file(tmp_path: Path) -> None:
+    """By the system, at a byte of the second shard: what was half written is not carried along."""
+    import resource  # where there is fork
+
+    large = {"b": torch.zeros(1 << 20)}
+    process = os.fork()
+    if process == 0:
+        with writing(tmp_path / "out", 2) as target:
+            target.add_shard(A)
+            target.shards.wait()
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python would make an error of it
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+            target.add_shard(large)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGXFSZ
+    left = files(tmp_path / "out.partial" / "checkpoint")
+    assert len(left) == 2  # the first shard, and a part of the second under some name
+    write(tmp_path / "out", A, large)
+    assert files(tmp_path / "out") == files(write(tmp_path / "at once", A, large))
 
 
 def test_what_differs_is_named(tmp_path: Path) -> None:

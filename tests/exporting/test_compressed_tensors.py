@@ -16,6 +16,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from dequantized import CODES, manifest, read_tensors
 from exported_models import Packer, dequantized, logits, plain, relative, weights
+from huggingface_hub import metadata_load
 from test_verify import rewrite
 
 import zqfp_convert
@@ -27,6 +28,8 @@ from zqfp_convert.exporting.spans import wide
 def loaded(folder: Path, dtype: torch.dtype = torch.bfloat16) -> hf.PreTrainedModel:
     """The exported model with the weights decompressed, activations as they are."""
     option = hf.CompressedTensorsConfig(dequantize=True)
+    if not getattr(option, "dequantize", False):
+        pytest.skip("this transformers quantizes activations, whatever is asked of it")
     return plain(folder, quantization_config=option, dtype=dtype)
 
 
@@ -47,6 +50,9 @@ def test_logits_are_those_of_the_dequantized_model(
     made = zqfp_convert.export(checkpoint, tmp_path / "ct")
     assert made.layers == len(manifest(checkpoint)["layers"])
     assert made.adapter is None
+    card = tmp_path / "ct" / "README.md"
+    assert {"compressed-tensors", "mxfp4"} <= set(metadata_load(card)["tags"])
+    assert "lora" not in card.read_text().lower()
     have = loaded(tmp_path / "ct")
     if arch == "mixtral":  # its experts are fused as they are loaded
         zqfp_convert.export(checkpoint, tmp_path / "bf16", "bf16")
@@ -86,6 +92,8 @@ def test_compensation_is_a_lora_of_peft(packed: Packer, tmp_path: Path) -> None:
     checkpoint = packed("demo", recipe="fast", rank=3)
     made = zqfp_convert.export(checkpoint, tmp_path / "ct")
     assert made.adapter == tmp_path / "ct" / "lorc-adapter"
+    card = (tmp_path / "ct" / "README.md").read_text()
+    assert "--lora-modules lorc=FOLDER/lorc-adapter" in card
     ids = token_ids()
     model = loaded(tmp_path / "ct", torch.float32)
     without = logits(model, ids)

@@ -90,4 +90,4 @@ def test_offsets_go_into_the_bias(transposed: bool) -> None:
     assert type(plain) is (Conv1D if transposed else nn.Linear)
     x = torch.randn(5, 72).double()
     want = (x - layer.input_offset.double()) @ layer.approximation().double().T + bias.double()
-    assert torch.allclose(plain(x), want, rtol=1e-4)
+    assert torch.allclose(plain(x), want, rtol=0, atol=1e-4)  # of outputs about 30, in float32

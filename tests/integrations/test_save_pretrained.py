@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import token_ids
-from dequantized import read_tensors
+from dequantized import manifest, quantization_config, read_tensors
 from kinds import Packed
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -18,11 +19,18 @@ from zqfp_convert.errors import OptionError
 from zqfp_convert.verify import verify
 
 
+def described(folder: Path) -> tuple[str, list[object]]:
+    """The whole `quantization_config`, spelled out, and what the manifest says of layers."""
+    about = json.dumps(quantization_config(folder), sort_keys=True)
+    return about, [manifest(folder)[key] for key in ("layers", "changed")]
+
+
 @pytest.mark.parametrize("kind", ["llama", "opt", "rotated", "added", "mixtral", "gpt_oss", "left"])
 def test_round_trip(kind: str, packed: Packed, source: Packed, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed(kind))
     model.save_pretrained(tmp_path / "saved")
     verify(tmp_path / "saved", against=source(kind))
+    assert described(tmp_path / "saved") == described(packed(kind))
     before, after = read_tensors(packed(kind)), read_tensors(tmp_path / "saved")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -32,6 +40,26 @@ def test_round_trip(kind: str, packed: Packed, source: Packed, tmp_path: Path) -
         want = model(token_ids()).logits
         for load in (zqfp_convert.load, AutoModelForCausalLM.from_pretrained):
             assert torch.equal(load(tmp_path / "saved").cpu()(token_ids()).logits, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_that_is_on_record_stays(dtype: torch.dtype, packed: Packed, tmp_path: Path) -> None:
+    """Keys that another version of the program may write too, through two round trips."""
+    folder = Path(shutil.copytree(packed("llama"), tmp_path / "packed"))
+    config = json.loads((folder / "config.json").read_text())
+    about = config["quantization_config"]
+    assert about.keys() > {"source", "made_on", "tuning", "calibration", "recipe", "producer"}
+    about["tuning"] = {"kl_before": 0.5, "kl_after": 0.25, "kept": True}
+    about["source"]["card"] = {"license": "mit", "language": ["en", "de"]}
+    about |= {"modules_to_not_convert": ["x"], "bits": None, "of later": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    plain = AutoModelForCausalLM.from_pretrained
+    plain(folder, dtype=dtype, device_map="cpu").save_pretrained(tmp_path / "once")
+    option = zqfp_convert.ZqfpConfig()
+    plain(tmp_path / "once", quantization_config=option).save_pretrained(tmp_path / "twice")
+    for saved in ("once", "twice"):
+        assert described(tmp_path / saved) == described(folder)
+    assert plain(tmp_path / "once").dtype == dtype
 
 
 def test_shards_and_one_file_take_turns(packed: Packed, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,15 @@ def test_quantization_config_is_not_the_models(converted: Maker) -> None:
     assert not hasattr(skeleton.build(converted("llama", "fast")).config, "quantization_config")
 
 
-@pytest.mark.parametrize("text", ['{"model_type": "no-such-model"}', "{}", '{"model_type": "vit"}'])
+@pytest.mark.parametrize("kind", ["vit", "t5"])
+def test_a_model_of_another_kind(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(SourceError, match="decoder-only") as raised:
+        skeleton.build(tmp_path)
+    assert f"'{kind}'" in raised.value.found
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "no-such-model"}', "{}"])
 def test_no_causal_language_model(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(SourceError, match="no model can be built") as raised:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import transformers
 from architectures import Maker
 from hub_double import ORGANISATION, USER, Asked, Hub, Repository
 from huggingface_hub import metadata_load
@@ -295,6 +296,18 @@ def test_the_card(double: Hub, converted: Maker, tiny_model: Maker, tmp_path: Pa
     assert metadata_load(card)["license"] == "mit"
     assert metadata_load(card)["base_model"] == "a/b"
     assert "license_name" not in metadata_load(card)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_transformers_has_saved(double: Hub, out: Path, tmp_path: Path) -> None:
+    """A tokenizer that was saved beside the model belongs to it, though no manifest names it."""
+    saved = tmp_path / "saved"
+    transformers.AutoModelForCausalLM.from_pretrained(out).save_pretrained(saved)
+    transformers.AutoTokenizer.from_pretrained(out).save_pretrained(saved)
+    (saved / "notes.txt").write_text("mine")
+    assert push(saved, NAME).left_out == ["notes.txt"]
+    files = double.repositories[NAME].files
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= files.keys()
 
 
 @pytest.mark.usefixtures("undrawn")

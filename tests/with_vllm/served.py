@@ -8,12 +8,11 @@ not, our two best are less than 0.05 apart; log-probabilities differ by 0.02 at 
 
 Activations are rounded to FP8, so where two programs differ in the last bit of a float32, now and
 then one is rounded the other way, and from there on all that follows differs by the rounding noise
-of FP8. Our loader meets the same when it runs token by token with its cache, which is how it wrote
-the continuations: its figures with itself stand beside. In small random models that is rare, and
-all three rules have to hold. In the trained demonstration model many texts meet it, and
-tokens then differ where two are farther apart: there the first and the third have to hold. In
-bfloat16, where last bits differ all the time, the loader does not keep them with itself, and none
-has to.
+of FP8. In small random models that is rare, and all three rules have to hold. In the trained
+demonstration model, and in bfloat16, most texts meet it. How far it goes is what our loader shows
+when the last bit of its embeddings is changed: its figures with itself stand beside, and there
+vLLM's may be a quarter worse at most. That the layers are the same ones but for that rounding,
+`layers.py` proves.
 
 With several ranks row-parallel linears quantize the part of their input that a rank has; so does
 our loader's model then.
@@ -45,6 +44,7 @@ from zqfp_convert.runtime.linear import QuantizedLinear, Scratch
 from zqfp_convert.serving import part
 
 AGREEMENT, GAP, DIFFERENCE = 0.98, 0.05, 0.02
+WORSE, CHANGES = 1.25, 4  # than our loader with itself, over so many changes
 PROMPTS, PROMPT, NEW = 32, 16, 64
 ROW_PARALLEL = ("o_proj", "down_proj")
 DEMO = Path(zqfp_convert.__file__).parent / "demo" / "model"
@@ -63,7 +63,7 @@ class Case:
         dtype: of the activations.
         ranks: that serve it together.
         compiled: as vLLM does by itself; else with --enforce-eager, which starts sooner.
-        rules: that have to hold, of agreement, gap and mean.
+        itself: it has to be about as near to our loader as that is to itself, and keeps no rules.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Case:
     dtype: str = "float32"
     ranks: int = 1
     compiled: bool = False
-    rules: tuple[str, ...] = ("agreement", "gap", "mean")
+    itself: bool = False
 
 
 WIDE = {"hidden_size": 128, "max_position_embeddings": 256}
@@ -86,9 +86,9 @@ CASES = [
     Case("OPT, centered", "opt", {**WIDE, "word_embed_proj_dim": 128}),
     Case("Falcon, biases added", "falcon", WIDE),
     Case("Mixtral", "mixtral", {**WIDE, "intermediate_size": 64, "head_dim": 32}, ranks=2),
-    Case("demonstration", compiled=True, rules=("agreement", "mean")),
-    Case("demonstration", ranks=2, rules=("agreement", "mean")),
-    Case("demonstration", dtype="bfloat16", rules=()),
+    Case("demonstration", compiled=True, itself=True),
+    Case("demonstration", ranks=2, itself=True),
+    Case("demonstration", dtype="bfloat16", itself=True),
 ]  # fmt: skip
 
 
@@ -136,22 +136,17 @@ def load(case: Case, folder: Path) -> hf.PreTrainedModel:
     return model
 
 
-def texts(model: hf.PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Prompts that the model draws at random with its greedy continuations, int64 `[32, 81]`.
-
-    And the log-probabilities `[32, 64, V]` that it has while it writes them.
-    """
+def texts(model: hf.PreTrainedModel) -> Tensor:
+    """Prompts that the model draws at random with its greedy continuations, int64 `[32, 81]`."""
     torch.manual_seed(0)
     first = torch.full((PROMPTS, 1), model.config.bos_token_id)
 
-    def more(tokens: Tensor, count: int, **settings: Any) -> Any:
+    def more(tokens: Tensor, count: int, **settings: Any) -> Tensor:
         seen = torch.ones_like(tokens)  # token 0 too, which may stand for padding
         settings |= {"attention_mask": seen, "pad_token_id": 0, "eos_token_id": None}
-        settings |= {"return_dict_in_generate": True, "output_logits": True}
         return model.generate(tokens, max_new_tokens=count, **settings)
 
-    written = more(more(first, PROMPT, do_sample=True, top_k=0).sequences, NEW, do_sample=False)
-    return written.sequences, torch.stack(written.logits, 1).float().log_softmax(-1)
+    return more(more(first, PROMPT, do_sample=True, top_k=0), NEW, do_sample=False)
 
 
 def distributions(model: hf.PreTrainedModel, tokens: Tensor) -> Tensor:
@@ -159,6 +154,22 @@ def distributions(model: hf.PreTrainedModel, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         logits = torch.cat([model(some).logits for some in tokens.split(8)])
     return logits[:, -NEW - 1 : -1].float().log_softmax(-1)
+
+
+def with_itself(model: hf.PreTrainedModel, tokens: Tensor, ours: Tensor) -> Figures:
+    """How near the loader is to itself when the last bit of all embeddings is changed."""
+
+    def change(_: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        up = torch.rand(output.shape) < 0.5
+        return output.nextafter(torch.where(up, torch.inf, -torch.inf).to(output.dtype))
+
+    handle = model.get_input_embeddings().register_forward_hook(change)
+    torch.manual_seed(0)
+    every = torch.cat([distributions(model, tokens) for _ in range(CHANGES)])
+    handle.remove()
+    repeated = tokens.repeat(CHANGES, 1)
+    given = every.gather(-1, repeated[:, -NEW:, None])[..., 0]
+    return Figures.of(every.argmax(-1), given, ours.repeat(CHANGES, 1, 1), repeated)
 
 
 @dataclass(frozen=True)
@@ -185,14 +196,14 @@ class Figures:
         mean = float((here - given).abs().mean())
         return cls(1 - float(other.float().mean()), max([0.0, *gaps.tolist()]), mean)
 
-    def hold(self, rules: tuple[str, ...]) -> bool:
-        """Whether they are what these rules say."""
-        each = {
-            "agreement": self.agreement >= AGREEMENT,
-            "gap": self.gap < GAP,
-            "mean": self.mean <= DIFFERENCE,
-        }
-        return all(each[rule] for rule in rules)
+    def keep_rules(self) -> bool:
+        """Whether they are what is asked of any program."""
+        return self.agreement >= AGREEMENT and self.gap < GAP and self.mean <= DIFFERENCE
+
+    def are_near(self, own: Figures) -> bool:
+        """Whether they are about those of the loader with itself."""
+        differ = 1 - self.agreement <= WORSE * (1 - own.agreement)
+        return differ and self.mean <= WORSE * own.mean
 
     def __str__(self) -> str:
         return f"{self.agreement:.2%} | {self.gap:.3f} | {self.mean:.6f}"
@@ -243,20 +254,21 @@ def main() -> None:
             if not out.exists():
                 zqfp_convert.convert(source(case, work / case.name), out, **QUICK | case.convert)
             model = load(case, out)
-            tokens, step_by_step = texts(model)
+            tokens = texts(model)
             ours = distributions(model, tokens)
-            mine = step_by_step.gather(-1, tokens[:, -NEW:, None])[..., 0]
-            own = Figures.of(step_by_step.argmax(-1), mine, ours, tokens)
+            own = with_itself(model, tokens, ours)
             settings = ["--dtype", case.dtype, "--max-model-len", "128", "--max-num-seqs", "32"]
             settings += [] if case.compiled else ["--enforce-eager"]
             with Server(out, work / f"serve-{number}.log", case.ranks, *settings) as server:
                 theirs = Figures.of(*served(server, tokens), ours, tokens)
                 same = greedy(server, tokens)
-            holds = theirs.hold(case.rules)
-            verdict = ("yes" if holds else "NO") if case.rules else ""
+            holds = theirs.are_near(own) if case.itself else theirs.keep_rules()
             failed += not holds
             about = f"{case.name} | {case.dtype} | {case.ranks}"
-            print(f"| {about} | {theirs} | {same:.1f} | {own} | {verdict} |", flush=True)
+            print(
+                f"| {about} | {theirs} | {same:.1f} | {own} | {'yes' if holds else 'NO'} |",
+                flush=True,
+            )
             print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
         if failed:
             raise SystemExit(f"{failed} of {len(chosen)} do not hold")

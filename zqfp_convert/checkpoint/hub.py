@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -44,15 +45,33 @@ def fetch(model: str | Path, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     name = str(model)
-    if isinstance(model, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if "://" in name:
+        raise SourceError(
+            name,
+            "an address",
+            needed="a model folder, or a repository's name on the Hub (USER/NAME)",
+            do=_instead(name),
+        )
+    is_path = isinstance(model, Path) or name.startswith((".", "/", "~"))
+    if is_path or path.exists() or name.count("/") > 1:
         raise SourceError(
             name,
             "a file" if path.exists() else "no such folder",
             needed="a model folder, or a repository's name on the Hub (USER/NAME)",
-            do="Check the path.",
+            do="Give the folder that it lies in." if path.exists() else "Check the path.",
         )
     with _told(name):
         return Path(snapshot_download(name, revision=revision, ignore_patterns=NOT_NEEDED))
+
+
+def _instead(address: str) -> str:
+    """What to give instead of the address of a page."""
+    parts = urlsplit(address).path.strip("/").split("/")
+    of_hub = urlsplit(address).netloc == urlsplit(constants.ENDPOINT).netloc
+    if not of_hub or len(parts) < 2:
+        return "Download it, and give the folder; of the Hub give USER/NAME."
+    revision = f" --revision {parts[3]}" if parts[2:3] == ["tree"] and len(parts) == 4 else ""
+    return f"Give {parts[0]}/{parts[1]}{revision}."
 
 
 @contextmanager
@@ -66,7 +85,7 @@ def to_plan(model: str | Path, revision: str | None = None) -> Iterator[Path]:
         SourceError: as `fetch`.
     """
     name = str(model)
-    if Path(model).expanduser().is_dir() or name.startswith((".", "/", "~")):
+    if Path(model).expanduser().exists() or name.startswith((".", "/", "~")) or "://" in name:
         yield fetch(model)
         return
     with tempfile.TemporaryDirectory(prefix="zqfp-plan-") as above:

@@ -12,7 +12,8 @@ from typing import Any
 
 from huggingface_hub import metadata_load
 
-CARD = "README.md"
+from zqfp_convert.checkpoint import layout
+
 OF_CARD = ("license", "license_name", "license_link", "language")  # what a copy has to say too
 IN_CACHE = re.compile(r"^models--(?P<name>.+)$")  # how the Hub's cache spells a repository
 OWN_PATH = re.compile(r"^([/~.\\]|[A-Za-z]:)")
@@ -34,7 +35,7 @@ def origin(folder: Path) -> dict[str, Any]:
         "name": repository or where.name,
         "repository": repository,
         "revision": revision,
-        "card": _card(folder / CARD),
+        "card": _card(folder / layout.CARD),
     }
 
 
@@ -46,14 +47,18 @@ def without_own_path(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def of_card(data: dict[str, Any]) -> dict[str, Any]:
+    """What a copy has to say too of a card's front matter, as far as it is well-formed."""
+    return {key: data[key] for key in OF_CARD if _plain(data.get(key))}
+
+
 def _card(path: Path) -> dict[str, Any]:
     """Licence and languages in the front matter of a model card; empty where there is none."""
     try:
         found = metadata_load(path) if path.is_file() else None
     except Exception:  # of the YAML library: a card that nobody can read says nothing
         return {}
-    chosen = {key: (found or {}).get(key) for key in OF_CARD}
-    return {key: value for key, value in chosen.items() if _plain(value)}
+    return of_card(found or {})
 
 
 def _plain(value: object) -> bool:

@@ -103,6 +103,7 @@ class Partial:
             self._files = {r["file"]: r for r in self._journal.records if "file" in r}
             if resume and self._files and (self.folder / CHECKPOINT).is_dir():
                 self._refuse_differences(conversion)
+                self._remove_unrecorded()
             else:
                 self._begin(conversion)
                 check_free(out, overwrite=overwrite)
@@ -284,6 +285,21 @@ class Partial:
         self._remove_files()
         self._journal.path.unlink()
         self.folder.rmdir()
+
+    def _remove_unrecorded(self) -> None:
+        """Remove what the run before was still writing when it was killed.
+
+        Else it would come to be in OUT: safetensors writes under a name that it makes up, and gives
+        a file its own name once it is whole. What else has no record is written again anyway.
+        """
+        kept = {JOURNAL, *self._files}
+        with writing(self.out):
+            for path in list(self.folder.rglob("*")):
+                name = path.relative_to(self.folder)
+                if name.parts[0] == REPLACED or name.as_posix() in kept:
+                    continue
+                if path.is_symlink() or not path.is_dir():
+                    path.unlink()
 
     def _remove_files(self) -> None:
         for path in self.folder.iterdir():

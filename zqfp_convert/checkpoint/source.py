@@ -14,6 +14,7 @@ from threading import Event
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.dequantized import METHODS, DequantizedShards
@@ -31,7 +32,13 @@ OTHER_WEIGHTS = (
     ".tflite",
     ".ot",
 )
+ADAPTER = "adapter_config.json"  # of peft
 CHUNK = 1 << 17  # numbers looked at together, so that they stay in the cache
+EXPONENTS = {  # all bits of it are set in infinity and NaN alone (IEEE 754, section 3.4)
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F80_0000),
+}
 REWRITTEN = (layout.CONFIG_FILE, layout.INDEX_FILE, layout.MANIFEST_FILE)
 
 
@@ -47,12 +54,7 @@ class Source:
         """
         self.folder = folder
         if not (folder / layout.CONFIG_FILE).is_file():
-            raise SourceError(
-                str(folder),
-                f"no {layout.CONFIG_FILE}",
-                needed="a folder with a Hugging Face model",
-                do="Check the path, or give the name of a model on the Hub.",
-            )
+            raise _no_model(folder)
         self.config: dict[str, Any] = read_json(
             folder / layout.CONFIG_FILE, "bad-config", constants=True
         )
@@ -96,7 +98,7 @@ class Source:
             checksum = 0
             for start in range(0, len(flat), CHUNK):
                 part = flat[start : start + CHUNK]
-                if part.is_floating_point() and not bool(part.float().isfinite().all()):
+                if not _is_finite(part):
                     return False, 0
                 checksum = zlib.crc32(part.view(torch.uint8).numpy().data, checksum)
             return True, checksum
@@ -117,8 +119,21 @@ class Source:
         return checksums
 
 
+def _is_finite(numbers: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity among numbers `[n]` on the CPU."""
+    if numbers.dtype not in EXPONENTS:
+        return not numbers.is_floating_point() or bool(numbers.float().isfinite().all())
+    words, exponent = EXPONENTS[numbers.dtype]
+    # By numpy, which works in this thread alone: torch would start as many as there are cores.
+    found = (numbers.view(words).numpy() & exponent) == exponent
+    return not bool(found.any())
+
+
 def other_files(folder: Path) -> list[Path]:
-    """Files to carry over, relative to the folder: all that are no weights and not hidden."""
+    """Files to carry over, relative to the folder: all that are no weights and not hidden.
+
+    Nor the model card, which is about another model than the one that is made of this.
+    """
     return [
         path
         for path in sorted(p.relative_to(folder) for p in folder.rglob("*"))
@@ -127,6 +142,7 @@ def other_files(folder: Path) -> list[Path]:
         and path.suffix not in (*PICKLED, *OTHER_WEIGHTS)
         and not path.name.endswith(".index.json")
         and str(path) not in REWRITTEN
+        and str(path).lower() != layout.CARD.lower()
     ]
 
 
@@ -172,6 +188,24 @@ def _quantized(folder: Path, method: str | None) -> SourceError:
         "blocks (weight_scale_inv), or MXFP4",
         do="Convert the model that this one was made from.",
     )
+
+
+def _no_model(folder: Path) -> SourceError:
+    """The error for a folder without a configuration, by what else is there."""
+    found, do = (
+        f"no {layout.CONFIG_FILE}",
+        "Check the path, or give the name of a model on the Hub.",
+    )
+    within = [path for path in sorted(folder.iterdir()) if (path / layout.CONFIG_FILE).is_file()]
+    if (folder / ADAPTER).is_file():
+        found = f"a LoRA adapter ({ADAPTER})"
+        do = "Merge it into its model first (merge_and_unload() of peft), and convert what you get."
+    elif any(folder.glob("*.gguf")):
+        found = f"GGUF files, and no {layout.CONFIG_FILE}"
+        do = "Convert the model that they were made from."
+    elif within:
+        do = f"Give the folder of the model itself, such as {within[0]}."
+    return SourceError(str(folder), found, needed="a folder with a Hugging Face model", do=do)
 
 
 def _refuse_pickled(folder: Path) -> None:

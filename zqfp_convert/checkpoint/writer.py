@@ -79,6 +79,14 @@ class Writer:
                 sync(target)
             self._files.append(file.as_posix())
 
+    def add_text(self, file: str, text: str) -> None:
+        """Write a file of text beside the shards."""
+        if self.partial.world.leads:
+            with writing(self.partial.out):
+                (self._folder / file).write_text(text, encoding="utf-8")
+                sync(self._folder / file)
+            self._files.append(file)
+
     def packed_bytes(self) -> int:
         """The bytes of all packed tensors so far."""
         self.shards.wait()

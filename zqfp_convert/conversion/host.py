@@ -39,6 +39,11 @@ def given_back() -> Iterator[None]:
 def tidy() -> None:
     """Let go of cycles that hold tensors, and of what lies unused in the C library's heaps."""
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Let go of what lies unused in the C library's heaps."""
     _call("malloc_trim", 0)
 
 
@@ -61,6 +66,7 @@ class Peak:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._host_before: int | None = None
+        tidy()  # what is free in the heaps is not what the process has
         try:
             (PROCESS / "clear_refs").write_text(RESET_PEAK)
             self._host_before = _status("VmRSS")

@@ -10,6 +10,7 @@ import transformers
 from zqfp_convert import __version__
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.disk import sha256
+from zqfp_convert.checkpoint.origin import origin
 from zqfp_convert.model.device import describe
 from zqfp_convert.plan import Plan
 
@@ -33,7 +34,8 @@ def identity(plan: Plan, processes: int) -> dict[str, Any]:
         "recipe": plan.recipe.to_json(),
         "calibration": calibration,
         "model": {layout.CONFIG_FILE: sha256(folder / layout.CONFIG_FILE)}
-        | {path.as_posix(): sha256(folder / path) for path in plan.source.other_files()},
+        | {path.as_posix(): sha256(folder / path) for path in plan.source.other_files()}
+        | {layout.CARD: origin(folder)["card"]},
         "tensors": {
             name: f"{info.dtype} {list(info.shape)}"
             for name, info in sorted(plan.source.shards.tensors.items())

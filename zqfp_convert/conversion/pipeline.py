@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 
 from zqfp_convert import __version__
-from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint import card, layout
 from zqfp_convert.checkpoint.origin import origin, without_own_path
 from zqfp_convert.checkpoint.partial import Partial, differences, partial_folder
 from zqfp_convert.checkpoint.series import Series
@@ -27,6 +27,7 @@ from zqfp_convert.checkpoint.source import fingerprint
 from zqfp_convert.checkpoint.writer import Writer
 from zqfp_convert.conversion.host import Peak, given_back
 from zqfp_convert.conversion.identity import identity
+from zqfp_convert.conversion.layers import Layers
 from zqfp_convert.conversion.result import Conversion, Progress
 from zqfp_convert.conversion.tuning import Tuned, tune
 from zqfp_convert.conversion.warm import warm
@@ -135,7 +136,8 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
     began, world, peak = time.monotonic(), partial.world, Peak(plan.device)
     warm(plan)
     roundings = partial.decided("roundings", plan.tunes_roundings)  # depends on free memory
-    work = Work(replace(plan, tunes_roundings=roundings), report, partial, world)
+    layers = Layers(replace(plan, tunes_roundings=roundings), report, world)
+    work = Work(layers, partial)
     with _weights_checked(plan, partial, report):
         calibration = work.calibrate() if plan.recipe.needs_calibration else None
     plan = work.plan  # of the rotated model, maybe
@@ -160,20 +162,21 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
                 writer.add_shard(block)
         report("writing", plan.weights, plan.weights)
         writer.copy(plan.source.folder, plan.source.other_files())
-        largest = max(entry["rank"] for entry in work.entries.values())
+        largest = max(entry["rank"] for entry in work.layers.entries.values())
         bound = largest if plan.recipe.rank == "auto" else plan.recipe.rank
         outcome: Outcome | None = None if tuned is None else tuned.outcome
         quantization = _quantization_config(plan, bound, calibration, outcome)
         config = {**without_own_path(plan.source.config), layout.CONFIG_KEY: quantization}
+        writer.add_text(layout.CARD, card.packed(quantization))
         bits = 8 * writer.packed_bytes() / plan.weights
-        writer.finish(config, work.entries, work.changed)
+        writer.finish(config, work.layers.entries, work.changed)
     after = world.lead(lambda: sum(path.stat().st_size for path in plan.out.glob("*.safetensors")))
     skeleton.empty(plan.model)  # of a rotated plan only what was made stays
     seconds = time.monotonic() - began
     return Conversion(
         plan.out,
         plan,
-        work.entries,
+        work.layers.entries,
         work.changed,
         bits,
         after,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.series import Series
 from zqfp_convert.conversion.block import fill
-from zqfp_convert.conversion.work import START, Work, packed_layer
+from zqfp_convert.conversion.layers import packed_layer
+from zqfp_convert.conversion.work import START, Work
 from zqfp_convert.distill.train import Outcome, distill
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import find_blocks, put
@@ -41,9 +42,11 @@ class Tuned:
         for index, layers in enumerate(work.plan.layers):
             tensors = self.of(stored(self.files, index))
             for layer in layers if self.outcome.kept else []:
-                result = work.tunable.pop(layer.disk).result(work.target(index, layer))
+                result = work.layers.tunable.pop(layer.disk).result(
+                    work.layers.target(index, layer)
+                )
                 tensors |= packed_layer(layer, result).to(torch.device("cpu")).tensors()
-                entry = work.entries[layer.disk]
+                entry = work.layers.entries[layer.disk]
                 entry["weight_error"], entry["output_error"] = result.weight_error, None
             yield tensors
 
@@ -68,7 +71,7 @@ def tune(work: Work, files: Series) -> Tuned | None:
     work.states = states = None
     skeleton.empty(plan.model)
     if original is None:
-        work.tunable.clear()
+        work.layers.tunable.clear()
         return None
     model = plan.skeleton()
     parts = find_blocks(model)
@@ -79,7 +82,7 @@ def tune(work: Work, files: Series) -> Tuned | None:
         disk = [name for name in tensors if name in plan.names.to_model]
         fill(plan, model, "", disk, tensors)
         for layer in layers:
-            linear = work.tunable[layer.disk]
+            linear = work.layers.tunable[layer.disk]
             bias = tensors.get(layer.disk + layout.BIAS)
             if bias is not None:
                 bias = bias.to(plan.device, compute_dtype(plan.device, plan.dtype))

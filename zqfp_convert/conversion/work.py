@@ -15,11 +15,10 @@ from zqfp_convert.calibration.balancing import Balanced
 from zqfp_convert.calibration.experts import Moments, arrivals
 from zqfp_convert.calibration.folding import Change
 from zqfp_convert.calibration.halfway import Halfway, halfway
-from zqfp_convert.calibration.simulated import SimulatedExpertLinear, SimulatedLinear
 from zqfp_convert.calibration.stages import statistics, trace
 from zqfp_convert.calibration.stream import Call
 from zqfp_convert.checkpoint import layout
-from zqfp_convert.checkpoint.packed import PackedLayer, pack, unpack
+from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.checkpoint.partial import Partial
 from zqfp_convert.checkpoint.rotated import Rotation
 from zqfp_convert.checkpoint.series import Series
@@ -28,29 +27,22 @@ from zqfp_convert.conversion.ahead import read_ahead
 from zqfp_convert.conversion.batches import windows_at_once
 from zqfp_convert.conversion.block import fill, fill_outside, fold
 from zqfp_convert.conversion.experts import quantize_experts
+from zqfp_convert.conversion.layers import Layers, packed_layer
 from zqfp_convert.conversion.rehearsal import choose_rotation
 from zqfp_convert.conversion.result import Progress
 from zqfp_convert.conversion.states import States
 from zqfp_convert.conversion.windows import Windows, find_windows
-from zqfp_convert.distill.tunable import TunableLinear
 from zqfp_convert.errors import OptionError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import (
-    bias_of,
     get_linear,
-    is_transposed,
-    put,
     weight_matrix,
 )
-from zqfp_convert.model.experts import ExpertLinear, mixtures
+from zqfp_convert.model.experts import mixtures
 from zqfp_convert.model.head import Head
 from zqfp_convert.model.tokenizer import check_tokens
-from zqfp_convert.numerics import codebook
 from zqfp_convert.parallel import ALONE, OutOfMemory, World
-from zqfp_convert.plan import TOGETHER, Plan, PlannedLayer, rotated
-from zqfp_convert.quantize.hessian import Curvature, activation_error, prepare
-from zqfp_convert.quantize.lorc import Factors
-from zqfp_convert.quantize.weight import QuantizedWeight, quantize_together
+from zqfp_convert.plan import Plan, PlannedLayer, rotated
 
 START = ".tuning_start"  # of the places that tuning starts from, beside a layer's packed tensors
 BATCH = "batch"  # in the journal: how many windows go through a block at once, from it on
@@ -64,17 +56,26 @@ class Work:
     taken from the partial output, and the streams go through the same modules as then.
     """
 
-    plan: Plan
-    report: Progress
+    layers: Layers
     partial: Partial
-    world: World = ALONE
-    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     changed: dict[str, str] = field(default_factory=dict)
-    done: int = 0  # weights that have been quantized
     windows: Windows | None = None
     states: States | None = None
-    tunable: dict[str, TunableLinear] = field(default_factory=dict)  # by names on disk
-    columns: dict[str, Tensor] = field(default_factory=dict)  # of balanced layers, by names on disk
+
+    @property
+    def plan(self) -> Plan:
+        """That of the rotated model, once it is known whether it is to be rotated."""
+        return self.layers.plan
+
+    @property
+    def report(self) -> Progress:
+        """Called as work goes on."""
+        return self.layers.report
+
+    @property
+    def world(self) -> World:
+        """The processes that do it together."""
+        return self.layers.world
 
     def calibrate(self) -> dict[str, Any]:
         """Get the text to calibrate on and rotate the plan; returns what the config says of it."""
@@ -83,7 +84,7 @@ class Work:
         calibration = windows.calibration
         check_tokens(plan.model, plan.source.folder, calibration)
         _check_enough(len(calibration), self.world.size)
-        self.plan = plan = self._rotated(calibration)
+        self.layers.plan = plan = self._rotated(calibration)
         if plan.rotation is not None:
             packed = {layer.disk + layout.WEIGHT for block in plan.layers for layer in block}
             self.changed |= dict.fromkeys(sorted(plan.rotation.changed - packed), "rotated")
@@ -118,7 +119,7 @@ class Work:
         start, count = max(0, files.done - first), len(plan.layers)
         for index in range(start):
             self._recall(files.about(first + index))
-            self.done += sum(layer.weights for layer in plan.layers[index])
+            self.layers.done += sum(layer.weights for layer in plan.layers[index])
         calibrated = self.windows is not None
         if start == count and not plan.recipe.tune:
             return
@@ -131,7 +132,9 @@ class Work:
         reading = read_ahead(plan.source.shards, groups, plan.device)
         for index, tensors in zip(wanted, reading, strict=True):
             if index in passed:
-                self.report(f"block {index + 1}/{count}  done before", self.done, plan.weights)
+                self.report(
+                    f"block {index + 1}/{count}  done before", self.layers.done, plan.weights
+                )
                 self._pass(index, tensors, files, first)
                 tensors.clear()
             else:
@@ -194,7 +197,7 @@ class Work:
         block, calls, _, _ = self._prepared(index, tensors)
         student = _student(block)
         for layer in self.plan.layers[index]:
-            self._simulate(student, layer, self._unpacked(layer, packed))
+            self.layers.simulate(student, layer, self.layers.unpacked(layer, packed))
         assert self.states is not None
         self.states.advance(student, block, calls)
         if self.states.checksums() != about["states"]:
@@ -204,10 +207,10 @@ class Work:
             )
         if self.plan.recipe.tune > 0:
             for layer in self.plan.layers[index]:
-                solved = self._solved(self._unpacked(layer, packed))
+                solved = self.layers.solved(self.layers.unpacked(layer, packed))
                 start = packed.get(layer.disk + START)
                 start = None if start is None else start.to(self.plan.device)
-                self._keep_tunable(layer, solved, start)
+                self.layers.keep_tunable(layer, solved, start)
 
     def _block_that_fits(
         self, index: int, tensors: dict[str, Tensor], files: Series, first: int
@@ -251,27 +254,27 @@ class Work:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Quantize a block, given its tensors by their names on disk."""
         plan, prefix = self.plan, self.plan.blocks.name(index) + "."
-        layers = plan.layers[index]
-        for layer in layers:
-            if self.entries.pop(layer.disk, None) is not None:  # of a try that failed
-                self.done -= layer.weights
+        planned = plan.layers[index]
+        for layer in planned:
+            if self.layers.entries.pop(layer.disk, None) is not None:  # of a try that failed
+                self.layers.done -= layer.weights
         changed: dict[str, str] = {}
         if self.states is None:
             module = plan.blocks.modules[index]
             quantized = {
                 layer.place: packed_layer(layer, solved)
-                for layer in layers
-                for solved in self._solve(
-                    index, [layer], [self._matrix(layer, module, tensors)], None, self.world
+                for layer in planned
+                for solved in self.layers.solve(
+                    index, [layer], [self.layers.matrix(layer, module, tensors)], None, self.world
                 )
             }
         else:
             quantized, changes = self._calibrated(index, tensors)
             for change in changes:
-                name = self._disk(prefix + change.name)
+                name = self.layers.disk_name(prefix + change.name)
                 tensors[name] = change.value.cpu()
                 changed[name] = change.kind
-        for layer in layers:
+        for layer in planned:
             del tensors[layer.disk + layout.WEIGHT]
             tensors |= quantized[layer.place].tensors()
         tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -280,24 +283,19 @@ class Work:
                 if name in tensors:
                     tensors[name] = tensors[name].to(plan.dtype)
         if plan.recipe.tune > 0 and plan.tunes_roundings:
-            for layer in layers:
-                tensors[layer.disk + START] = self.tunable[layer.disk].start.cpu()
+            for layer in planned:
+                tensors[layer.disk + START] = self.layers.tunable[layer.disk].start.cpu()
         about = {
-            "entries": {layer: self.entries[layer] for layer in self._solved_in_order(index)},
+            "entries": self.layers.entries_of(index),
             "changed": changed,
             "states": None if self.states is None else self.states.checksums(),
         }
         self._recall(about)
         return tensors, about
 
-    def _solved_in_order(self, index: int) -> list[str]:
-        """The layers of a block, by names on disk, in the order in which they were solved."""
-        here = {layer.disk for layer in self.plan.layers[index]}
-        return [name for name in self.entries if name in here]
-
     def _recall(self, about: dict[str, Any]) -> None:
         """Take what is known of a block that is done into what the manifest will say."""
-        self.entries |= about["entries"]
+        self.layers.entries |= about["entries"]
         self.changed |= about["changed"]
 
     def _prepared(
@@ -319,7 +317,9 @@ class Work:
         calls = states.calls(index)
         balanced, changes = fold(plan, index, block, states.student, calls, self.world)
         disk = {layer.place: layer.disk for layer in plan.layers[index]}
-        self.columns |= {disk[place]: one.columns for one in balanced for place in one.linears}
+        self.layers.columns |= {
+            disk[place]: one.columns for one in balanced for place in one.linears
+        }
         return block, calls, balanced, changes
 
     def _calibrated(
@@ -329,17 +329,19 @@ class Work:
         plan, recipe, states = self.plan, self.plan.recipe, self.states
         assert states is not None
         block, calls, balanced, changes = self._prepared(index, tensors)
-        layers = {layer.place: layer for layer in plan.layers[index]}
+        planned = {layer.place: layer for layer in plan.layers[index]}
         student = _student(block)
         teacher = block if recipe.asymmetry > 0 else None
         quantized: dict[str, PackedLayer] = {}
         experts = [
             path
             for path in mixtures(student)
-            if any(place.startswith(path + ".") for place in layers)
+            if any(place.startswith(path + ".") for place in planned)
         ]
-        plain = [place for place in layers if not place.startswith(tuple(f"{e}." for e in experts))]
-        traced = [*plain, *experts] if layers else []
+        plain = [
+            place for place in planned if not place.startswith(tuple(f"{e}." for e in experts))
+        ]
+        traced = [*plain, *experts] if planned else []
         stages = self.world.agree(
             lambda: trace(student, traced, calls(0), states.student.hidden[0]) if traced else []
         )
@@ -350,17 +352,17 @@ class Work:
                     batches = arrivals(
                         path, student, states.student, teacher, states.teacher, calls
                     )
-                solve = partial(self._solve_stages, index, student, layers, quantized, ALONE)
-                share = partial(self._share, student, layers, quantized)
+                solve = partial(self.layers.solve_stages, index, student, planned, quantized, ALONE)
+                share = partial(self.layers.share, student, planned, quantized)
                 seen = quantize_experts(
-                    path, layers, student, teacher, batches, solve, self.world, share
+                    path, planned, student, teacher, batches, solve, self.world, share
                 )
                 for place, found in seen.items():
-                    entry = self.entries[layers[place].disk]
+                    entry = self.layers.entries[planned[place].disk]
                     entry["tokens"], entry["pooled"] = found.tokens, found.pooled
             linears = [place for place in stage if place not in experts]
             if linears:
-                mid = None if moved else self._place(stages, stage, student, layers, calls)
+                mid = None if moved else self._place(stages, stage, student, planned, calls)
                 moved = moved or mid is not None
                 shared_input = statistics(
                     linears,
@@ -378,18 +380,18 @@ class Work:
                         mid.leave(module)
                 moments = Moments(*shared_input, 0)
                 del shared_input  # two of the largest matrices there are
-                self._solve_stages(
-                    index, student, layers, quantized, self.world, [linears], moments
+                self.layers.solve_stages(
+                    index, student, planned, quantized, self.world, [linears], moments
                 )
-        for place in [place for place in layers if place not in quantized]:  # no token went there
+        for place in [place for place in planned if place not in quantized]:  # no token went there
             weight = weight_matrix(get_linear(block, place))
-            (solved,) = self._solve(index, [layers[place]], [weight], None, self.world)
-            quantized[place] = self._put(student, layers[place], solved)
+            (solved,) = self.layers.solve(index, [planned[place]], [weight], None, self.world)
+            quantized[place] = self.layers.put(student, planned[place], solved)
         states.advance(student, block, calls)
         for one in balanced:
-            norm = self._disk(f"{plan.blocks.name(index)}.{one.norm}{layout.WEIGHT}")
+            norm = self.layers.disk_name(f"{plan.blocks.name(index)}.{one.norm}{layout.WEIGHT}")
             for place in one.linears:
-                self.entries[layers[place].disk]["balanced"] = norm
+                self.layers.entries[planned[place].disk]["balanced"] = norm
         return quantized, changes
 
     def _place(
@@ -397,7 +399,7 @@ class Work:
         stages: list[list[str]],
         stage: list[str],
         student: nn.Module,
-        layers: dict[str, PlannedLayer],
+        planned: dict[str, PlannedLayer],
         calls: Callable[[int], Call],
     ) -> Halfway | None:
         """Where in a block hidden states move to with the statistics of a stage, if anywhere."""
@@ -406,174 +408,13 @@ class Work:
         done = [place for earlier in stages[: stages.index(stage)] for place in earlier]
         if not done or stage is stages[-1] or not states.alike:
             return None
-        left = [place for place in layers if place not in done]
+        left = [place for place in planned if place not in done]
         place = self.world.agree(
             lambda: halfway(student, done, left, calls(0), states.student.hidden[0])
         )
         if place is not None:
             states.leave_entrance()
         return place
-
-    def _solve_stages(
-        self,
-        index: int,
-        student: nn.Module,
-        layers: dict[str, PlannedLayer],
-        quantized: dict[str, PackedLayer],
-        world: World,
-        stages: list[list[str]],
-        moments: Moments,
-    ) -> None:
-        """Quantize the linears of stages of which the inputs have these moments; put them in.
-
-        The processes of `world` do it together.
-        """
-        recipe = self.plan.recipe
-        curvature = prepare(
-            moments.hessian,
-            moments.cross,
-            damping=recipe.damping,
-            activation_order=recipe.activation_order,
-        )
-        moments.cross = None  # the mismatch now, which is given up as soon as it can be
-        if recipe.rank != "auto":  # a part takes less memory, but finds no rank for all
-            stages = [part for stage in stages for part in _parts(stage, layers)]
-        for together in stages:
-            members = [layers[place] for place in together]
-            linears = [get_linear(student, place) for place in together]
-            weights = [weight_matrix(linear) for linear in linears]
-            spend = together is stages[-1]
-            found = self._solve(index, members, weights, curvature, world, spend=spend)
-            for place, linear, solved in zip(together, linears, found, strict=True):
-                weight = weight_matrix(linear)
-                lost = activation_error(weight, moments.rounding, moments.hessian, world)
-                self.entries[layers[place].disk]["activation_error"] = lost
-                quantized[place] = self._put(student, layers[place], solved)
-
-    def _share(
-        self,
-        student: nn.Module,
-        layers: dict[str, PlannedLayer],
-        quantized: dict[str, PackedLayer],
-        places: list[str],
-    ) -> None:
-        """Get what other processes have quantized of linears; all put in all, in the same order."""
-        if self.world.size == 1:
-            return
-        own = [place for place in places if place in quantized]
-        device = self.plan.device
-        packed = {n: t for place in own for n, t in quantized[place].tensors().items()}
-        tensors = self.world.merge(packed, device)
-        entries = self.world.gather({p: self.entries.pop(layers[p].disk) for p in own})
-        for place in places:
-            layer = layers[place]
-            self.entries[layer.disk] = next(each[place] for each in entries if place in each)
-            if place in own:
-                continue
-            self.done += layer.weights
-            found = self._unpacked(layer, tensors)
-            self._simulate(student, layer, found)
-            quantized[place] = found.to(torch.device("cpu"))
-
-    def _solve(
-        self,
-        index: int,
-        layers: list[PlannedLayer],
-        weights: list[Tensor],
-        curvature: Curvature | None,
-        world: World,
-        *,
-        spend: bool = False,
-    ) -> list[QuantizedWeight]:
-        """Quantize layers that get the same input; `spend` as in `quantize_together`."""
-        total, places = len(self.plan.layers), ", ".join(layer.place for layer in layers)
-        self.report(f"block {index + 1}/{total}  {places}", self.done, self.plan.weights)
-        here = [weight.to(self.plan.device) for weight in weights]
-        quantized = quantize_together(here, curvature, self.plan.recipe, world, spend=spend)
-        for layer, solved in zip(layers, quantized, strict=True):
-            self._note(layer, solved, curvature)
-        return quantized
-
-    def _note(
-        self, layer: PlannedLayer, solved: QuantizedWeight, curvature: Curvature | None
-    ) -> None:
-        """What the manifest will say of a layer."""
-        self.done += layer.weights
-        if self.plan.recipe.tune > 0:
-            self._keep_tunable(layer, solved)
-        self.entries[layer.disk] = {
-            "shape": [layer.rows, layer.columns],
-            "rank": 0 if solved.factors is None else len(solved.factors.A),
-            "span": solved.scales.span,
-            "raised_groups": solved.scales.raised,
-            "weight_error": solved.weight_error,
-            "output_error": solved.output_error,
-        }
-        if self.plan.rotation is not None:
-            name = layer.disk + layout.WEIGHT
-            if name in self.plan.rotation.readers or name in self.plan.rotation.writers:
-                self.entries[layer.disk]["rotated"] = self.plan.rotation.readers.get(name)
-        if curvature is not None and curvature.retries:
-            self.entries[layer.disk]["damping"] = curvature.damping
-            self.entries[layer.disk]["damping_retries"] = curvature.retries
-
-    def _keep_tunable(
-        self, layer: PlannedLayer, solved: QuantizedWeight, start: Tensor | None = None
-    ) -> None:
-        roundings = self.plan.tunes_roundings
-        self.tunable[layer.disk] = TunableLinear(solved, roundings=roundings, start=start)
-
-    # Between a linear and what lies on disk for it.
-
-    def _matrix(self, layer: PlannedLayer, block: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
-        """The weight `[N, K]` of a layer, straight from the file."""
-        stored = tensors[layer.disk + layout.WEIGHT]
-        return stored.t() if is_transposed(get_linear(block, layer.place)) else stored
-
-    def target(self, index: int, layer: PlannedLayer) -> Tensor:
-        """The weight that a layer stands for: the source's, balanced if it was."""
-        name = layer.disk + layout.WEIGHT
-        block = self.plan.blocks.modules[index]
-        weight = self._matrix(layer, block, self.plan.source.shards.read([name]))
-        weight = weight.to(self.plan.device)
-        columns = self.columns.get(layer.disk)
-        return weight if columns is None else weight * columns.to(weight.dtype)
-
-    def _disk(self, place: str) -> str:
-        """The name on disk of a tensor of the model, which the source may not have."""
-        names = self.plan.names.to_disk
-        owner, _, leaf = place.rpartition(".")
-        return names.get(place, names[owner + layout.WEIGHT].removesuffix("weight") + leaf)
-
-    def _unpacked(self, layer: PlannedLayer, tensors: dict[str, Tensor]) -> PackedLayer:
-        recipe = self.plan.recipe
-        size = layer.columns if recipe.group_size == "row" else recipe.group_size
-        books = codebook.PAIR if recipe.codebooks == "pair" else (codebook.E2M1,)
-        return unpack(layer.disk, tensors, recipe.scales, size, layer.columns, books)
-
-    def _solved(self, packed: PackedLayer) -> QuantizedWeight:
-        """The quantized weight that a packed layer spells, errors aside."""
-        here = packed.to(self.plan.device)
-        factors = None
-        if here.lorc_A is not None and here.lorc_B is not None:
-            factors = Factors(here.lorc_A, here.lorc_B, here.lorc_scale)
-        return QuantizedWeight(here.codes(), here.scales(), factors, 0.0, None)
-
-    def _put(self, student: nn.Module, layer: PlannedLayer, solved: QuantizedWeight) -> PackedLayer:
-        """Put a quantized linear into a block; returns it as it lies on disk, on the CPU."""
-        packed = packed_layer(layer, solved)
-        self._simulate(student, layer, packed)
-        return packed.to(torch.device("cpu"))
-
-    def _simulate(self, student: nn.Module, layer: PlannedLayer, packed: PackedLayer) -> None:
-        """Let a linear of a block do what its packed tensors, as they lie on disk, will do."""
-        linear = get_linear(student, layer.place)
-        here, bias = packed.to(self.plan.device), bias_of(linear)
-        if isinstance(linear, ExpertLinear):
-            put(student, layer.place, SimulatedExpertLinear(here, bias))
-            return
-        weight = here.approximation().to(linear.weight.dtype)
-        put(student, layer.place, SimulatedLinear(weight, bias))
 
 
 def _check_enough(windows: int, processes: int) -> None:
@@ -587,27 +428,7 @@ def _check_enough(windows: int, processes: int) -> None:
         )
 
 
-def _parts(stage: list[str], layers: dict[str, PlannedLayer]) -> Iterator[list[str]]:
-    """A stage's linears in as few parts as have at most TOGETHER weights, or are of one linear."""
-    part: list[str] = []
-    for place in stage:
-        if part and sum(layers[one].weights for one in [*part, place]) > TOGETHER:
-            yield part
-            part = []
-        part.append(place)
-    yield part
-
-
 def _student(block: nn.Module) -> nn.Module:
     """Another block with the same weights, which are replaced in it, never written to."""
     shared = {id(parameter): parameter for parameter in block.parameters()}
     return copy.deepcopy(block, shared)
-
-
-def packed_layer(layer: PlannedLayer, solved: QuantizedWeight) -> PackedLayer:
-    """A quantized weight as it lies on disk, held to the rules of the format."""
-    factors = solved.factors
-    triple = None if factors is None else (factors.A, factors.B, factors.scale)
-    packed = pack(layer.disk, solved.codes, solved.scales, triple)
-    packed.check()
-    return packed

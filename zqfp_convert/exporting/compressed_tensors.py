@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.errors import SourceError
-from zqfp_convert.exporting import adapter, microscaling
+from zqfp_convert.exporting import adapter, card, microscaling
 from zqfp_convert.exporting.folder import Contents, Piece
 from zqfp_convert.exporting.opened import Opened
 
@@ -53,7 +53,8 @@ def contents(opened: Opened) -> Contents:
         for name in opened.plain
     ]
     config = {**checkpoint.config, layout.CONFIG_KEY: quantization_config(opened.left_alone())}
-    return Contents(pieces, config, weights, others)
+    about = card.of(opened, "compressed-tensors", adapted=bool(found))
+    return Contents(pieces, config, about, weights, others)
 
 
 def quantization_config(ignore: set[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
+from zqfp_convert.exporting import card
 from zqfp_convert.exporting.folder import Contents, Piece
 from zqfp_convert.exporting.opened import Opened
 from zqfp_convert.model.experts import Fused
@@ -44,7 +45,8 @@ def contents(opened: Opened) -> Contents:
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             part.update({key: "bfloat16" for key in DTYPE_KEYS if key in part})
-    return Contents(pieces, config if "dtype" in config else {**config, "dtype": "bfloat16"})
+    config = config if "dtype" in config else {**config, "dtype": "bfloat16"}
+    return Contents(pieces, config, card.of(opened, "bf16", adapted=False))
 
 
 def _together(opened: Opened, disk: list[str]) -> dict[str, tuple[Fused, list[list[str]]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
+from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.disk import sync, writing
 from zqfp_convert.checkpoint.partial import CHECKPOINT, Partial
 from zqfp_convert.checkpoint.source import other_files
 from zqfp_convert.checkpoint.writer import Writer
 
+# What is about the packed checkpoint, and not about what is made of it.
+OF_PACKED = (layout.REPORT_PAGE, layout.REPORT_PICTURE, layout.EVALUATION_FILE)
+TERMS = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 SHARD = 2_000_000_000  # bytes, about
 
 Report = Callable[[str, int, int], None]
@@ -40,12 +46,14 @@ class Contents:
     Attributes:
         pieces: the tensors.
         config: `config.json`.
+        card: the model card.
         adapter: makes the tensors of a file to write before, or None; its name below the folder.
         others: more JSON files by name.
     """
 
     pieces: Sequence[Piece]
     config: dict[str, Any]
+    card: str
     adapter: tuple[str, Callable[[], dict[str, Tensor]]] | None = None
     others: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -80,9 +88,25 @@ def write(partial: Partial, source: Path, contents: Contents, report: Report) ->
         found: dict[str, Any] = {}
         for number in range(len(shards)):
             found |= writer.shards.about(number)
-        writer.copy(source, other_files(source))
+        writer.copy(source, [p for p in other_files(source) if p.as_posix() not in OF_PACKED])
+        writer.add_text(layout.CARD, contents.card)
         writer.finish_plain(contents.config, contents.others)
     return found
+
+
+def write_terms(folder: Path, source: Path, card: str) -> None:
+    """Put the card, and the terms that the weights come with, beside a file that has all else.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    with writing(folder):
+        for path in other_files(source):
+            if path.name.upper().startswith(TERMS) and len(path.parts) == 1:
+                shutil.copyfile(source / path, folder / path)
+                sync(folder / path)
+        (folder / layout.CARD).write_text(card, encoding="utf-8")
+        sync(folder / layout.CARD)
 
 
 def _shards(pieces: Sequence[Piece]) -> list[list[Piece]]:

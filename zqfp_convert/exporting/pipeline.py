@@ -14,7 +14,7 @@ from zqfp_convert import __version__
 from zqfp_convert.checkpoint import hub
 from zqfp_convert.checkpoint.partial import CHECKPOINT, Partial, check_room, partial_folder
 from zqfp_convert.errors import OptionError, OutputError, Stopped
-from zqfp_convert.exporting import adapter, compressed_tensors, dense, folder, spans
+from zqfp_convert.exporting import adapter, card, compressed_tensors, dense, folder, spans
 from zqfp_convert.exporting.opened import Opened
 
 TARGETS = ("compressed-tensors", "bf16", "gguf")
@@ -136,7 +136,10 @@ def _to_gguf(
     plan = file.Plan(opened, dest.name)
     check_room(dest, plan.bytes + SPARE)
     with Partial(dest, identity, resume=resume) as partial:
-        plan.write(partial.folder / CHECKPOINT / f"{dest.name}-mxfp4.gguf", report)
+        made = partial.folder / CHECKPOINT
+        plan.write(made / f"{dest.name}-mxfp4.gguf", report)
+        text = card.of(opened, "gguf", adapted=bool(plan.ranks))
+        folder.write_terms(made, opened.folder, text)
         partial.give_name()
     return _result(opened, dest, "gguf", file.ADAPTER if plan.ranks else None, {})
 

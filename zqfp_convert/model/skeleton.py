@@ -11,7 +11,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from zqfp_convert.errors import SourceError
 from zqfp_convert.model.experts import ExpertLinear
@@ -30,6 +36,7 @@ def build(
     Raises:
         SourceError: no causal language model that the installed transformers knows.
     """
+    config = None
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if hasattr(config, "quantization_config"):
@@ -41,6 +48,8 @@ def build(
                 config, dtype=config.dtype or torch.float32, trust_remote_code=False
             )
     except (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError) as error:
+        if config is not None and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise _no_causal(folder, config.model_type) from error
         reason = str(error).strip().splitlines()
         raise SourceError(
             str(folder / "config.json"),
@@ -54,6 +63,16 @@ def build(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval()
+
+
+def _no_causal(folder: Path, kind: str) -> SourceError:
+    return SourceError(
+        str(folder / "config.json"),
+        f"model_type {kind!r}, which the installed transformers has no causal language model for",
+        needed="a model that AutoModelForCausalLM of transformers loads",
+        do="Convert a decoder-only model; encoders, and models with encoder and decoder, cannot "
+        "be converted.",
+    )
 
 
 def assign(

@@ -315,11 +315,13 @@ def check_fit(source: Source, model: PreTrainedModel, names: NameMap) -> None:
         CheckpointError: `wrong-shape`.
     """
     if names.missing:
+        made_of = source.config.get("architectures") or ["the model"]
         raise SourceError(
             str(source.folder),
             f"no tensor for {names.missing[0]}"
-            + (f" and {len(names.missing) - 1} more" if len(names.missing) > 1 else ""),
-            needed="weights that belong to config.json",
+            + (f" and {len(names.missing) - 1} more" if len(names.missing) > 1 else "")
+            + f" among the weights of {made_of[0]}",
+            needed="weights that belong to config.json, of a causal language model",
             do="Download the model again; if it persists, another transformers version may be "
             "needed.",
         )

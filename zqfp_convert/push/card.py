@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-
 from zqfp_convert.checkpoint import layout
-from zqfp_convert.checkpoint.origin import OF_CARD
+from zqfp_convert.checkpoint.card import LIBRARY, PACKED_TAGS, known, license_parts, linked, whole
 from zqfp_convert.report.choices import choices, spelled_bits
 from zqfp_convert.report.facts import OTHERS, Facts
 from zqfp_convert.report.wording import interval, size
-
-LIBRARY = "zqfp-convert"
-TAGS = ("zqfp", "fp4", "w4a8", "quantized")
 
 
 def card(
@@ -34,19 +29,7 @@ def card(
         license_name: the Hub's identifier of a licence; by default that of the source's card.
         picture: whether the report's picture lies beside the card.
     """
-    recorded = (facts.quantization["source"] or {}).get("card", {})
-    known: dict[str, Any] = {key: recorded[key] for key in OF_CARD if key in recorded}
-    if license_name is not None:
-        known = {key: value for key, value in known.items() if not key.startswith("license")}
-        known["license"] = license_name
-    data = ModelCardData(
-        base_model=base_model,
-        base_model_relation=None if base_model is None else "quantized",
-        library_name=LIBRARY,
-        pipeline_tag="text-generation",
-        tags=list(TAGS),
-        **known,
-    )
+    front = known(facts.quantization, license_name)
     parts = [
         f"# {repository.rpartition('/')[2]}",
         *_about(facts, base_model),
@@ -54,19 +37,17 @@ def card(
         *_quality(facts, repository, base_model, picture=picture),
         *_loading(repository),
         *_made(facts),
-        *_license(known, base_model),
+        *license_parts(front, base_model),
     ]
-    text = "\n\n".join(parts)
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
+    return whole(parts, front, base_model, LIBRARY, PACKED_TAGS)
 
 
 def _about(facts: Facts, base_model: str | None) -> Iterator[str]:
     name = (facts.quantization["source"] or {}).get("name") or "a model"
-    linked = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else name
     free = facts.quantization["weights"]["scales"] == "free"
     yield (
-        f"{linked} with 4-bit floating-point weights (FP4) and FP8 activations, in the zqfp format "
-        "of zqfp-convert. "
+        f"{linked(name, base_model)} with 4-bit floating-point weights (FP4) and FP8 activations, "
+        "in the zqfp format of zqfp-convert. "
         + (
             "Its scales are any numbers (free scales), so it runs on the reference path alone, "
             "without FP8 tensor cores."
@@ -177,18 +158,6 @@ def _made(facts: Facts) -> Iterator[str]:
     yield "## How it was made"
     rows = (f"| {name} | {_cell(value)} |" for name, value in choices(facts.quantization).items())
     yield "\n".join(["| | |", "|---|---|", *rows])
-
-
-def _license(known: dict[str, Any], base_model: str | None) -> Iterator[str]:
-    yield "## License"
-    of = "the model that it was made from" if base_model is None else base_model
-    if "license" in known:
-        named = (
-            known["license"] if isinstance(known["license"], str) else ", ".join(known["license"])
-        )
-        yield f"That of {of}: {known.get('license_name', named)}."
-    else:
-        yield f"That of {of}; which one is not on record."
 
 
 def _cell(text: str) -> str:

@@ -5,14 +5,31 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from zqfp_convert.checkpoint import layout
-from zqfp_convert.checkpoint.origin import CARD
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.push.card import card
 from zqfp_convert.report import evaluated, picture
 from zqfp_convert.report.facts import Facts
+
+# What transformers writes beside a model: a manifest of `save_pretrained` lists no other files.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,7 @@ def contents(
         license_name=license_name,
         picture=drawn is not None,
     )
-    made: dict[str, bytes] = {CARD: text.encode()}
+    made: dict[str, bytes] = {layout.CARD: text.encode()}
     if drawn is not None:
         made[layout.REPORT_PICTURE] = drawn
     if figures is not None:
@@ -82,13 +99,14 @@ def contents(
     shards = packed.manifest["shards"]
     files = [File(n, packed.folder / n, shards[n]["size"], shards[n]["sha256"]) for n in shards]
     others = [layout.INDEX_FILE, layout.MANIFEST_FILE, *packed.manifest.get("files", ())]
-    others.append(layout.CONFIG_FILE)  # last of all: without it nothing loads
     there = {
         path.relative_to(packed.folder).as_posix(): path
         for path in sorted(packed.folder.rglob("*"))
         if path.is_file()
     }
-    for name in others:
+    others += [name for name in there if any(fnmatch(name, kind) for kind in COMPANIONS)]
+    others.append(layout.CONFIG_FILE)  # last of all: without it nothing loads
+    for name in dict.fromkeys(others):
         if name not in made and name in there:  # a manifest may name what is outside
             files.append(File(name, there[name], there[name].stat().st_size))
     files += [File(name, data, len(data)) for name, data in made.items()]

@@ -92,18 +92,21 @@ def quantize_together(
 
 def _round_by_rows(weight: Tensor, recipe: Recipe) -> QuantizedWeight:
     """Round a weight to nearest, some rows at a time: what that takes stays in the cache."""
-    codes, chosen = [], []
+    # Filled part by part: parts that wait to be put together would leave holes in the heap.
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    chosen = []
     lost = whole = 0.0
-    for rows in torch.split(weight, max(1, IN_THE_CACHE // weight.shape[1])):
+    at_once = max(1, IN_THE_CACHE // weight.shape[1])
+    for rows, place in zip(torch.split(weight, at_once), torch.split(codes, at_once), strict=True):
         W = rows.float()
         coded = _encode([rows], W, [ALONE.share(len(rows))], None, recipe)
         assert coded.codes is not None
-        codes.append(coded.codes)
+        place.copy_(coded.codes)
         chosen.append(scales.canonical(coded.codes, coded.grid))
         lost += _energy(W - coded.quantized)
         whole += _energy(W)
     error = (lost / whole) ** 0.5 if whole > 0 else 0.0
-    return QuantizedWeight(torch.cat(codes), scales.stack(chosen), None, error, None)
+    return QuantizedWeight(codes, scales.stack(chosen), None, error, None)
 
 
 def _energy(rows: Tensor) -> float:
