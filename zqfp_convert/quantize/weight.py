@@ -97,7 +97,7 @@ def _round_by_rows(weight: Tensor, recipe: Recipe) -> QuantizedWeight:
     chosen = []
     lost = whole = 0.0
     at_once = max(1, IN_THE_CACHE // weight.shape[1])
-    for rows, place in zip(weight.split(at_once), codes.split(at_once), strict=True):
+    for rows, place in zip(*(torch.split(one, at_once) for one in (weight, codes)), strict=True):
         W = rows.float()
         coded = _encode([rows], W, [ALONE.share(len(rows))], None, recipe)
         assert coded.codes is not None
