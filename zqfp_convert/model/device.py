@@ -67,8 +67,7 @@ def reproducible(threads: int) -> Iterator[None]:
         deterministic.fill_uninitialized_memory,
         torch.backends.cudnn.benchmark,
     )
-    if threads != before[0]:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)  # always: the libraries then use no fewer of their own accord
     torch.use_deterministic_algorithms(True, warn_only=True)
     deterministic.fill_uninitialized_memory = False  # nothing here reads it
     torch.backends.cudnn.benchmark = False
