@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class ZqfpError(Exception):
-    """A user's error: ends a command with exit code 1 and without a traceback.
+    """A user's error: ends a command with exit code 2 and without a traceback.
 
     Args:
         where: the file, layer or option at fault.
@@ -22,7 +22,7 @@ class ZqfpError(Exception):
 
 
 class OptionError(ZqfpError):
-    """An option or argument that cannot be used as given: exit code 2."""
+    """An option or argument that cannot be used as given."""
 
 
 class SourceError(ZqfpError):

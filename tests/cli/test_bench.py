@@ -124,10 +124,10 @@ def test_options_that_cannot_be(words: list[str], said: str, converted: Maker) -
 
 def test_other_folders(converted: Maker, tiny_model: Maker) -> None:
     done = bench(tiny_model("llama"), *SMALL)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "quantization_config of zqfp" in done.stderr.replace("\n", " ")
     done = bench(converted(), *SMALL, "--original", "./nowhere")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "no such folder" in done.stderr.replace("\n", " ")
     done = bench(converted(), *SMALL, "--original", tiny_model("opt"))
     assert done.exit_code == 2

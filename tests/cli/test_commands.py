@@ -118,7 +118,7 @@ def test_json_and_quiet(tmp_path: Path) -> None:
 def test_existing_output(made: Path) -> None:
     before = (made / "config.json").read_bytes()
     done = run(DEMO, made, "--recipe", "fast")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert str(made) in done.stderr.replace("\n", "")
     assert "--overwrite" in done.stderr
     assert (made / "config.json").read_bytes() == before
@@ -148,7 +148,7 @@ def test_verify(made: Path, tmp_path: Path) -> None:
     data[-1] ^= 1
     (copy / shard.name).write_bytes(data)
     done = run("verify", copy)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert shard.name in done.stderr.replace("\n", "")
     assert "shard-hash" in done.stderr
 
@@ -164,11 +164,11 @@ def test_generate(made: Path) -> None:
 
 def test_errors_are_messages(tmp_path: Path) -> None:
     done = run(tmp_path / "nowhere", tmp_path / "out")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "no such folder" in done.stderr
     assert isinstance(done.exception, SystemExit)
     assert isinstance(run(tmp_path / "nowhere", tmp_path / "out", "--debug").exception, SourceError)
-    assert run("inspect", DEMO).exit_code == 1
+    assert run("inspect", DEMO).exit_code == 2
     for option, value in (("--group-size", "48"), ("--asymmetry", "2"), ("--scales", "m3")):
         done = run(DEMO, tmp_path / "out", option, value)
         assert done.exit_code == 2

@@ -123,17 +123,17 @@ def test_models_that_do_not_belong_together(
     words = ("--text", text, *SMALL)
     larger = write_model(tmp_path / "larger", vocab_size=400)
     write_tokenizer(larger)
-    refused(run(out, "--against", larger, *words), "384 tokens", "400", "another-model", code=1)
+    refused(run(out, "--against", larger, *words), "384 tokens", "400", "another-model")
     other = Path(shutil.copytree(source, tmp_path / "other"))
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(run(out, "--against", other, *words), "another tokenizer", "--against", code=1)
-    refused(run(source, "--against", source, *words), str(source), code=1)
-    refused(run(tmp_path / "nowhere", "--against", source, *words), "no such folder", code=1)
-    refused(run(out, "--against", tmp_path / "nowhere", *words), "no such folder", code=1)
-    refused(run(out, "--against", out, *words), "already quantized", code=1)
+    refused(run(out, "--against", other, *words), "another tokenizer", "--against")
+    refused(run(source, "--against", source, *words), str(source))
+    refused(run(tmp_path / "nowhere", "--against", source, *words), "no such folder")
+    refused(run(out, "--against", tmp_path / "nowhere", *words), "no such folder")
+    refused(run(out, "--against", out, *words), "already quantized")
 
 
 def test_where_json_cannot_go(pair: tuple[Path, str, Path], text: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_it_fits(name: str) -> None:
         assert all(" zqfp-convert" in line for line in examples if line.strip())
     else:
         assert all(f"  {one}  " in text for one in commands())
-        assert "Exit codes: 0 done, 1 refused or failed, 2 wrong use, 130 stopped" in text
+        assert "Exit codes: 0 done, 1 failed, 2 refused or wrong use, 130 stopped" in text
 
 
 def test_rare_options_have_a_page() -> None:

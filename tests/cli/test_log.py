@@ -55,7 +55,7 @@ def test_tokens_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert other not in text
     assert "with hf_*** and hf_***." in text
     done = run("inspect", tmp_path / token, "--log-file", tmp_path / "log")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert token not in (tmp_path / "log").read_text() + done.output
 
 
@@ -69,7 +69,7 @@ def test_a_conversion_in_silence_is_logged_all_the_same(tmp_path: Path) -> None:
         assert said in text
     size = len(text)
     refused = run(*words, "--json")
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert log.read_text()[:size] == text
     assert re.search(r"  Error: .*exists; needed", log.read_text()[size:])
 

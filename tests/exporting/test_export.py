@@ -104,5 +104,5 @@ def test_the_command(packed: Packer, tmp_path: Path) -> None:
     printed = run(app, ["export", str(checkpoint), str(tmp_path / "b"), "--to", "bf16", "--json"])
     assert json.loads(printed.stdout)["to"] == "bf16"
     refused = run(app, ["export", str(checkpoint), str(tmp_path / "b"), "--to", "bf16"])
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "exists" in refused.output

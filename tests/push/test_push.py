@@ -326,7 +326,7 @@ def test_converting_and_pushing(
     words = [DEMO, tmp_path / "out", "--recipe", "fast", "--push-to-hub", NAME, "--private"]
     monkeypatch.delenv("HF_TOKEN")
     refused = command(*words)
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "no token" in refused.stderr
     assert not (tmp_path / "out").exists()  # before any work
     monkeypatch.setenv("HF_TOKEN", double.token)
@@ -357,5 +357,5 @@ def test_a_dry_run_leaves_weights_there(double: Hub, tmp_path: Path) -> None:
     cached = [path for path in tmp_path.rglob("*") if path.suffix == ".safetensors"]
     assert cached == []
     missing = command("maker/none", tmp_path / "out", "--dry-run")
-    assert missing.exit_code == 1
+    assert missing.exit_code == 2
     assert "spelling" in missing.stderr

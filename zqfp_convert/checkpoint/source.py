@@ -196,7 +196,7 @@ def _no_model(folder: Path) -> SourceError:
         f"no {layout.CONFIG_FILE}",
         "Check the path, or give the name of a model on the Hub.",
     )
-    within = [path for path in sorted(folder.iterdir()) if (path / layout.CONFIG_FILE).is_file()]
+    within = sorted(path.parent for path in folder.glob(f"*/{layout.CONFIG_FILE}"))
     if (folder / ADAPTER).is_file():
         found = f"a LoRA adapter ({ADAPTER})"
         do = "Merge it into its model first (merge_and_unload() of peft), and convert what you get."

@@ -62,7 +62,7 @@ Checkpoint = Annotated[
 ]
 
 STOPPED = "Stopped. Nothing half-written was left behind."
-REFUSED, WRONG_USE, INTERRUPTED = 1, 2, 130  # exit codes
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130  # exit codes
 
 
 @dataclass
@@ -123,7 +123,8 @@ def interface(
 ) -> Iterator[Interface]:
     """What a command shows itself through; what goes wrong in it becomes a message.
 
-    A wrong option exits with 2, everything else that is refused or fails with 1, Ctrl-C with 130.
+    What is refused exits with 2, as wrong options do, faults of program or system with 1, Ctrl-C
+    with 130.
     With `as_json` the message is on standard output too, as `{"error": …}`.
     """
     ui = Interface(quiet or as_json, as_json)
@@ -142,7 +143,7 @@ def interface(
                 ui.log.write(traceback.format_exc())
             if debug:
                 raise
-            code = WRONG_USE if isinstance(error, OptionError) else REFUSED
+            code = REFUSED if isinstance(error, ZqfpError) else FAILED
             raise ui.fail(_told(error), code) from None
 
 

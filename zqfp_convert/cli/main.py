@@ -25,7 +25,7 @@ from zqfp_convert.cli import (
     tune,
     verify,
 )
-from zqfp_convert.cli.console import INTERRUPTED, STOPPED, TO_PROGRAMS, WRONG_USE
+from zqfp_convert.cli.console import INTERRUPTED, REFUSED, STOPPED, TO_PROGRAMS
 from zqfp_convert.cli.screen import Commands, with_examples
 
 app = typer.Typer(
@@ -34,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 refused or failed, 2 wrong use, 130 stopped by Ctrl-C.",
+    epilog="Exit codes: 0 done, 1 failed, 2 refused or wrong use, 130 stopped by Ctrl-C.",
 )
 MAKE, LOOK, MEASURE = "Make", "Look at what was made", "Measure"
 for _name, _panel, _module, _short in (
@@ -136,7 +136,7 @@ def main() -> None:
     given = sys.argv[1:]
     if told := misspelt(given):
         typer.echo(told, err=True)
-        sys.exit(WRONG_USE)
+        sys.exit(REFUSED)
     try:
         app(arguments(given), prog_name="zqfp-convert")
     except KeyboardInterrupt:
