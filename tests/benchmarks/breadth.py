@@ -6,7 +6,7 @@ Method: of each model type in transformers' mapping of causal language models a 
 is made (`tests/small_models.py`), saved with a tokenizer, converted with `fast` and with `best`
 (12 windows of 32 tokens that the model writes itself, groups of 32, rotation as the recipe
 chooses), loaded by `zqfp_convert.load` and by `from_pretrained`, whose logits have to be the same
-bits, and compared with transformers' own model that has the dequantized weights
+bits where weights lie alike in memory, and compared with transformers' own model that has the dequantized weights
 (`tests/whole_reference.py`). Prints a table, then one JSON line; `--markdown`
 prints what the README says instead of the table.
 """
