@@ -6,14 +6,16 @@ Method: of each model type in transformers' mapping of causal language models a 
 is made (`tests/small_models.py`), saved with a tokenizer, converted with `fast` and with `best`
 (12 windows of 32 tokens that the model writes itself, groups of 32, rotation as the recipe
 chooses), loaded by `zqfp_convert.load` and by `from_pretrained`, whose logits have to be the same
-bits, and compared with transformers' own model that has the dequantized weights
-(`tests/whole_reference.py`). Prints a table, then one JSON line; `--markdown`
+bits where weights lie alike in memory, and compared with transformers' own model that has the
+dequantized weights (`tests/whole_reference.py`). Prints a table, then one JSON line; `--markdown`
 prints what the README says instead of the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import signal
@@ -50,7 +52,8 @@ def in_worker(model_type: str) -> tuple[str, dict[str, Outcome], float]:
     signal.signal(signal.SIGALRM, _out_of_time)
     signal.alarm(SECONDS)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    # Some models print what they do not know.
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         try:
             found = try_type(model_type, Path(folder))
         finally:
