@@ -134,7 +134,8 @@ class Layers:
         self.report(f"block {index + 1}/{total}  {places}", self.done, self.plan.weights)
         here = [weight.to(self.plan.device) for weight in weights]
         quantized = quantize_together(here, curvature, self.plan.recipe, world, spend=spend)
-        host.trim()  # what solving took in small pieces is not wanted by packing
+        if self.plan.device.type == "cpu":
+            host.trim()  # what solving took in small pieces is not wanted by packing
         for layer, solved in zip(layers, quantized, strict=True):
             self._note(layer, solved, curvature)
         return quantized
