@@ -196,8 +196,11 @@ def _no_model(folder: Path) -> SourceError:
         f"no {layout.CONFIG_FILE}",
         "Check the path, or give the name of a model on the Hub.",
     )
-    within = [path for path in sorted(folder.iterdir()) if (path / layout.CONFIG_FILE).is_file()]
-    if (folder / ADAPTER).is_file():
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    within = [path for path in there if (path / layout.CONFIG_FILE).is_file()]
+    if not folder.is_dir():
+        found = "no such folder"
+    elif (folder / ADAPTER).is_file():
         found = f"a LoRA adapter ({ADAPTER})"
         do = "Merge it into its model first (merge_and_unload() of peft), and convert what you get."
     elif any(folder.glob("*.gguf")):
