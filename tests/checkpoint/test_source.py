@@ -125,6 +125,8 @@ def test_no_config(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"config\.json") as raised:
         Source(tmp_path)
     assert raised.value.where == str(tmp_path)
+    with pytest.raises(SourceError, match="no such folder"):
+        Source(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

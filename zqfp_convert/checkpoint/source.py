@@ -197,7 +197,9 @@ def _no_model(folder: Path) -> SourceError:
         "Check the path, or give the name of a model on the Hub.",
     )
     within = sorted(path.parent for path in folder.glob(f"*/{layout.CONFIG_FILE}"))
-    if (folder / ADAPTER).is_file():
+    if not folder.is_dir():
+        found = "no such folder"
+    elif (folder / ADAPTER).is_file():
         found = f"a LoRA adapter ({ADAPTER})"
         do = "Merge it into its model first (merge_and_unload() of peft), and convert what you get."
     elif any(folder.glob("*.gguf")):
