@@ -24,7 +24,7 @@ from zqfp_convert.errors import ProcessError
 BEAT = 0.5  # seconds between two signs of life
 GONE = 120.0  # seconds without one; a thread may have to wait while another one writes a file
 GRACE = 5.0  # seconds that a process has to find out by itself that another one has failed
-EXIT_CODE = 1
+EXIT_CODE = 2
 
 
 class Watch:
