@@ -27,7 +27,7 @@ from architectures import write_model, write_tokenizer
 
 import zqfp_convert
 from zqfp_convert.calibration.stream import Stream
-from zqfp_convert.checkpoint.partial import partial_folder
+from zqfp_convert.checkpoint.output.partial import partial_folder
 from zqfp_convert.conversion.work import Work
 from zqfp_convert.errors import OutputError
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import zqfp_convert
 from zqfp_convert import ZqfpError
-from zqfp_convert.checkpoint import hub
+from zqfp_convert.checkpoint.source import hub
 
 
 @pytest.fixture

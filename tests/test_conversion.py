@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import zqfp_convert
 from zqfp_convert import Recipe
 from zqfp_convert.calibration.simulated import SimulatedLinear
-from zqfp_convert.checkpoint import partial
+from zqfp_convert.checkpoint.output import partial
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.conversion import states, work
 from zqfp_convert.errors import OutputError

@@ -22,7 +22,7 @@ from dequantized import read_tensors
 from safetensors.torch import save_file
 
 import zqfp_convert
-from zqfp_convert.checkpoint.journal import Journal
+from zqfp_convert.checkpoint.output.journal import Journal
 from zqfp_convert.cli import main
 from zqfp_convert.conversion import identity, pipeline, work
 from zqfp_convert.conversion.work import Work

@@ -9,7 +9,7 @@ from threading import Thread
 import torch
 from transformers import TextIteratorStreamer
 
-from zqfp_convert.checkpoint import hub
+from zqfp_convert.checkpoint.source import hub
 from zqfp_convert.model.tokenizer import tokenizer_of
 from zqfp_convert.runtime.loader import load
 

@@ -6,9 +6,9 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
-from zqfp_convert.checkpoint.merged import Merge, MergedShards
-from zqfp_convert.checkpoint.source import Source
-from zqfp_convert.checkpoint.split import Slice, SplitShards
+from zqfp_convert.checkpoint.source.merged import Merge, MergedShards
+from zqfp_convert.checkpoint.source.source import Source
+from zqfp_convert.checkpoint.source.split import Slice, SplitShards
 from zqfp_convert.errors import CheckpointError, SourceError
 from zqfp_convert.model.experts import Fused
 from zqfp_convert.model.names import NameMap

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from zqfp_convert.checkpoint import hub
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
+from zqfp_convert.checkpoint.source import hub
 from zqfp_convert.errors import OptionError
 from zqfp_convert.model.device import resolve_device
 from zqfp_convert.runtime import paths, siblings

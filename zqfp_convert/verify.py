@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zqfp_convert.checkpoint import hub, layout
+from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
-from zqfp_convert.checkpoint.rotated import rotate_weight
-from zqfp_convert.checkpoint.source import Source
+from zqfp_convert.checkpoint.source import hub
+from zqfp_convert.checkpoint.source.rotated import rotate_weight
+from zqfp_convert.checkpoint.source.source import Source
 from zqfp_convert.errors import CheckpointError
 from zqfp_convert.model import skeleton
 from zqfp_convert.numerics import fp8

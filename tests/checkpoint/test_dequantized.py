@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import zqfp_convert
-from zqfp_convert.checkpoint.dequantized import from_blocks, from_mxfp4
-from zqfp_convert.checkpoint.source import Source
+from zqfp_convert.checkpoint.source.dequantized import from_blocks, from_mxfp4
+from zqfp_convert.checkpoint.source.source import Source
 from zqfp_convert.errors import SourceError
 from zqfp_convert.verify import verify
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from zqfp_convert.checkpoint import hub
+from zqfp_convert.checkpoint.source import hub
 from zqfp_convert.errors import SourceError
 
 Answer = Callable[..., str]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from zqfp_convert.checkpoint.journal import Journal, Locked
+from zqfp_convert.checkpoint.output.journal import Journal, Locked
 
 RECORDS = [{"one": 1}, {"two": [0.1, "zwei\n", None]}, {"three": {"größe": 3}}]
 

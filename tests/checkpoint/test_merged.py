@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zqfp_convert.checkpoint.merged import Merge, MergedShards
 from zqfp_convert.checkpoint.shards import Shards
+from zqfp_convert.checkpoint.source.merged import Merge, MergedShards
 
 
 def joined(parts: list[Tensor]) -> Tensor:

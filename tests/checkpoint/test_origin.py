@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zqfp_convert.checkpoint.origin import origin, without_own_path
+from zqfp_convert.checkpoint.source.origin import origin, without_own_path
 
 REVISION = "5" * 40
 

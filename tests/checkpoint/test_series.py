@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from zqfp_convert.checkpoint.partial import Partial
-from zqfp_convert.checkpoint.series import Series
+from zqfp_convert.checkpoint.output.partial import Partial
+from zqfp_convert.checkpoint.output.series import Series
 
 FILES = [f"checkpoint/{number}.safetensors" for number in range(4)]
 

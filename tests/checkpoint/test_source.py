@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from zqfp_convert.checkpoint.source import Source
+from zqfp_convert.checkpoint.source.source import Source
 from zqfp_convert.errors import CheckpointError, SourceError
 
 TENSORS = {

@@ -16,10 +16,10 @@ import torch
 from dequantized import manifest, read_tensors
 from safetensors import SafetensorError
 
-from zqfp_convert.checkpoint import partial
-from zqfp_convert.checkpoint.disk import sha256
-from zqfp_convert.checkpoint.partial import Partial, check_free
-from zqfp_convert.checkpoint.writer import Writer
+from zqfp_convert.checkpoint.output import partial
+from zqfp_convert.checkpoint.output.disk import sha256
+from zqfp_convert.checkpoint.output.partial import Partial, check_free
+from zqfp_convert.checkpoint.output.writer import Writer
 from zqfp_convert.errors import OptionError, OutputError
 
 A = {"a": torch.arange(6.0).view(2, 3)}

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import zqfp_convert
 from zqfp_convert import Recipe, conversion
 from zqfp_convert.calibration import text
-from zqfp_convert.checkpoint.series import Series
+from zqfp_convert.checkpoint.output.series import Series
 from zqfp_convert.conversion import pipeline
 from zqfp_convert.conversion.tuning import Tuned
 from zqfp_convert.conversion.work import Work

@@ -12,7 +12,7 @@ from mixtures import EXPERTS, architectures, configuration, original, write_mixt
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from zqfp_convert.checkpoint.source import Source
+from zqfp_convert.checkpoint.source.source import Source
 from zqfp_convert.errors import CheckpointError, SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import find_blocks

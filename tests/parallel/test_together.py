@@ -24,7 +24,7 @@ from mixtures import write_mixture
 from transformers import AutoModelForCausalLM
 
 import zqfp_convert
-from zqfp_convert.checkpoint.journal import Journal
+from zqfp_convert.checkpoint.output.journal import Journal
 from zqfp_convert.conversion import convert
 from zqfp_convert.conversion.work import Work
 from zqfp_convert.errors import OptionError, OutputError

@@ -17,8 +17,8 @@ from huggingface_hub import metadata_load
 from typer.testing import CliRunner, Result
 
 import zqfp_convert
-from zqfp_convert.checkpoint import hub as fetching
 from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.source import hub as fetching
 from zqfp_convert.cli.main import app, arguments
 from zqfp_convert.errors import OptionError, OutputError, Stopped
 from zqfp_convert.push import run as pushing

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import zqfp_convert
-from zqfp_convert.checkpoint import hub
+from zqfp_convert.checkpoint.source import hub
 from zqfp_convert.errors import CheckpointError, OptionError, SourceError
 from zqfp_convert.runtime.linear import QuantizedLinear
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from zqfp_convert.checkpoint import hub
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
-from zqfp_convert.checkpoint.source import Source
+from zqfp_convert.checkpoint.source import hub
+from zqfp_convert.checkpoint.source.source import Source
 from zqfp_convert.errors import OptionError, SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.original import match

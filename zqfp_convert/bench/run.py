@@ -20,8 +20,8 @@ from zqfp_convert.bench import traffic
 from zqfp_convert.bench.figures import Benchmark, Figures
 from zqfp_convert.bench.subject import Subject
 from zqfp_convert.bench.workload import Workload
-from zqfp_convert.checkpoint import hub
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
+from zqfp_convert.checkpoint.source import hub
 from zqfp_convert.errors import OptionError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.device import free_memory, resolve_device

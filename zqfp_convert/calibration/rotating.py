@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from zqfp_convert.calibration.folding import consumers, norms_of, same_function
 from zqfp_convert.calibration.stream import Call
-from zqfp_convert.checkpoint.rotated import Rotation, rotate_weight
+from zqfp_convert.checkpoint.source.rotated import Rotation, rotate_weight
 from zqfp_convert.model.blocks import (
     Blocks,
     bias_of,

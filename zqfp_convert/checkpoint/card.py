@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from zqfp_convert.checkpoint.origin import of_card
+from zqfp_convert.checkpoint.source.origin import of_card
 
 LIBRARY = "zqfp-convert"
 PACKED_TAGS = ("zqfp", "fp4", "w4a8", "quantized")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.description import AGAIN, codebooks, read_config, read_manifest
-from zqfp_convert.checkpoint.disk import sha256
+from zqfp_convert.checkpoint.output.disk import sha256
 from zqfp_convert.checkpoint.packed import PackedLayer, unpack
 from zqfp_convert.checkpoint.shards import DTYPES, Shards, TensorInfo, read_header, read_index
 from zqfp_convert.errors import CheckpointError

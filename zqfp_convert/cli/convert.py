@@ -247,7 +247,7 @@ def command(
         parallel.join(device) as world,
         ExitStack() as planning,
     ):
-        from zqfp_convert.checkpoint import hub
+        from zqfp_convert.checkpoint.source import hub
         from zqfp_convert.conversion import run
         from zqfp_convert.conversion.probe import estimate
         from zqfp_convert.plan import make_plan
@@ -342,7 +342,7 @@ def _duration(seconds: float) -> str:
 def _show_plan(
     ui: console.Interface, plan: Plan, time: Estimate | None, *, every_layer: bool
 ) -> None:
-    from zqfp_convert.checkpoint.partial import partial_folder, room
+    from zqfp_convert.checkpoint.output.partial import partial_folder, room
     from zqfp_convert.plan.disk import journal_bytes
 
     recipe = plan.recipe

@@ -23,9 +23,9 @@ def command(
 ) -> None:
     """Show a checkpoint's layers: bits a weight, errors, spans."""
     with console.interface(debug, as_json=as_json, log_file=log_file) as ui:
-        from zqfp_convert.checkpoint import hub
         from zqfp_convert.checkpoint.coverage import coverage
         from zqfp_convert.checkpoint.reader import PackedCheckpoint
+        from zqfp_convert.checkpoint.source import hub
 
         packed = PackedCheckpoint(hub.fetch(checkpoint))
         layers = {

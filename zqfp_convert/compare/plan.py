@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from zqfp_convert.calibration.text import Text
-from zqfp_convert.checkpoint import hub
-from zqfp_convert.checkpoint.source import Source
+from zqfp_convert.checkpoint.source import hub
+from zqfp_convert.checkpoint.source.source import Source
 from zqfp_convert.compare.configuration import Configuration
 from zqfp_convert.errors import OptionError, SourceError
 from zqfp_convert.evaluate import texts

@@ -9,8 +9,8 @@ import transformers
 
 from zqfp_convert import __version__
 from zqfp_convert.checkpoint import layout
-from zqfp_convert.checkpoint.disk import sha256
-from zqfp_convert.checkpoint.origin import origin
+from zqfp_convert.checkpoint.output.disk import sha256
+from zqfp_convert.checkpoint.source.origin import origin
 from zqfp_convert.model.device import describe
 from zqfp_convert.plan import Plan
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from zqfp_convert import __version__
 from zqfp_convert.checkpoint import card, layout
-from zqfp_convert.checkpoint.origin import origin, without_own_path
-from zqfp_convert.checkpoint.partial import Partial, differences, partial_folder
-from zqfp_convert.checkpoint.series import Series
-from zqfp_convert.checkpoint.source import fingerprint
-from zqfp_convert.checkpoint.writer import Writer
+from zqfp_convert.checkpoint.output.partial import Partial, differences, partial_folder
+from zqfp_convert.checkpoint.output.series import Series
+from zqfp_convert.checkpoint.output.writer import Writer
+from zqfp_convert.checkpoint.source.origin import origin, without_own_path
+from zqfp_convert.checkpoint.source.source import fingerprint
 from zqfp_convert.conversion.host import Peak, given_back
 from zqfp_convert.conversion.identity import identity
 from zqfp_convert.conversion.layers import Layers

@@ -17,7 +17,7 @@ from torch import Tensor
 from zqfp_convert.calibration.rotating import find_rotation
 from zqfp_convert.calibration.simulated import SimulatedLinear
 from zqfp_convert.calibration.stream import Entrance, Stream, batches_of
-from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
+from zqfp_convert.checkpoint.source.rotated import RotatedShards, Rotation
 from zqfp_convert.conversion import host
 from zqfp_convert.conversion.ahead import read_ahead
 from zqfp_convert.conversion.block import fill, fill_outside, fold, rounded

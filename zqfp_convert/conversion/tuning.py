@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zqfp_convert.checkpoint import layout
-from zqfp_convert.checkpoint.series import Series
+from zqfp_convert.checkpoint.output.series import Series
 from zqfp_convert.conversion.block import fill
 from zqfp_convert.conversion.layers import packed_layer
 from zqfp_convert.conversion.work import START, Work

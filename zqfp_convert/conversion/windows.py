@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zqfp_convert.calibration import text
-from zqfp_convert.checkpoint.partial import Partial
+from zqfp_convert.checkpoint.output.partial import Partial
 from zqfp_convert.conversion.block import fill
 from zqfp_convert.conversion.host import give_back
 from zqfp_convert.conversion.result import Progress

@@ -18,10 +18,10 @@ from zqfp_convert.calibration.halfway import Halfway, halfway
 from zqfp_convert.calibration.stages import statistics, trace
 from zqfp_convert.calibration.stream import Call
 from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.output.partial import Partial
+from zqfp_convert.checkpoint.output.series import Series
 from zqfp_convert.checkpoint.packed import PackedLayer
-from zqfp_convert.checkpoint.partial import Partial
-from zqfp_convert.checkpoint.rotated import Rotation
-from zqfp_convert.checkpoint.series import Series
+from zqfp_convert.checkpoint.source.rotated import Rotation
 from zqfp_convert.conversion import host
 from zqfp_convert.conversion.ahead import read_ahead
 from zqfp_convert.conversion.batches import windows_at_once

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from zqfp_convert.checkpoint.source import Source
+from zqfp_convert.checkpoint.source.source import Source
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.names import NameMap
 from zqfp_convert.original import match

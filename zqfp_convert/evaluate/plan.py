@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zqfp_convert.checkpoint import hub
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
-from zqfp_convert.checkpoint.source import Source
+from zqfp_convert.checkpoint.source import hub
+from zqfp_convert.checkpoint.source.source import Source
 from zqfp_convert.errors import CheckpointError, OptionError
 from zqfp_convert.evaluate import texts
 from zqfp_convert.evaluate.parts import SourceParts

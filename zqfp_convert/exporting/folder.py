@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
-from zqfp_convert.checkpoint.disk import sync, writing
-from zqfp_convert.checkpoint.partial import CHECKPOINT, Partial
-from zqfp_convert.checkpoint.source import other_files
-from zqfp_convert.checkpoint.writer import Writer
+from zqfp_convert.checkpoint.output.disk import sync, writing
+from zqfp_convert.checkpoint.output.partial import CHECKPOINT, Partial
+from zqfp_convert.checkpoint.output.writer import Writer
+from zqfp_convert.checkpoint.source.source import other_files
 
 # What is about the packed checkpoint, and not about what is made of it.
 OF_PACKED = (layout.REPORT_PAGE, layout.REPORT_PICTURE, layout.EVALUATION_FILE)

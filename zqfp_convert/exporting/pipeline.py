@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from zqfp_convert import __version__
-from zqfp_convert.checkpoint import hub
-from zqfp_convert.checkpoint.partial import CHECKPOINT, Partial, check_room, partial_folder
+from zqfp_convert.checkpoint.output.partial import CHECKPOINT, Partial, check_room, partial_folder
+from zqfp_convert.checkpoint.source import hub
 from zqfp_convert.errors import OptionError, OutputError, Stopped
 from zqfp_convert.exporting import adapter, card, compressed_tensors, dense, folder, spans
 from zqfp_convert.exporting.opened import Opened

@@ -13,11 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from zqfp_convert.calibration.text import Text
-from zqfp_convert.checkpoint import hub, layout
-from zqfp_convert.checkpoint.origin import origin
-from zqfp_convert.checkpoint.partial import check_free, check_room, room
-from zqfp_convert.checkpoint.rotated import RotatedShards, Rotation
-from zqfp_convert.checkpoint.source import Source
+from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.output.partial import check_free, check_room, room
+from zqfp_convert.checkpoint.source import hub
+from zqfp_convert.checkpoint.source.origin import origin
+from zqfp_convert.checkpoint.source.rotated import RotatedShards, Rotation
+from zqfp_convert.checkpoint.source.source import Source
 from zqfp_convert.errors import CheckpointError, OutputError, SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from zqfp_convert.checkpoint import layout
-from zqfp_convert.checkpoint.disk import writing
+from zqfp_convert.checkpoint.output.disk import writing
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.errors import OptionError
 

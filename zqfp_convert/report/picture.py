@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zqfp_convert.checkpoint.disk import writing
+from zqfp_convert.checkpoint.output.disk import writing
 from zqfp_convert.errors import OptionError
 from zqfp_convert.report.facts import CODES, FACTORS, OTHERS, SCALES, Facts, spread
 from zqfp_convert.report.wording import size

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from zqfp_convert.checkpoint import hub, layout
-from zqfp_convert.checkpoint.disk import writing
-from zqfp_convert.checkpoint.origin import origin
+from zqfp_convert.checkpoint import layout
+from zqfp_convert.checkpoint.output.disk import writing
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
+from zqfp_convert.checkpoint.source import hub
+from zqfp_convert.checkpoint.source.origin import origin
 from zqfp_convert.errors import OptionError
 from zqfp_convert.report import evaluated, picture
 from zqfp_convert.report.advice import Finding, findings

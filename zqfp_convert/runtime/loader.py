@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from zqfp_convert.checkpoint import hub, layout
+from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.checkpoint.shards import DTYPES
+from zqfp_convert.checkpoint.source import hub
 from zqfp_convert.errors import CheckpointError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import is_transposed, put

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
-from zqfp_convert.checkpoint.disk import sync, writing
+from zqfp_convert.checkpoint.output.disk import sync, writing
 from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.checkpoint.shards import DTYPES
 from zqfp_convert.exporting import adapter, microscaling

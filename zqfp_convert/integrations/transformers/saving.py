@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.description import manifest
-from zqfp_convert.checkpoint.disk import sha256
+from zqfp_convert.checkpoint.output.disk import sha256
 from zqfp_convert.checkpoint.shards import read_index
 from zqfp_convert.errors import OptionError
 

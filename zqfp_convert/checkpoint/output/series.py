@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zqfp_convert.checkpoint.partial import Partial
+from zqfp_convert.checkpoint.output.partial import Partial
 
 
 class Series:

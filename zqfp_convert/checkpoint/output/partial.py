@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
-from zqfp_convert.checkpoint.disk import sha256, sync, writing
-from zqfp_convert.checkpoint.journal import Followed, Journal, Locked
+from zqfp_convert.checkpoint.output.disk import sha256, sync, writing
+from zqfp_convert.checkpoint.output.journal import Followed, Journal, Locked
 from zqfp_convert.checkpoint.shards import Shards, read_header, read_json
 from zqfp_convert.errors import OutputError, ProcessError, ZqfpError
 from zqfp_convert.parallel import ALONE, World

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.shards import read_index
-from zqfp_convert.checkpoint.source import PICKLED
+from zqfp_convert.checkpoint.source.source import PICKLED
 from zqfp_convert.errors import SourceError, ZqfpError
 
 NOT_NEEDED = [

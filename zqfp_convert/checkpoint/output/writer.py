@@ -17,9 +17,9 @@ from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.description import manifest
-from zqfp_convert.checkpoint.disk import sync, writing
-from zqfp_convert.checkpoint.partial import CHECKPOINT, Partial
-from zqfp_convert.checkpoint.series import Series
+from zqfp_convert.checkpoint.output.disk import sync, writing
+from zqfp_convert.checkpoint.output.partial import CHECKPOINT, Partial
+from zqfp_convert.checkpoint.output.series import Series
 
 
 class Writer:

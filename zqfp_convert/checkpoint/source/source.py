@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from zqfp_convert.checkpoint import layout
-from zqfp_convert.checkpoint.dequantized import METHODS, DequantizedShards
 from zqfp_convert.checkpoint.shards import Shards, read_json
+from zqfp_convert.checkpoint.source.dequantized import METHODS, DequantizedShards
 from zqfp_convert.errors import SourceError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

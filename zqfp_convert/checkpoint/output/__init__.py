@@ -1,0 +1,1 @@
+"""A checkpoint that comes about: shard by shard, in a folder that a later run can go on with."""

@@ -1,0 +1,1 @@
+"""The model to convert: from what a user types to tensors, however they lie on disk."""
