@@ -60,3 +60,28 @@ def test_an_error_is_raised_where_it_was_needed() -> None:
     assert list(next(reader)) == ["a"]
     with pytest.raises(OSError, match="cannot be read"):
         next(reader)
+
+
+@pytest.mark.parametrize(
+    "lack",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_what_did_not_fit_is_read_when_it_is_asked_for(lack: RuntimeError) -> None:
+    spy, failed = Spy(), []
+    read = spy.read
+
+    def once(names: list[str], device: torch.device) -> dict[str, torch.Tensor]:
+        if names == ["b"] and not failed:
+            failed.append(names)
+            raise lack
+        return read(names, device)
+
+    spy.read = once  # type: ignore[method-assign]
+    assert ahead(spy, [["a"], ["b"], ["c"]]) == [["a"], ["b"], ["c"]]
+    assert failed
+    spy.read = lambda names, device: (_ for _ in ()).throw(lack)  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError):
+        ahead(spy, [["a"], ["b"]])

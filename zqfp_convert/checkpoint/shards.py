@@ -146,15 +146,16 @@ def _read(file: FileIO, name: str, info: TensorInfo, device: torch.device | str 
 def _copy(file: FileIO, target: Tensor, name: str, info: TensorInfo) -> None:
     """Fill bytes on a GPU, through two pieces of host memory that it can read by itself."""
     size = min(PIECE, max(1, len(target)))
-    pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     cuda: Any = torch.cuda
-    copied = [cuda.Event(), cuda.Event()]
-    for number, part in enumerate(torch.split(target, PIECE)):
-        piece, event = pieces[number % 2][: len(part)], copied[number % 2]
-        event.synchronize()
-        _fill(file, piece, name, info)
-        part.copy_(piece, non_blocking=True)
-        event.record()
+    with cuda.device(target.device):  # whose stream the events have to be recorded in
+        pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        copied = [cuda.Event(), cuda.Event()]
+        for number, part in enumerate(torch.split(target, PIECE)):
+            piece, event = pieces[number % 2][: len(part)], copied[number % 2]
+            event.synchronize()
+            _fill(file, piece, name, info)
+            part.copy_(piece, non_blocking=True)
+            event.record()
 
 
 def _fill(file: FileIO, target: Tensor, name: str, info: TensorInfo) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zqfp_convert.calibration.stream import Entrance
 from zqfp_convert.conversion.block import fill, fill_outside
+from zqfp_convert.conversion.host import taken_by
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import linears, shape
 from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, solving_bytes
@@ -38,10 +39,7 @@ def _bytes_of_one(plan: Plan, window: Tensor) -> int:
     fill(plan, block, plan.blocks.name(0) + ".", plan.block_tensors(0))
     hidden, call = entrance.first()[0], entrance.calls(0)(0)
     call.run(block, hidden)  # libraries allocate their workspaces
-    torch.cuda.reset_peak_memory_stats(plan.device)
-    before = torch.cuda.memory_allocated(plan.device)
-    call.run(block, hidden)
-    peak = torch.cuda.max_memory_allocated(plan.device) - before
+    peak = taken_by(lambda: call.run(block, hidden), plan.device)
     widest = max(shape(linear)[1] for _, linear in linears(block))
     skeleton.empty(block)
     return peak + WASTE * window.numel() * widest * hidden.element_size()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,6 +60,19 @@ def _call(name: str, *numbers: int) -> None:
         function(*numbers)
 
 
+_before_reset: dict[torch.device, int] = {}  # the highest peaks that were measured apart
+
+
+def taken_by(work: Callable[[], object], device: torch.device) -> int:
+    """The peak of a GPU's memory while `work` runs, above what is taken before, in bytes."""
+    highest = torch.cuda.max_memory_allocated(device)
+    _before_reset[device] = max(highest, _before_reset.get(device, 0))
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 class Peak:
     """The peaks of this process's memory above what it has when this is made."""
 
@@ -74,6 +87,7 @@ class Peak:
             pass
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+            _before_reset.pop(device, None)
             self._device_before = torch.cuda.memory_allocated(device)
 
     def host(self) -> int | None:
@@ -86,7 +100,8 @@ class Peak:
         """Bytes of tensors on a GPU; None on the CPU."""
         if self._device.type != "cuda":
             return None
-        return torch.cuda.max_memory_allocated(self._device) - self._device_before
+        highest = torch.cuda.max_memory_allocated(self._device)
+        return max(highest, _before_reset.get(self._device, 0)) - self._device_before
 
 
 def _status(field: str) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -38,7 +38,7 @@ from zqfp_convert.model import skeleton
 from zqfp_convert.model.device import describe, reproducible
 from zqfp_convert.model.experts import mixtures
 from zqfp_convert.numerics import codebook
-from zqfp_convert.parallel import ALONE, World
+from zqfp_convert.parallel import ALONE, World, lacking
 from zqfp_convert.plan import Plan, make_plan
 from zqfp_convert.recipe import Recipe
 
@@ -111,7 +111,8 @@ def run(
             with reproducible(threads), given_back():
                 report = (lambda text, done, total: None) if silent else progress
                 assert report is not None
-                return _run(plan, partial, report)
+                with lacking(), _current(plan.device):
+                    return _run(plan, partial, report)
     except KeyboardInterrupt:
         if partial_folder(plan.out).exists():
             raise Stopped(
@@ -131,13 +132,18 @@ def run(
         skeleton.empty(plan.model)
 
 
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the one that libraries take without being told."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @torch.no_grad()
 def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
     began, world, peak = time.monotonic(), partial.world, Peak(plan.device)
-    warm(plan)
+    settled = warm(plan)
     roundings = partial.decided("roundings", plan.tunes_roundings)  # depends on free memory
     layers = Layers(replace(plan, tunes_roundings=roundings), report, world)
-    work = Work(layers, partial)
+    work = Work(layers, partial, settled)
     with _weights_checked(plan, partial, report):
         calibration = work.calibrate() if plan.recipe.needs_calibration else None
     plan = work.plan  # of the rotated model, maybe

@@ -27,6 +27,7 @@ from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import bias_of, get_linear, put, weight_matrix
 from zqfp_convert.model.experts import mixtures
 from zqfp_convert.model.head import Head
+from zqfp_convert.parallel import lacking
 from zqfp_convert.plan import TOKENS_AT_ONCE, Plan, rotated
 
 WINDOWS, WINDOW = 4, 1024  # tokens of each
@@ -121,7 +122,8 @@ def _rehearse_what_fits(plan: Plan, windows: Tensor, report: Report) -> Plan | N
     size = max(1, TOKENS_AT_ONCE[plan.device.type] // windows.shape[1])
     while True:
         try:
-            return _rehearse(plan, windows, size, report)
+            with lacking():
+                return _rehearse(plan, windows, size, report)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise

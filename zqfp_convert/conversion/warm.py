@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from threading import Thread
 from typing import Any
 
@@ -14,10 +15,13 @@ from zqfp_convert.quantize.columns import BLOCK, settle
 ROWS, COLUMNS = 256, 512  # multiples of 16, as those of most models are: that is compiled for
 
 
-def warm(plan: Plan) -> None:
-    """Begin to do so, if the plan is for a GPU; what the calls that follow need they wait for."""
-    if plan.device.type == "cuda":
-        Thread(target=_run_all, args=(plan,), name="warm", daemon=True).start()
+def warm(plan: Plan) -> Callable[[], None]:
+    """Begin to do so, if the plan is for a GPU; returns what waits for the end of it."""
+    if plan.device.type != "cuda":
+        return lambda: None
+    thread = Thread(target=_run_all, args=(plan,), name="warm", daemon=True)
+    thread.start()
+    return thread.join
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from zqfp_convert.conversion.block import fill
 from zqfp_convert.conversion.host import give_back
 from zqfp_convert.conversion.result import Progress
 from zqfp_convert.model.tokenizer import tokenizer_of
+from zqfp_convert.parallel import lacking
 from zqfp_convert.plan import Plan
 
 FILE = "text.safetensors"
@@ -90,9 +91,10 @@ def _written(plan: Plan, partial: Partial, count: int, what: str, report: Progre
     while True:
         size = [text.GENERATED_AT_ONCE, *partial.noted(AT_ONCE)][-1]
         try:
-            return text.generate(
-                whole, count, recipe.seq_len, recipe.seed, world, at_once=size, report=tell
-            )
+            with lacking():
+                return text.generate(
+                    whole, count, recipe.seq_len, recipe.seed, world, at_once=size, report=tell
+                )
         except torch.OutOfMemoryError:
             if size == 1:
                 raise

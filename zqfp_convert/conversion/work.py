@@ -41,7 +41,7 @@ from zqfp_convert.model.blocks import (
 from zqfp_convert.model.experts import mixtures
 from zqfp_convert.model.head import Head
 from zqfp_convert.model.tokenizer import check_tokens
-from zqfp_convert.parallel import ALONE, OutOfMemory, World
+from zqfp_convert.parallel import ALONE, OutOfMemory, World, lacking
 from zqfp_convert.plan import Plan, PlannedLayer, rotated
 
 START = ".tuning_start"  # of the places that tuning starts from, beside a layer's packed tensors
@@ -58,6 +58,7 @@ class Work:
 
     layers: Layers
     partial: Partial
+    settled: Callable[[], None] = lambda: None  # waits until nothing else takes a GPU's memory
     changed: dict[str, str] = field(default_factory=dict)
     windows: Windows | None = None
     states: States | None = None
@@ -90,6 +91,7 @@ class Work:
             self.changed |= dict.fromkeys(sorted(plan.rotation.changed - packed), "rotated")
         if not self.partial.noted(BATCH):
             mine = calibration[self.world.part(len(calibration))]
+            self.settled()  # a measurement of memory decides
             size = self.world.agree(lambda: windows_at_once(plan, mine))
             self.partial.note(BATCH, {"block": 0, "windows": size})
         about: dict[str, Any] = {
@@ -218,7 +220,8 @@ class Work:
         """`_block`, again with half the windows at once as often as memory does not suffice."""
         while True:
             try:
-                return self._block(index, dict(tensors))
+                with lacking():
+                    return self._block(index, dict(tensors))
             except torch.OutOfMemoryError as error:
                 if self.states is None or self.states.size == 1:
                     raise

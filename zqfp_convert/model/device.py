@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from zqfp_convert.errors import OptionError
+from zqfp_convert.model import limits
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -51,6 +52,14 @@ def describe(device: torch.device) -> str:
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})"
 
 
+def settle_libraries() -> None:
+    """Choose what a library takes over from the environment when it is used first.
+
+    cuBLAS gives the same bits each time with workspaces of a fixed size alone.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @contextmanager
 def reproducible(threads: int) -> Iterator[None]:
     """While this context is open, the same work gives the same bits: deterministic algorithms.
@@ -59,7 +68,7 @@ def reproducible(threads: int) -> Iterator[None]:
     deterministic algorithm, it warns.
     """
     deterministic: Any = torch.utils.deterministic
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settle_libraries()
     before = (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
@@ -98,6 +107,12 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    found, allowed = _available(), limits.left()
+    return min((one for one in (found, allowed) if one is not None), default=None)
+
+
+def _available() -> int | None:
+    """Bytes of host memory that the system has."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             available = next(line for line in lines if line.startswith("MemAvailable:"))

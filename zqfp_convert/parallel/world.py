@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zqfp_convert.errors import OptionError
+from zqfp_convert.parallel.lacking import lacking
 from zqfp_convert.parallel.watch import Watch
 
 T = TypeVar("T")
@@ -153,28 +154,30 @@ class World:
         if self.size == 1:
             yield
             return
-        lacking = ""
+        short = ""
         try:
-            yield
+            with lacking():
+                yield
         except torch.OutOfMemoryError as error:
-            lacking = str(error) or "out of memory"
+            short = str(error) or "out of memory"
         # Out of the handler, which keeps alive what the failed try has computed.
-        self._refuse_lacking(self.gather(lacking))
+        self._refuse_lacking(self.gather(short))
 
     def _found(self, find: Callable[[], T]) -> list[T]:
         if self.size == 1:
             return [find()]
-        lacking, value = "", None
+        short, value = "", None
         try:
-            value = find()
+            with lacking():
+                value = find()
         except torch.OutOfMemoryError as error:
-            lacking = str(error) or "out of memory"
-        found = self.gather((lacking, value))
+            short = str(error) or "out of memory"
+        found = self.gather((short, value))
         self._refuse_lacking([one for one, _ in found])
         return [one for _, one in found]  # type: ignore[misc]
 
-    def _refuse_lacking(self, lacking: list[str]) -> None:
-        for rank, text in enumerate(lacking):
+    def _refuse_lacking(self, short: list[str]) -> None:
+        for rank, text in enumerate(short):
             if text:
                 raise OutOfMemory(f"process {rank} of {self.size}: {text}")
 

@@ -64,8 +64,9 @@ def peaks(plan: Plan) -> tuple[int, int]:
     if plan.recipe.needs_calibration:
         work = _calibrating(plan)
         host += _handed_on(plan) + (CALIBRATING if on_cpu else 0)
-        if plan.states == "host":
-            host += states_bytes(plan)
+        if plan.states == "host":  # locked memory comes in powers of two, as windows of a batch do
+            window = _window(plan)
+            host += states_bytes(plan) // window * (1 << (window - 1).bit_length())
     elif not on_cpu:
         work = solving_bytes(plan)
     together = plan.host_processes

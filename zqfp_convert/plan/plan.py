@@ -23,7 +23,7 @@ from zqfp_convert.errors import CheckpointError, OutputError, SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
 from zqfp_convert.model.configured import configured
-from zqfp_convert.model.device import resolve_device, too_little_memory
+from zqfp_convert.model.device import resolve_device, settle_libraries, too_little_memory
 from zqfp_convert.model.experts import routers
 from zqfp_convert.model.names import NameMap
 from zqfp_convert.model.tokenizer import tokenizer_of
@@ -211,6 +211,7 @@ def make_plan(
     Raises:
         ZqfpError: whatever stands in the way; nothing has been written.
     """
+    settle_libraries()  # before the probe uses them
     target, destination = resolve_device(device), Path(out).expanduser()
     check_free(destination, overwrite=overwrite)
     text = Text.named(calibration) if calibration is not None else None
