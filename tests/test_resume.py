@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 import typer
-from architectures import QUICK, Maker
+from architectures import QUICK, Maker, write_model, write_tokenizer
 from dequantized import read_tensors
 from safetensors.torch import save_file
 
@@ -26,7 +26,7 @@ from zqfp_convert.checkpoint.output.journal import Journal
 from zqfp_convert.cli import main
 from zqfp_convert.conversion import identity, pipeline, work
 from zqfp_convert.conversion.work import Work
-from zqfp_convert.errors import OutputError, SourceError, Stopped
+from zqfp_convert.errors import CheckpointError, OutputError, SourceError, Stopped
 
 HERE = Path(__file__).parent
 FEW: dict[str, Any] = {**QUICK, "samples": 6, "rank": 2, "sweeps": 1}
@@ -142,6 +142,33 @@ def test_interrupted(
     convert(model, out, recipe=recipe)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert contents(out) == at_once("gpt2", recipe)
+
+
+@pytest.mark.parametrize("recipe", ["fast", "best"])
+def test_a_source_that_is_damaged_on_the_way(recipe: str, tmp_path: Path) -> None:
+    """Hours of work are not thrown away for a file that can be downloaded again."""
+    model, out = write_model(tmp_path / "model", num_hidden_layers=4), tmp_path / "out"
+    write_tokenizer(model)
+    shard = model / "model.safetensors"
+    whole = shard.read_bytes()
+
+    def cut_off(text: str, done: int, total: int) -> None:
+        if text.startswith("block 2/4") and shard.stat().st_size == len(whole):
+            os.truncate(shard, 1000)
+
+    with pytest.raises(CheckpointError, match="bad-shard") as raised:
+        convert(model, out, recipe=recipe, progress=cut_off)
+    assert f"is kept in {out}.partial" in raised.value.do
+    assert "the same command goes on from there" in str(raised.value)
+    blocks = [record for record in journal(out) if record.get("about")]
+    assert 1 <= len(blocks) < 4
+    shard.write_bytes(whole)
+    said: list[str] = []
+    convert(model, out, recipe=recipe, progress=lambda text, *rest: said.append(text))
+    assert not [text for text in said if text.startswith("block 1/4  self_attn")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    convert(model, tmp_path / "at-once", recipe=recipe)
+    assert contents(out) == contents(tmp_path / "at-once")
 
 
 def test_what_is_done_is_not_done_again(

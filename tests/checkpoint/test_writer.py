@@ -116,6 +116,19 @@ def test_where_there_is_nothing_to_go_on_with_nothing_is_left(shards: int, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_work_is_kept_whatever_happens(tmp_path: Path) -> None:
+    error = OptionError("here", "this", needed="that", do="Do so.")
+    with pytest.raises(OptionError) as raised, writing(tmp_path / "out", 2) as target:
+        target.add_shard(A, {"entries": {}})
+        raise error
+    kept = f"What is done is kept in {tmp_path / 'out'}.partial: when that is put right, the same "
+    assert raised.value.do == f"Do so. {kept}command goes on from there."
+    assert str(raised.value) == f"here: this; needed: that. {raised.value.do}"
+    with pytest.raises(KeyboardInterrupt), writing(tmp_path / "out", 2) as target:
+        assert target.shards.done == 1
+        raise KeyboardInterrupt
+
+
 def test_an_unfinished_one_leaves_nothing(tmp_path: Path) -> None:
     with writing(tmp_path / "out", 2) as target:
         target.add_shard(A)

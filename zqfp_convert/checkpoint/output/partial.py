@@ -35,10 +35,11 @@ MOST_DIFFERENCES = 6  # that an error names
 class Partial:
     """A checkpoint that is coming about; use as a context.
 
-    Leaving the context with an error keeps the folder if files are done that another run can go on
-    from, and the error is not one that the same run would meet again: Ctrl-C, a full disk, too
-    little memory, a fault of the program. Else, and when the checkpoint has its final name, the
-    folder goes.
+    Leaving the context with an error keeps the folder once work is done: a file is recorded that
+    comes with values of its own, as blocks do. Files that are less work, a text or what is only
+    carried over, are kept unless the error is one that the same run would meet again, which is no
+    Ctrl-C, full disk, want of memory or fault of the program. Else, and when the checkpoint has its
+    final name, the folder goes.
 
     Of several processes the first keeps the journal, and the others know what it holds; all of them
     call all methods, save where they say otherwise, and see the same folder.
@@ -120,11 +121,18 @@ class Partial:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        again = isinstance(error, ZqfpError) and not isinstance(error, (OutputError, ProcessError))
-        keep = error is not None and bool(self._files) and not again and not self._finished
+        users = isinstance(error, ZqfpError) and not isinstance(error, (OutputError, ProcessError))
+        worked = any(record["about"] for record in self._files.values())
+        worth = worked or (bool(self._files) and not users)
+        keep = error is not None and worth and not self._finished
         try:
             if not keep and self.world.leads:
                 self._remove_all()
+            if keep and users and isinstance(error, ZqfpError):  # the others say so themselves
+                error.advise(
+                    f"What is done is kept in {self.folder}: when that is put right, the same "
+                    "command goes on from there."
+                )
         finally:
             self._journal.close()
 
