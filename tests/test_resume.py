@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 
 import zqfp_convert
 from zqfp_convert.checkpoint.output.journal import Journal
+from zqfp_convert.checkpoint.source.source import Source
 from zqfp_convert.cli import main
 from zqfp_convert.conversion import identity, pipeline, work
 from zqfp_convert.conversion.work import Work
@@ -348,6 +350,38 @@ def test_batches_shrink_where_memory_ends(
     monkeypatch.setattr(Work, "_block", lambda *rest: (_ for _ in ()).throw(torch.OutOfMemoryError))
     with pytest.raises(SourceError, match="memory of cpu"):  # not even one window fits
         convert(tiny_model(), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("error", "waits"),
+    [
+        (KeyboardInterrupt(), False),
+        (OutputError("", "", needed="", do=""), False),
+        (ZeroDivisionError(), False),
+        (SourceError("", "", needed="", do=""), True),  # a NaN there may be the cause
+    ],
+)
+def test_who_waits_for_the_check_of_all_weights(
+    error: BaseException,
+    waits: bool,
+    tiny_model: Maker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[bool] = []
+
+    def check_finite(self: Source, names: list[str], stopped: Event) -> dict[str, int]:
+        told.append(stopped.wait(2.0 if waits else 60.0))
+        return {}
+
+    def progress(text: str, done: int, total: int) -> None:
+        if text.startswith("writing calibration"):
+            raise error
+
+    monkeypatch.setattr(Source, "check_finite", check_finite)
+    with pytest.raises(type(error)):
+        convert(tiny_model(), tmp_path / "out", progress=progress)
+    assert told == [not waits]
 
 
 def test_what_the_writing_thread_meets_is_raised(
