@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from architectures import QUICK, Maker
 
 from zqfp_convert import conversion
 from zqfp_convert.calibration.shelf import Shelf
-from zqfp_convert.errors import SourceError
+from zqfp_convert.checkpoint.output import partial
+from zqfp_convert.errors import OutputError, SourceError
 from zqfp_convert.model import device
 from zqfp_convert.plan import Place, Plan, make_plan, memory
+from zqfp_convert.plan.disk import output_bytes
 from zqfp_convert.recipe import Recipe
 
 
@@ -63,6 +66,33 @@ def test_they_go_to_a_file_where_memory_is_short(
     monkeypatch.setattr(device, "free_memory", lambda place: need - 1)
     with pytest.raises(SourceError, match="memory of cpu"):
         planned("out", 200)
+
+
+def test_a_disk_that_has_no_room_for_them_either(
+    planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned("out", 200)
+    need = memory.peaks(dataclasses.replace(plan, states="file"))[0]
+    monkeypatch.setattr(device, "free_memory", lambda place: need)
+    spilled = memory.states_bytes(plan)
+    enough = output_bytes(plan) + spilled
+    for free in (enough, enough - 1):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(partial.shutil, "disk_usage", lambda place, usage=usage: usage)
+        if free == enough:
+            assert planned("out", 200).spilled == spilled
+            continue
+        with pytest.raises(OutputError) as raised:
+            planned("out", 200)
+    assert f"of it {spilled / 1e6:,.0f} MB for hidden states" in raised.value.needed
+    assert "(200 x 32 tokens)" in raised.value.needed
+    assert raised.value.do.startswith("Use fewer --samples or a shorter --seq-len. Make room")
+    monkeypatch.setattr(device, "free_memory", lambda place: 1 << 40)
+    assert planned("out", 200).spilled == 0  # in memory, there is room for them
+    monkeypatch.setattr(partial.shutil, "disk_usage", lambda place: SimpleNamespace(free=0))
+    with pytest.raises(OutputError) as raised:
+        planned("out", 200)
+    assert "--samples" not in str(raised.value)
 
 
 @pytest.mark.parametrize("in_file", [False, True])
