@@ -263,7 +263,7 @@ def change_device(model: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
         (change_weights, ["the model's weights are not what they were"]),
         (change_shapes, ["tensors: model.norm.weight was F32 [64], is F16 [64]"]),
         (change_config, ["model: config.json is another"]),
-        (change_file, ["model: LICENSE is another, and there was none then"]),
+        (change_file, ["model: LICENSE has come since"]),
         (change_program, ["zqfp-convert was ", "is 99.0"]),
         (change_torch, [f"torch was {torch.__version__}, is 1.0"]),
         (change_transformers, [f"transformers was {transformers.__version__}, is 1.0"]),
@@ -291,6 +291,19 @@ def test_another_conversion_is_refused(
         if change in (change_recipe, change_weights):
             convert(model, out, resume=False, **choices)
             assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_file_that_has_come_is_moved_away(tiny_model: Maker, tmp_path: Path) -> None:
+    """As the error advises."""
+    model, out = Path(shutil.copytree(tiny_model(), tmp_path / "model")), tmp_path / "out"
+    stopped(model, out, recipe="fast")
+    (model / "nohup.out").write_text("said")
+    with pytest.raises(OutputError, match=r"model: nohup\.out has come since.*move away files"):
+        convert(model, out, recipe="fast")
+    (model / "nohup.out").unlink()
+    convert(model, out, recipe="fast")
+    convert(model, tmp_path / "at-once", recipe="fast")
+    assert contents(out) == contents(tmp_path / "at-once")
 
 
 def test_a_machine_that_computes_something_else(

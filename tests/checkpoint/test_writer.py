@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from zqfp_convert.checkpoint.output import partial
 from zqfp_convert.checkpoint.output.disk import sha256
-from zqfp_convert.checkpoint.output.partial import Partial, check_free
+from zqfp_convert.checkpoint.output.partial import Partial, check_free, differences
 from zqfp_convert.checkpoint.output.writer import Writer
 from zqfp_convert.errors import OptionError, OutputError
 
@@ -361,6 +361,14 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), Partial(out, then) as begun:
         assert begun.is_whole("some.safetensors")
         raise KeyboardInterrupt
+
+
+def test_files_that_come_and_go_are_named() -> None:
+    then, now = ({"model": {one: 64 * "0", "kept": 64 * "0"}} for one in ("old", "new"))
+    assert list(differences(then, now)) == [
+        "model: old was there, and is gone",
+        "model: new has come since",
+    ]
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:

@@ -268,8 +268,9 @@ class Partial:
             str(self.folder),
             f"an unfinished conversion that differs: {'; '.join(found[:MOST_DIFFERENCES])}{more}",
             needed="the same conversion, to go on with it",
-            do="Give what was given then; or throw it away with --no-resume (in Python: "
-            "resume=False); or give another OUT.",
+            do="Give what was given then (move away files that have come since, bring back those "
+            "that are gone); or throw it away with --no-resume (in Python: resume=False); or give "
+            "another OUT.",
         )
 
     def refuse(self, found: str) -> OutputError:
@@ -331,9 +332,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
         if isinstance(old, dict) and isinstance(new, dict):
             yield from differences(old, new, f"{name}: ")
         elif key not in now or new is None:
-            yield f"{name} was {_short(old)}, and there is none now"
+            told = f"was {_short(old)}, and there is none now"
+            yield f"{name} {'was there, and is gone' if _is_hash(old) else told}"
         elif key not in before or old is None:
-            yield f"{name} is {_short(new)}, and there was none then"
+            told = f"is {_short(new)}, and there was none then"
+            yield f"{name} {'has come since' if _is_hash(new) else told}"
         elif old != new:
             said = isinstance(old, (dict, list)) or isinstance(new, (dict, list))
             same = said or _short(old) == _short(new)
@@ -341,11 +344,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, str) and len(value) == 64:  # a hash, which tells a person nothing
+    if _is_hash(value):
         return "another"
     if isinstance(value, (dict, list)):
         return "something"
     return str(value)
+
+
+def _is_hash(value: Any) -> bool:
+    """Whether it is the hash of a file, which tells a person nothing."""
+    return isinstance(value, str) and len(value) == 64
 
 
 def check_free(out: Path, *, overwrite: bool) -> None:
