@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,16 +18,17 @@ import pytest
 import torch
 import transformers
 import typer
-from architectures import QUICK, Maker
+from architectures import QUICK, Maker, write_model, write_tokenizer
 from dequantized import read_tensors
 from safetensors.torch import save_file
 
 import zqfp_convert
 from zqfp_convert.checkpoint.output.journal import Journal
+from zqfp_convert.checkpoint.source.source import Source
 from zqfp_convert.cli import main
 from zqfp_convert.conversion import identity, pipeline, work
 from zqfp_convert.conversion.work import Work
-from zqfp_convert.errors import OutputError, SourceError, Stopped
+from zqfp_convert.errors import CheckpointError, OutputError, SourceError, Stopped
 
 HERE = Path(__file__).parent
 FEW: dict[str, Any] = {**QUICK, "samples": 6, "rank": 2, "sweeps": 1}
@@ -144,6 +146,33 @@ def test_interrupted(
     assert contents(out) == at_once("gpt2", recipe)
 
 
+@pytest.mark.parametrize("recipe", ["fast", "best"])
+def test_a_source_that_is_damaged_on_the_way(recipe: str, tmp_path: Path) -> None:
+    """Hours of work are not thrown away for a file that can be downloaded again."""
+    model, out = write_model(tmp_path / "model", num_hidden_layers=4), tmp_path / "out"
+    write_tokenizer(model)
+    shard = model / "model.safetensors"
+    whole = shard.read_bytes()
+
+    def cut_off(text: str, done: int, total: int) -> None:
+        if text.startswith("block 2/4") and shard.stat().st_size == len(whole):
+            os.truncate(shard, 1000)
+
+    with pytest.raises(CheckpointError, match="bad-shard") as raised:
+        convert(model, out, recipe=recipe, progress=cut_off)
+    assert f"is kept in {out}.partial" in raised.value.do
+    assert "the same command goes on from there" in str(raised.value)
+    blocks = [record for record in journal(out) if record.get("about")]
+    assert 1 <= len(blocks) < 4
+    shard.write_bytes(whole)
+    said: list[str] = []
+    convert(model, out, recipe=recipe, progress=lambda text, *rest: said.append(text))
+    assert not [text for text in said if text.startswith("block 1/4  self_attn")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    convert(model, tmp_path / "at-once", recipe=recipe)
+    assert contents(out) == contents(tmp_path / "at-once")
+
+
 def test_what_is_done_is_not_done_again(
     tiny_model: Maker,
     at_once: Callable[..., Any],
@@ -234,7 +263,7 @@ def change_device(model: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
         (change_weights, ["the model's weights are not what they were"]),
         (change_shapes, ["tensors: model.norm.weight was F32 [64], is F16 [64]"]),
         (change_config, ["model: config.json is another"]),
-        (change_file, ["model: LICENSE is another, and there was none then"]),
+        (change_file, ["model: LICENSE has come since"]),
         (change_program, ["zqfp-convert was ", "is 99.0"]),
         (change_torch, [f"torch was {torch.__version__}, is 1.0"]),
         (change_transformers, [f"transformers was {transformers.__version__}, is 1.0"]),
@@ -262,6 +291,19 @@ def test_another_conversion_is_refused(
         if change in (change_recipe, change_weights):
             convert(model, out, resume=False, **choices)
             assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_file_that_has_come_is_moved_away(tiny_model: Maker, tmp_path: Path) -> None:
+    """As the error advises."""
+    model, out = Path(shutil.copytree(tiny_model(), tmp_path / "model")), tmp_path / "out"
+    stopped(model, out, recipe="fast")
+    (model / "nohup.out").write_text("said")
+    with pytest.raises(OutputError, match=r"model: nohup\.out has come since.*move away files"):
+        convert(model, out, recipe="fast")
+    (model / "nohup.out").unlink()
+    convert(model, out, recipe="fast")
+    convert(model, tmp_path / "at-once", recipe="fast")
+    assert contents(out) == contents(tmp_path / "at-once")
 
 
 def test_a_machine_that_computes_something_else(
@@ -321,6 +363,38 @@ def test_batches_shrink_where_memory_ends(
     monkeypatch.setattr(Work, "_block", lambda *rest: (_ for _ in ()).throw(torch.OutOfMemoryError))
     with pytest.raises(SourceError, match="memory of cpu"):  # not even one window fits
         convert(tiny_model(), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("error", "waits"),
+    [
+        (KeyboardInterrupt(), False),
+        (OutputError("", "", needed="", do=""), False),
+        (ZeroDivisionError(), False),
+        (SourceError("", "", needed="", do=""), True),  # a NaN there may be the cause
+    ],
+)
+def test_who_waits_for_the_check_of_all_weights(
+    error: BaseException,
+    waits: bool,
+    tiny_model: Maker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[bool] = []
+
+    def check_finite(self: Source, names: list[str], stopped: Event) -> dict[str, int]:
+        told.append(stopped.wait(2.0 if waits else 60.0))
+        return {}
+
+    def progress(text: str, done: int, total: int) -> None:
+        if text.startswith("writing calibration"):
+            raise error
+
+    monkeypatch.setattr(Source, "check_finite", check_finite)
+    with pytest.raises(type(error)):
+        convert(tiny_model(), tmp_path / "out", progress=progress)
+    assert told == [not waits]
 
 
 def test_what_the_writing_thread_meets_is_raised(

@@ -20,6 +20,11 @@ class ZqfpError(Exception):
         self.where, self.found, self.needed, self.do = where, found, needed, do
         super().__init__(f"{where}: {found}; needed: {needed}. {do}")
 
+    def advise(self, more: str) -> None:
+        """Say one thing more that the user can do, a whole sentence."""
+        self.do = f"{self.do} {more}"
+        self.args = (f"{self.args[0]} {more}",)
+
 
 class OptionError(ZqfpError):
     """An option or argument that cannot be used as given."""

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import write_model
 from dequantized import manifest, read_tensors
 from mixtures import QUICK, write_mixture
 from safetensors.torch import save_file
 from torch import Tensor
 
 import zqfp_convert
+from zqfp_convert.checkpoint.source import dequantized
 from zqfp_convert.checkpoint.source.dequantized import from_blocks, from_mxfp4
 from zqfp_convert.checkpoint.source.source import Source
 from zqfp_convert.errors import SourceError
@@ -82,6 +84,30 @@ def test_scales_as_exponents_and_several_matrices() -> None:
     assert torch.equal(have, torch.stack(want))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("block", [None, (16, 16)])
+def test_one_scale_for_a_weight(
+    shape: tuple[int, ...],
+    block: tuple[int, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(1)
+    monkeypatch.setattr(dequantized, "ROWS", 16)  # of 40: more than one piece
+    codes, scale = torch.randn(40, 56).to(FP8), torch.tensor(0.3).bfloat16()
+    want = (codes.float() * scale.float()).to(torch.bfloat16)
+    assert torch.equal(from_blocks(codes, scale.reshape(shape), block), want)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1, 1)])
+def test_one_scale_for_each_of_several_matrices(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    codes, scales = torch.randn(3, 8, 24).to(FP8), torch.tensor([0.3, 1.0, 7.0])
+    want = [
+        (one.float() * scale).to(torch.bfloat16) for one, scale in zip(codes, scales, strict=True)
+    ]
+    assert torch.equal(from_blocks(codes, scales.reshape(shape), None), torch.stack(want))
+
+
 def test_fp8_as_transformers_does() -> None:
     module = pytest.importorskip("transformers.integrations.finegrained_fp8")
     operation = getattr(module, "Fp8Dequantize", None)
@@ -90,6 +116,8 @@ def test_fp8_as_transformers_does() -> None:
     codes, scales = fp8_blocks(torch.randn(64, 96), (32, 32))
     want = operation(None)._dequantize_one(codes, scales, torch.bfloat16)
     assert torch.equal(from_blocks(codes, scales, (32, 32)), want)
+    want = operation(None)._dequantize_one(codes, scales[0, 0], torch.bfloat16)
+    assert torch.equal(from_blocks(codes, scales[0, 0], None), want)
 
 
 def test_mxfp4_as_transformers_does() -> None:
@@ -131,6 +159,18 @@ def as_fp8(name: str, tensor: Tensor) -> dict[str, object]:
     return {"stored": stored, "dense": dequantized_blocks(codes, scales, (16, 16))}
 
 
+def as_static_fp8(name: str, tensor: Tensor) -> dict[str, object]:
+    """One scale for a weight, and one for its inputs."""
+    if "proj" not in name:
+        return {"stored": {name: tensor}, "dense": tensor}
+    scale = tensor.abs().max().float() / 448
+    codes = (tensor.float() / scale).to(FP8)
+    place = name.removesuffix(".weight")
+    inputs = f"{place}.activation_scale" if "q_proj" in name else f"{place}.input_scale"
+    stored = {name: codes, f"{name}_scale_inv": scale, inputs: torch.tensor(0.5)}
+    return {"stored": stored, "dense": (codes.float() * scale).to(torch.bfloat16)}
+
+
 def as_mxfp4(name: str, tensor: Tensor) -> dict[str, object]:
     if tensor.ndim != 3:
         return {"stored": {name: tensor}, "dense": tensor}
@@ -145,6 +185,30 @@ SOURCES = {
     "deepseek_v3": (FP8_METHOD, as_fp8, {}),
     "gpt_oss": (MXFP4_METHOD, as_mxfp4, {"intermediate_size": 64}),
 }
+
+
+def test_static_scales(tmp_path: Path) -> None:
+    """Those of inputs are not carried over: activations have scales for each token."""
+    dense = write_model(tmp_path / "dense", dtype=torch.bfloat16)
+    method = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+    quantized(tmp_path / "stored", dense, method, as_static_fp8)
+    outs = [tmp_path / "a", tmp_path / "b"]
+    for folder, out in zip((tmp_path / "stored", dense), outs, strict=True):
+        zqfp_convert.convert(folder, out, recipe="fast", **QUICK)
+    one, other = (read_tensors(out) for out in outs)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)), name
+
+
+def test_scales_of_experts_inputs(tmp_path: Path) -> None:
+    codes, scales = torch.ones(3, 8, 16).to(FP8), torch.tensor([1.0, 2.0, 3.0])
+    tensors = {"e.up": codes, "e.up_scale_inv": scales, "e.up_activation_scale": scales + 1}
+    method = {"quant_method": "fp8", "activation_scheme": "static"}
+    found = Source(write(tmp_path / "m", method, {**tensors, "x.input_scale": -scales})).shards
+    assert found.tensors.keys() == {"e.up", "x.input_scale"}  # this one is of no FP8 weight
+    assert torch.equal(found.read(["e.up"])["e.up"][:, 0, 0], scales.bfloat16())
+    assert torch.equal(found.read_at("e.up", 2), torch.full((8, 16), 3.0).bfloat16())
 
 
 @pytest.mark.parametrize("arch", SOURCES)
@@ -201,6 +265,8 @@ BLOCKS = torch.zeros(2, 3, 4, 16, dtype=torch.uint8)
         (FP8_METHOD, {"a.weight": CODES}, "no scales"),
         (FP8_METHOD, {"a.weight": CODES, "a.weight_scale_inv": torch.ones(3, 7)}, "scales [3, 7]"),
         (FP8_METHOD, {"a.weight": CODES, "a.weight_scale_inv": torch.ones(2)}, "scales [2]"),
+        (FP8_METHOD, {"a.weight": CODES[None], "a.weight_scale_inv": torch.ones(2)}, "scales [2]"),
+        (FP8_METHOD, {"a.weight": CODES[0], "a.weight_scale_inv": torch.ones(())}, "scales []"),
         (MXFP4_METHOD, {"a_blocks": BLOCKS, "a_scales": BLOCKS[0, :, :, 0]}, "scales U8 [3, 4]"),
         (MXFP4_METHOD, {"a_blocks": BLOCKS[..., :8], "a_scales": BLOCKS[..., 0]}, "[2, 3, 4, 8]"),
         (MXFP4_METHOD, {"a_blocks": BLOCKS.float(), "a_scales": BLOCKS[..., 0]}, "F32"),

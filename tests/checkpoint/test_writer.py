@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from zqfp_convert.checkpoint.output import partial
 from zqfp_convert.checkpoint.output.disk import sha256
-from zqfp_convert.checkpoint.output.partial import Partial, check_free
+from zqfp_convert.checkpoint.output.partial import Partial, check_free, differences
 from zqfp_convert.checkpoint.output.writer import Writer
 from zqfp_convert.errors import OptionError, OutputError
 
@@ -114,6 +114,19 @@ def test_where_there_is_nothing_to_go_on_with_nothing_is_left(shards: int, tmp_p
             target.add_shard(A)
         raise error
     assert not list(tmp_path.iterdir())
+
+
+def test_work_is_kept_whatever_happens(tmp_path: Path) -> None:
+    error = OptionError("here", "this", needed="that", do="Do so.")
+    with pytest.raises(OptionError) as raised, writing(tmp_path / "out", 2) as target:
+        target.add_shard(A, {"entries": {}})
+        raise error
+    kept = f"What is done is kept in {tmp_path / 'out'}.partial: when that is put right, the same "
+    assert raised.value.do == f"Do so. {kept}command goes on from there."
+    assert str(raised.value) == f"here: this; needed: that. {raised.value.do}"
+    with pytest.raises(KeyboardInterrupt), writing(tmp_path / "out", 2) as target:
+        assert target.shards.done == 1
+        raise KeyboardInterrupt
 
 
 def test_an_unfinished_one_leaves_nothing(tmp_path: Path) -> None:
@@ -348,6 +361,14 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), Partial(out, then) as begun:
         assert begun.is_whole("some.safetensors")
         raise KeyboardInterrupt
+
+
+def test_files_that_come_and_go_are_named() -> None:
+    then, now = ({"model": {one: 64 * "0", "kept": 64 * "0"}} for one in ("old", "new"))
+    assert list(differences(then, now)) == [
+        "model: old was there, and is gone",
+        "model: new has come since",
+    ]
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:

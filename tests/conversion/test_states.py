@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +18,11 @@ from architectures import QUICK, Maker
 
 from zqfp_convert import conversion
 from zqfp_convert.calibration.shelf import Shelf
-from zqfp_convert.errors import SourceError
+from zqfp_convert.checkpoint.output import partial
+from zqfp_convert.errors import OutputError, SourceError
 from zqfp_convert.model import device
 from zqfp_convert.plan import Place, Plan, make_plan, memory
+from zqfp_convert.plan.disk import output_bytes
 from zqfp_convert.recipe import Recipe
 
 
@@ -60,6 +68,33 @@ def test_they_go_to_a_file_where_memory_is_short(
         planned("out", 200)
 
 
+def test_a_disk_that_has_no_room_for_them_either(
+    planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned("out", 200)
+    need = memory.peaks(dataclasses.replace(plan, states="file"))[0]
+    monkeypatch.setattr(device, "free_memory", lambda place: need)
+    spilled = memory.states_bytes(plan)
+    enough = output_bytes(plan) + spilled
+    for free in (enough, enough - 1):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(partial.shutil, "disk_usage", lambda place, usage=usage: usage)
+        if free == enough:
+            assert planned("out", 200).spilled == spilled
+            continue
+        with pytest.raises(OutputError) as raised:
+            planned("out", 200)
+    assert f"of it {spilled / 1e6:,.0f} MB for hidden states" in raised.value.needed
+    assert "(200 x 32 tokens)" in raised.value.needed
+    assert raised.value.do.startswith("Use fewer --samples or a shorter --seq-len. Make room")
+    monkeypatch.setattr(device, "free_memory", lambda place: 1 << 40)
+    assert planned("out", 200).spilled == 0  # in memory, there is room for them
+    monkeypatch.setattr(partial.shutil, "disk_usage", lambda place: SimpleNamespace(free=0))
+    with pytest.raises(OutputError) as raised:
+        planned("out", 200)
+    assert "--samples" not in str(raised.value)
+
+
 @pytest.mark.parametrize("in_file", [False, True])
 def test_a_shelf_is_a_list_of_tensors(in_file: bool, tmp_path: Path) -> None:
     shelf = Shelf(torch.device("cpu"), tmp_path / "states" if in_file else None)
@@ -76,3 +111,64 @@ def test_a_shelf_is_a_list_of_tensors(in_file: bool, tmp_path: Path) -> None:
     assert torch.equal(shelf[0], parts[0])
     if in_file:
         assert (tmp_path / "states").stat().st_size == 2 * 100
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_file_takes_its_room_at_once(
+    asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the file system cannot be asked for it."""
+
+    def refuse(*rest: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no")
+
+    if not asked:
+        monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    shelf = Shelf(torch.device("cpu"), tmp_path / "states")
+    values = torch.randn(2, 3, 50_000)
+    rooms = []
+    for number, value in enumerate(values, 1):
+        rooms.append(shelf._room(value))
+        found = (tmp_path / "states").stat()
+        assert found.st_size == number * value.nbytes
+        assert found.st_blocks * 512 >= found.st_size
+    for room, value in zip(rooms, values, strict=True):
+        room.copy_(value)
+    assert torch.equal(torch.stack(rooms), values)
+
+
+FILL = """
+import sys
+from pathlib import Path
+import torch
+from zqfp_convert.calibration.shelf import Shelf
+from zqfp_convert.errors import OutputError
+
+shelf, part = Shelf(torch.device("cpu"), Path(sys.argv[1]) / "states"), torch.ones(1 << 18)
+try:
+    for _ in range(100):
+        shelf.append(part)
+except OutputError as error:
+    assert all(torch.equal(one, part) for one in shelf)
+    print(len(shelf), error)
+"""
+
+
+def test_a_disk_too_small_for_them(tmp_path: Path) -> None:
+    """A real one, of memory, in a namespace of its own where the system allows that."""
+    mount = 'mount -t tmpfs -o size=8m none "$0" && exec "$@"'
+    within = ["unshare", "-Urm", "sh", "-c", mount, str(tmp_path)]
+    if shutil.which("unshare") is None or subprocess.run([*within, "true"], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    done = subprocess.run(
+        [*within, sys.executable, "-c", FILL, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    count, where = done.stdout.split(maxsplit=1)
+    assert int(count) == 8  # of 1 MiB each
+    assert where.startswith(f"{tmp_path / 'states'}: the disk is full")
+    assert "goes on where it stopped" in where

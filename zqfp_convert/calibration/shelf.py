@@ -6,12 +6,19 @@ what is taken is a copy or lies in the file, so the bytes are the same wherever 
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, MutableSequence
 from pathlib import Path
 from typing import overload
 
 import torch
 from torch import Tensor
+
+from zqfp_convert.checkpoint.output.disk import writing
+
+UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that cannot be asked
+CHUNK = 1 << 22  # bytes
 
 
 class Shelf(MutableSequence[Tensor]):
@@ -53,7 +60,11 @@ class Shelf(MutableSequence[Tensor]):
         del self._stored[index]
 
     def insert(self, index: int, value: Tensor) -> None:
-        """Put a batch there."""
+        """Put a batch there.
+
+        Raises:
+            OutputError: the disk is full, or the file cannot be written.
+        """
         stored = self._room(value)
         stored.copy_(value)
         self._stored.insert(index, stored)
@@ -68,11 +79,30 @@ class Shelf(MutableSequence[Tensor]):
         if self._file is None:
             locked = self._device.type == "cuda"
             return torch.empty(value.shape, dtype=value.dtype, pin_memory=locked)
-        with self._file.open("ab") as file:
-            file.truncate(self._end + value.nbytes)
+        with writing(self._file), self._file.open("r+b" if self._end else "wb") as file:
+            _take(file.fileno(), self._end, value.nbytes)
         whole = torch.from_file(
             str(self._file), shared=True, size=self._end + value.nbytes, dtype=torch.uint8
         )
         part = whole[self._end :].view(value.dtype).view(value.shape)
         self._end += value.nbytes
         return part
+
+
+def _take(file: int, start: int, size: int) -> None:
+    """Have so many bytes of the disk from an offset on, the end of a file, or fail.
+
+    A hole in a mapped file would be found to have no room when somebody writes there, and the
+    system kills them for it.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, start, size)
+        except OSError as error:
+            if error.errno not in UNKNOWN:
+                raise
+        else:
+            return
+    os.lseek(file, start, os.SEEK_SET)
+    while size:
+        size -= os.write(file, bytes(min(size, CHUNK)))

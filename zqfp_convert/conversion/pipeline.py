@@ -223,7 +223,8 @@ def _check_tuned_together(plan: Plan, world: World) -> None:
 def _weights_checked(plan: Plan, partial: Partial, report: Progress) -> Iterator[None]:
     """Runs the body while all weights are read and checked; what is wrong with them goes first.
 
-    Nobody waits for that after Ctrl-C or a wrong option. Processes share the tensors.
+    Nobody waits for that after an error, save one whose cause may be found there: activations that
+    are not finite, by weights that are not. Processes share the tensors.
     """
     report("checking weights", 0, plan.weights)
     world, names = partial.world, sorted(plan.source.shards.tensors)
@@ -232,7 +233,9 @@ def _weights_checked(plan: Plan, partial: Partial, report: Progress) -> Iterator
         checking = thread.submit(plan.source.check_finite, names[world.part(len(names))], stopped)
         try:
             yield
-        except (KeyboardInterrupt, OptionError):
+        except SourceError:
+            raise
+        except BaseException:
             stopped.set()
             raise
         finally:

@@ -305,7 +305,7 @@ def rotated(plan: Plan, rotation: Rotation) -> Plan:
         other_shards=_split(source, others),
         bytes_after=plan.bytes_after + now - before,
     )
-    check_room(turned.out, output_bytes(turned))
+    _check_disk(turned)
     return _estimated(turned)
 
 
@@ -450,8 +450,25 @@ def _short_of(plan: Plan) -> tuple[str, str, str] | None:
     return too_little_memory(plan.host_memory, plan.device, plan.device_memory)
 
 
+def _check_disk(plan: Plan) -> None:
+    """Refuse a plan that the disk has no room for."""
+    try:
+        check_room(plan.out, output_bytes(plan))
+    except OutputError as error:
+        if not plan.spilled:
+            raise
+        raise OutputError(
+            error.where,
+            error.found,
+            needed=f"{error.needed}: of it {plan.spilled / 1e6:,.0f} MB for hidden states of the "
+            f"calibration text ({plan.recipe.samples} x {plan.recipe.seq_len} tokens), which do "
+            "not fit the memory",
+            do=f"Use fewer --samples or a shorter --seq-len. {error.do}",
+        ) from None
+
+
 def _check_room(plan: Plan) -> None:
-    check_room(plan.out, output_bytes(plan))
+    _check_disk(plan)
     tunes = plan.recipe.tune > 0
     generated = plan.recipe.needs_calibration and plan.text is None
     short = _short_of(plan)

@@ -35,10 +35,11 @@ MOST_DIFFERENCES = 6  # that an error names
 class Partial:
     """A checkpoint that is coming about; use as a context.
 
-    Leaving the context with an error keeps the folder if files are done that another run can go on
-    from, and the error is not one that the same run would meet again: Ctrl-C, a full disk, too
-    little memory, a fault of the program. Else, and when the checkpoint has its final name, the
-    folder goes.
+    Leaving the context with an error keeps the folder once work is done: a file is recorded that
+    comes with values of its own, as blocks do. Files that are less work, a text or what is only
+    carried over, are kept unless the error is one that the same run would meet again, which is no
+    Ctrl-C, full disk, want of memory or fault of the program. Else, and when the checkpoint has its
+    final name, the folder goes.
 
     Of several processes the first keeps the journal, and the others know what it holds; all of them
     call all methods, save where they say otherwise, and see the same folder.
@@ -120,11 +121,18 @@ class Partial:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        again = isinstance(error, ZqfpError) and not isinstance(error, (OutputError, ProcessError))
-        keep = error is not None and bool(self._files) and not again and not self._finished
+        users = isinstance(error, ZqfpError) and not isinstance(error, (OutputError, ProcessError))
+        worked = any(record["about"] for record in self._files.values())
+        worth = worked or (bool(self._files) and not users)
+        keep = error is not None and worth and not self._finished
         try:
             if not keep and self.world.leads:
                 self._remove_all()
+            if keep and users and isinstance(error, ZqfpError):  # the others say so themselves
+                error.advise(
+                    f"What is done is kept in {self.folder}: when that is put right, the same "
+                    "command goes on from there."
+                )
         finally:
             self._journal.close()
 
@@ -260,8 +268,9 @@ class Partial:
             str(self.folder),
             f"an unfinished conversion that differs: {'; '.join(found[:MOST_DIFFERENCES])}{more}",
             needed="the same conversion, to go on with it",
-            do="Give what was given then; or throw it away with --no-resume (in Python: "
-            "resume=False); or give another OUT.",
+            do="Give what was given then (move away files that have come since, bring back those "
+            "that are gone); or throw it away with --no-resume (in Python: resume=False); or give "
+            "another OUT.",
         )
 
     def refuse(self, found: str) -> OutputError:
@@ -323,9 +332,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
         if isinstance(old, dict) and isinstance(new, dict):
             yield from differences(old, new, f"{name}: ")
         elif key not in now or new is None:
-            yield f"{name} was {_short(old)}, and there is none now"
+            told = f"was {_short(old)}, and there is none now"
+            yield f"{name} {'was there, and is gone' if _is_hash(old) else told}"
         elif key not in before or old is None:
-            yield f"{name} is {_short(new)}, and there was none then"
+            told = f"is {_short(new)}, and there was none then"
+            yield f"{name} {'has come since' if _is_hash(new) else told}"
         elif old != new:
             said = isinstance(old, (dict, list)) or isinstance(new, (dict, list))
             same = said or _short(old) == _short(new)
@@ -333,11 +344,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, str) and len(value) == 64:  # a hash, which tells a person nothing
+    if _is_hash(value):
         return "another"
     if isinstance(value, (dict, list)):
         return "something"
     return str(value)
+
+
+def _is_hash(value: Any) -> bool:
+    """Whether it is the hash of a file, which tells a person nothing."""
+    return isinstance(value, str) and len(value) == 64
 
 
 def check_free(out: Path, *, overwrite: bool) -> None:

@@ -1,8 +1,9 @@
-"""A source whose weights are stored in FP8 blocks or in MXFP4, as if they were stored in bfloat16.
+"""A source whose weights are stored in FP8 or in MXFP4, as if they were stored in bfloat16.
 
-`weight_scale_inv` (DeepSeek-V3) is a grid of numbers that blocks of an FP8 weight are multiplied
-with; `*_blocks` and `*_scales` (gpt-oss) are pairs of E2M1 codes and an E8M0 scale for 32 of them
-(OCP Microscaling Formats, version 1.0). Values are those that transformers dequantizes to.
+`weight_scale_inv` is a grid of numbers that blocks of an FP8 weight are multiplied with
+(DeepSeek-V3), or one number for all of it (Ministral 3); `*_blocks` and `*_scales` (gpt-oss) are
+pairs of E2M1 codes and an E8M0 scale for 32 of them (OCP Microscaling Formats, version 1.0). Values
+are those that transformers dequantizes to.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ METHODS = ("fp8", "mxfp4")
 SCALE_INV = "_scale_inv"
 BLOCKS, SCALES = "_blocks", "_scales"
 FP8 = ("F8_E4M3", "F8_E5M2")
+OF_INPUTS = ("activation_scale", "input_scale")  # that FP8 weights come with, for static scales
 MX_GROUP = 32
 E8M0_BIAS = 127
 DTYPE = torch.bfloat16
-ROWS = 4096  # dequantized at a time, about: whole blocks
+ROWS = 4096  # dequantized at a time
 
 
 class DequantizedShards(Shards):
     """The tensors of a folder, dequantized as they are asked for.
 
-    Scales are not listed. `X_blocks` and `X_scales`, `[experts, N, K / 32, 16]` and
+    Scales, of inputs too, are not listed. `X_blocks` and `X_scales`, `[experts, N, K / 32, 16]` and
     `[experts, N, K / 32]`, are one tensor `X`, `[experts, K, N]`.
     """
 
@@ -47,6 +49,8 @@ class DequantizedShards(Shards):
         self.quantized = 0  # how many tensors are
         for name, info in held.items():
             if name.endswith(SCALE_INV) and name.removesuffix(SCALE_INV) in held:
+                continue
+            if self._is_of_inputs(name):
                 continue
             if name.endswith(SCALES) and name.removesuffix(SCALES) + BLOCKS in held:
                 continue
@@ -98,16 +102,28 @@ class DequantizedShards(Shards):
             return from_blocks(read(name), read(name + SCALE_INV), self._block)
         return from_mxfp4(read(name + BLOCKS), read(name + SCALES))
 
+    def _is_of_inputs(self, name: str) -> bool:
+        """Whether it is a scale of what an FP8 weight is multiplied with."""
+        for ending in OF_INPUTS:
+            weight = name.removesuffix("." + ending) + ".weight"
+            if name.endswith("_" + ending):  # experts, several matrices in one tensor
+                weight = name.removesuffix("_" + ending)
+            info = self._base.tensors.get(weight)
+            if name.endswith(ending) and info is not None and info.dtype in FP8:
+                return True
+        return False
+
     def _check_fp8(self, name: str, info: TensorInfo) -> None:
         scale = self._base.tensors.get(name + SCALE_INV)
-        fits = scale is not None and scale.shape[:-2] == info.shape[:-2] and len(info.shape) > 1
-        if scale is None or not fits or _block(info.shape, scale.shape, self._block) is None:
+        grid = None if scale is None else _grid(info.shape, scale.shape)
+        if grid is None or _block(info.shape, grid, self._block) is None:
             found = "no scales" if scale is None else f"scales {list(scale.shape)}"
             raise SourceError(
                 f"{name} in {info.file}",
                 f"{found} for an FP8 weight {list(info.shape)}",
-                needed=f"'{name}{SCALE_INV}', a scale for each block of the weight",
-                do="Download the model again, or convert the one that this one was made from.",
+                needed=f"'{name}{SCALE_INV}', one scale for the weight or one for each block of it",
+                do="Convert the model that this one was made from; or download this one again, if "
+                "it is not whole.",
             )
 
     def _check_mx(self, name: str, info: TensorInfo) -> None:
@@ -125,21 +141,23 @@ class DequantizedShards(Shards):
 def from_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int] | None) -> Tensor:
     """An FP8 weight `[..., N, K]` times the scales `[..., n, k]` of its blocks, in bfloat16.
 
-    Scales are floating numbers, or uint8 exponents (E8M0); products are rounded once.
+    Scales `[...]`, or `[1]` for one matrix, are of whole matrices. They are floating numbers, or
+    uint8 exponents (E8M0); products are rounded once.
     """
-    size = _block(tuple(weight.shape), tuple(scales.shape), block)
+    grid = _grid(tuple(weight.shape), tuple(scales.shape))
+    assert grid is not None
+    size = _block(tuple(weight.shape), grid, block)
     assert size is not None
+    scales = scales.reshape(grid)
     rows, columns = size
     if scales.dtype == torch.uint8:
         scales = torch.exp2(scales.float() - E8M0_BIAS)
     result = torch.empty(weight.shape, dtype=DTYPE, device=weight.device)
-    together = max(1, ROWS // rows)  # rows of blocks
-    for at in range(0, scales.shape[-2], together):
-        here = slice(at * rows, (at + together) * rows)
-        part = weight[..., here, :].float()
-        each = scales[..., at : at + together, :].float().repeat_interleave(columns, -1)
-        each = each.repeat_interleave(rows, -2)[..., : part.shape[-2], : part.shape[-1]]
-        result[..., here, :] = (part * each).to(DTYPE)
+    for at in range(0, weight.shape[-2], ROWS):
+        part = weight[..., at : at + ROWS, :].float()
+        here = torch.arange(at, at + part.shape[-2], device=scales.device) // rows
+        each = scales[..., here, :].float().repeat_interleave(columns, -1)
+        result[..., at : at + ROWS, :] = (part * each[..., : part.shape[-1]]).to(DTYPE)
     return result
 
 
@@ -155,12 +173,20 @@ def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     return value.to(DTYPE).flatten(-2).transpose(-1, -2)
 
 
+def _grid(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The scales of an FP8 weight as a grid for each matrix; None if there are not as many."""
+    matrices = shape[:-2]
+    if len(shape) < 2:
+        return None
+    if scales == matrices or (scales == (1,) and not matrices):
+        return (*matrices, 1, 1)
+    return scales if len(scales) == len(shape) and scales[:-2] == matrices else None
+
+
 def _block(
     shape: tuple[int, ...], grid: tuple[int, ...], block: tuple[int, int] | None
 ) -> tuple[int, int] | None:
     """Rows and columns of a block; None if no block divides the weight so."""
-    if len(grid) < 2:
-        return None
     (rows, columns), (down, across) = shape[-2:], grid[-2:]
     if block is not None and (-(-rows // block[0]), -(-columns // block[1])) == (down, across):
         return block

@@ -184,8 +184,8 @@ def _quantized(folder: Path, method: str | None) -> SourceError:
     return SourceError(
         str(folder / layout.CONFIG_FILE),
         f"the model is already quantized ({method or 'unknown method'})",
-        needed="the original weights (float32, float16 or bfloat16), FP8 weights with scales for "
-        "blocks (weight_scale_inv), or MXFP4",
+        needed="the original weights (float32, float16 or bfloat16), FP8 weights with their "
+        "scales (weight_scale_inv), or MXFP4",
         do="Convert the model that this one was made from.",
     )
 
