@@ -106,6 +106,22 @@ def test_ranks_by_what_they_gain(tmp_path: Path) -> None:
         assert "a whole number from 0 to 1024, or auto" in refused.stderr.replace("\n", " ")
 
 
+def test_json_of_wrong_use(tmp_path: Path) -> None:
+    for words in (["--samples", "few"], ["--nonsense"]):
+        done = run(DEMO, tmp_path / "out", *words, "--json")
+        assert done.exit_code == 2
+        assert list(json.loads(done.stdout)) == ["error"]
+        assert words[0] in json.loads(done.stdout)["error"]
+        assert not run(DEMO, tmp_path / "out", *words).stdout
+
+
+def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
+    done = run(DEMO, tmp_path / "out", "--dry-run", "--ignore", "down_proj", "--ignore", "dwn*")
+    assert done.exit_code == 2
+    assert "'dwn*'" in done.stderr
+    assert run(DEMO, tmp_path / "out", "--dry-run", "--ignore", "down_proj").exit_code == 0
+
+
 def test_json_and_quiet(tmp_path: Path) -> None:
     done = run(DEMO, tmp_path / "a", "--recipe", "fast", "--json")
     result = json.loads(done.stdout)

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from zqfp_convert.cli.interrupts import Interrupts
 from zqfp_convert.cli.log import Log, redacted
 from zqfp_convert.cli.progress import Report, showing
 from zqfp_convert.cli.screen import RARE
@@ -79,6 +80,7 @@ class Interface:
     as_json: bool = False
     log: Log | None = None
     follows: bool = False
+    interrupts: Interrupts = field(default_factory=Interrupts)
 
     def follow(self) -> None:
         """Leave it to another process to show and to log what goes on."""
@@ -94,7 +96,7 @@ class Interface:
     def progress(self, unit: str = "") -> AbstractContextManager[Report]:
         """Shows how far work is on standard error; `unit` is of what it counts."""
         log = None if self.log is None or self.follows else self.log.write
-        return showing(None if self.silent else err, unit, log)
+        return showing(None if self.silent else err, unit, log, self.interrupts.check)
 
     def give(self, found: dict[str, Any]) -> None:
         """Print a result for programs, if it is wanted."""
@@ -133,6 +135,7 @@ def interface(
             if log_file is not None:
                 ui.log = log.enter_context(Log(log_file))
             _hush_libraries()
+            log.enter_context(ui.interrupts.noticed())
             yield ui
         except (typer.Exit, BrokenPipeError):
             raise

@@ -73,7 +73,8 @@ def command(
         str | None,
         typer.Option(
             metavar="KIND",
-            help="m2: row scale times powers of two; m1: powers of two; free.",
+            help="m2: row scale times powers of two; m1: powers of two; free. "
+            "\\[default of best: m2]",
             autocompletion=choices("m2", "m1", "free"),
         ),
     ] = None,
@@ -81,7 +82,7 @@ def command(
         str | None,
         typer.Option(
             metavar="N",
-            help="32, 64, 128, 256 or row.",
+            help="32, 64, 128, 256 or row. \\[default of best: 128]",
             autocompletion=choices("32", "64", "128", "256", "row"),
         ),
     ] = None,
@@ -89,13 +90,15 @@ def command(
         str | None,
         typer.Option(
             metavar="KIND",
-            help="pair (closer to the original), or e2m1 (plain FP4).",
+            help="pair (closer to the original), or e2m1 (plain FP4). \\[default of best: pair]",
             autocompletion=choices("pair", "e2m1"),
         ),
     ] = None,
     rank: Annotated[
         str | None,
-        typer.Option(metavar="N", help="Of the low-rank compensation; 0: none; auto."),
+        typer.Option(
+            metavar="N", help="Of the low-rank compensation; 0: none; auto. \\[default of best: 8]"
+        ),
     ] = None,
     ignore: Annotated[
         list[str] | None,

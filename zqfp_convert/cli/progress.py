@@ -41,7 +41,10 @@ class Lines:
 
 @contextmanager
 def showing(
-    console: Console | None, unit: str, log: Callable[[str], None] | None
+    console: Console | None,
+    unit: str,
+    log: Callable[[str], None] | None,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Report]:
     """Shows reports on a console (None: nowhere) and in a log.
 
@@ -49,6 +52,7 @@ def showing(
         console: where a bar is drawn if it is a terminal, and lines are written if not.
         unit: of what is done, such as `weights` or `bytes`.
         log: takes lines.
+        check: called with each report; what it raises goes to those who report.
     """
     nested = Nested(unit, time.monotonic)
     writers = [] if log is None else [log]
@@ -59,6 +63,7 @@ def showing(
     lines = Lines(nested, *writers)
 
     def report(text: str, done: int, total: int) -> None:
+        check()
         nested.update(text, done, total)
         lines.update()
 

@@ -20,6 +20,11 @@ EXAMPLES = [
     ("HF_TOKEN=… zqfp-convert push OUT/ USER/NAME", "a token for this once"),
 ]
 
+UNNAMED = {
+    "base_model": "original, which --base-model USER/NAME does",
+    "license": "licence, which --license NAME does",
+}
+
 
 def command(
     checkpoint: Annotated[
@@ -94,5 +99,7 @@ def show(ui: console.Interface, done: Pushed) -> None:
     )
     if done.left_out:
         ui.print(f"not part of the checkpoint, not sent: {escape(', '.join(done.left_out))}")
+    for key in done.unnamed:
+        ui.print(f"The card names no {UNNAMED[key]}.")
     if not done.pictured:
         ui.print("The card has no picture: pip install 'zqfp-convert\\[report]' draws it.")

@@ -40,7 +40,7 @@ def command(
 ) -> None:
     """Write a page and a picture: size, errors, spans, KL, what limited it and what to try.
 
-    report.html needs nothing beside it; report.png is what a model card shows (extra [report]).
+    report.html needs nothing beside it; report.png, which takes matplotlib, is for a model card.
     """
     with console.interface(debug, as_json=as_json, quiet=quiet, log_file=log_file) as ui:
         from zqfp_convert.report.run import report

@@ -5,6 +5,7 @@ The pages are laid out here because boxes and columns of types leave the words h
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 RARE = "Rare options"  # a panel's name that starts so is on the page of --help-all alone
-ALL = "--help-all"
+ALL, JSON = "--help-all", "--json"
 WIDEST = 100  # columns; longer lines are hard to read
 
 Examples = Sequence[tuple[str, str]]
@@ -56,6 +57,22 @@ class Command(TyperCommand):
 
 class Commands(TyperGroup):
     """The program, whose help page has the first line of each command's."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take what was typed, and remember whether it asks for JSON."""
+        ctx.meta[JSON] = JSON in args
+        found: list[str] = super().parse_args(ctx, args)
+        return found
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; where it is used wrongly with --json, the error is such an object too."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            told = getattr(error, "format_message", None)  # of errors of use alone
+            if told is not None and ctx.meta[JSON]:
+                typer.echo(json.dumps({"error": told()}, ensure_ascii=False))
+            raise
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help page."""

@@ -19,7 +19,7 @@ from zqfp_convert.checkpoint.source import hub
 from zqfp_convert.checkpoint.source.origin import origin
 from zqfp_convert.checkpoint.source.rotated import RotatedShards, Rotation
 from zqfp_convert.checkpoint.source.source import Source
-from zqfp_convert.errors import CheckpointError, OutputError, SourceError
+from zqfp_convert.errors import CheckpointError, OptionError, OutputError, SourceError
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
 from zqfp_convert.model.configured import configured
@@ -376,6 +376,7 @@ def _layers(
             disk = disk.removesuffix(layout.WEIGHT)
             ignored = recipe.ignores(disk) or recipe.ignores(place)
             left_alone[disk] = "matches --ignore" if ignored else "outside the decoder's blocks"
+    _check_patterns(model, names, recipe)
     if not any(planned):
         raise SourceError(
             type(model).__name__,
@@ -384,6 +385,24 @@ def _layers(
             do="Give narrower --ignore patterns.",
         )
     return planned, left_alone
+
+
+def _check_patterns(model: PreTrainedModel, names: NameMap, recipe: Recipe) -> None:
+    """Refuse a pattern of --ignore that somebody has given and that no layer matches."""
+    every = [place for place, _ in linears(model)]
+    every += [
+        names.to_disk.get(place + layout.WEIGHT, "").removesuffix(layout.WEIGHT) for place in every
+    ]
+    for pattern in recipe.ignore:
+        alone = recipe.changed(ignore=(pattern,))
+        if pattern in Recipe.ignore or any(map(alone.ignores, every)):
+            continue
+        raise OptionError(
+            "ignore",
+            f"{pattern!r}, which no linear layer of the model matches",
+            needed="the name of a layer, an end of it behind a dot, or a pattern of such",
+            do="Names are those that zqfp-convert MODEL OUT/ --dry-run lists.",
+        )
 
 
 def _packed_bytes(rows: int, columns: int, recipe: Recipe) -> int:

@@ -145,7 +145,7 @@ def _loading(repository: str) -> Iterator[str]:
     )
     yield "In transformers:"
     yield (
-        "```python\nimport zqfp_convert  # lets transformers know the format\n"
+        "```python\nimport zqfp_convert  # else transformers goes on without the weights\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{repository}", device_map="auto")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{repository}")\n```'

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from huggingface_hub import ModelCard
+
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.push.card import card
@@ -59,11 +61,13 @@ class Contents:
         files: all of it, shards first.
         left_out: what else lies in the checkpoint's folder, and is nobody's business.
         pictured: whether there is a picture.
+        unnamed: what the card does not say, as options that would: `base_model`, `license`.
     """
 
     files: list[File]
     left_out: list[str]
     pictured: bool
+    unnamed: list[str]
 
 
 def contents(
@@ -112,7 +116,10 @@ def contents(
     files += [File(name, data, len(data)) for name, data in made.items()]
 
     known = {file.path for file in files} | {layout.REPORT_PAGE, layout.REPORT_PICTURE}
-    return Contents(files, [name for name in there if name not in known], drawn is not None)
+    data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    unnamed = [key for key in ("base_model", "license") if key not in data]
+    left_out = [name for name in there if name not in known]
+    return Contents(files, left_out, drawn is not None, unnamed)
 
 
 def _picture(facts: Facts) -> bytes:

@@ -59,6 +59,7 @@ class Pushed:
         removed: files of something else that it held before.
         left_out: files of the checkpoint's folder that are no part of the checkpoint.
         pictured: whether the card has a picture.
+        unnamed: what the card does not say: `base_model`, `license`.
     """
 
     url: str
@@ -68,6 +69,7 @@ class Pushed:
     removed: list[str]
     left_out: list[str]
     pictured: bool
+    unnamed: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -199,6 +201,7 @@ def _push(
         removed=stale,
         left_out=wanted.left_out,
         pictured=wanted.pictured,
+        unnamed=wanted.unnamed,
     )
 
 

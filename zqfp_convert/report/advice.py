@@ -12,6 +12,7 @@ APART = 2.0  # times the median error: a layer that stands out
 NAMED = 4  # layers that a sentence names at most
 LONGER = 1.5  # times the KL of the best stretch: a context that suffers
 SMALL_GROUP = 64
+ENOUGH = 8  # tokens of calibration for each input of the widest layer
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,12 @@ def _calibration(facts: Facts) -> Iterator[Finding]:
         return
     tokens = used["samples"] * used["seq_len"]
     widest = max(facts.layers, key=lambda layer: layer.columns)
-    if tokens < widest.columns:
+    if tokens < ENOUGH * widest.columns:
         yield Finding(
             "Too little calibration text",
-            f"{tokens:,} tokens for layers of up to {widest.columns:,} inputs ({widest.name}): "
-            "their statistics cannot be told apart from chance.",
+            f"{tokens:,} tokens for layers of up to {widest.columns:,} inputs ({widest.name}), "
+            f"{tokens / widest.columns:.1f} for each: with fewer than {ENOUGH} statistics are "
+            "partly chance.",
             "more text, or --samples and --seq-len",
         )
     if used["source"] == "self-generated":

@@ -72,7 +72,7 @@ def draw(facts: Facts, path: Path) -> None:
 def _plain(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10.5, color=TEXT)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8.5, colors=TEXT)
+    axes.tick_params(which="both", labelsize=8.5, colors=TEXT)
 
 
 def _size(facts: Facts, axes: Axes) -> None:
