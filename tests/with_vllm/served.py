@@ -263,10 +263,11 @@ def main() -> None:
                 theirs = Figures.of(*served(server, tokens), ours, tokens)
                 same = greedy(server, tokens)
             holds = theirs.are_near(own) if case.itself else theirs.keep_rules()
+            rule = "near itself" if case.itself else "all three"
             failed += not holds
             about = f"{case.name} | {case.dtype} | {case.ranks}"
             print(
-                f"| {about} | {theirs} | {same:.1f} | {own} | {'yes' if holds else 'NO'} |",
+                f"| {about} | {theirs} | {same:.1f} | {own} | {rule}{'' if holds else ': NO'} |",
                 flush=True,
             )
             print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
