@@ -245,7 +245,7 @@ def main() -> None:
         chosen = [case for case in CASES if not options.only or case.name in options.only]
         print("| model | activations | ranks | same top token | largest gap where not | mean "
               "difference | same greedy tokens of 64 | loader with itself: same | gap | mean | "
-              "holds |")  # fmt: skip
+              "rule kept |")  # fmt: skip
         print("|" + "---|" * 11)
         failed = 0
         for number, case in enumerate(chosen):
