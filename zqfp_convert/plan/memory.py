@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from zqfp_convert.calibration.experts import sums_bytes
-from zqfp_convert.calibration.text import GENERATED_AT_ONCE
+from zqfp_convert.calibration.text import GENERATED_AT_ONCE, reading_bytes
 from zqfp_convert.distill import memory as tuning_memory
 from zqfp_convert.model.configured import configured
 from zqfp_convert.model.device import compute_dtype
@@ -68,8 +68,17 @@ def peaks(plan: Plan) -> tuple[int, int]:
             host += states_bytes(plan)
     elif not on_cpu:
         work = solving_bytes(plan)
-    together = plan.host_processes
-    return (together * (host + work), 0) if on_cpu else (together * host, work)
+    together, taken = plan.host_processes, host + work if on_cpu else host
+    return together * max(taken, _reading(plan)), 0 if on_cpu else work
+
+
+def _reading(plan: Plan) -> int:
+    """Until there are windows of a given text; nothing else is in memory then."""
+    recipe = plan.recipe
+    if plan.text is None or not recipe.needs_calibration:
+        return 0
+    extra = max(0, recipe.tune_samples - recipe.samples) if recipe.tune > 0 else 0
+    return ALWAYS + reading_bytes(recipe.samples, recipe.seq_len, extra)
 
 
 def _window(plan: Plan) -> int:
