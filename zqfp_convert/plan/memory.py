@@ -22,6 +22,8 @@ SOLVERS_COPIES = 7  # of a weight: target, values, errors, and what each step ma
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # of a calibration batch
 INPUTS = 6  # float32 copies of a batch at the widest linear: as it is, quantized, what that loses
 ROUNDED = 3.5  # bytes a weight that codes take while a layer is packed and checked
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+TOKENIZER = 13  # times the size of its file, while it is loaded
 CHECKED_AT_ONCE = 4  # tensors that are looked at for NaN
 CALIBRATING = 8 << 20  # small tensors of a model's passes, among others in heaps
 ALWAYS = 12 << 20  # slices that are rounded, heaps of threads, journal and manifest
@@ -73,12 +75,17 @@ def peaks(plan: Plan) -> tuple[int, int]:
 
 
 def _reading(plan: Plan) -> int:
-    """Until there are windows of a given text; nothing else is in memory then."""
+    """Until there are windows of a given text, while weights are looked at."""
     recipe = plan.recipe
     if plan.text is None or not recipe.needs_calibration:
         return 0
     extra = max(0, recipe.tune_samples - recipe.samples) if recipe.tune > 0 else 0
-    return ALWAYS + reading_bytes(recipe.samples, recipe.seq_len, extra)
+    files = (plan.source.folder / name for name in TOKENIZER_FILES)
+    tokenizer = TOKENIZER * max(
+        (file.stat().st_size for file in files if file.is_file()), default=0
+    )
+    reading = reading_bytes(recipe.samples, recipe.seq_len, extra)
+    return ALWAYS + _checked(plan) + tokenizer + reading
 
 
 def _window(plan: Plan) -> int:
@@ -109,14 +116,19 @@ def _host(plan: Plan) -> int:
     written = max(packed) if len(blocks) > 1 else 0
     largest = max(layer.weights for block in plan.layers for layer in block)
     passing = max((one + other for one, other in pairwise(others)), default=0)
-    sizes = sorted((info.bytes for info in held.values()), reverse=True)
     on_cpu = plan.device.type == "cpu"
     rounding = int(ROUNDED * largest) if on_cpu and not plan.recipe.needs_calibration else 0
     return ALWAYS + max(
         ahead * max(blocks) + max(packed) + max(written, others[-1]) + rounding,
         passing,
-        sum(sizes[:CHECKED_AT_ONCE]),
+        _checked(plan),
     )
+
+
+def _checked(plan: Plan) -> int:
+    """Tensors that are looked at for NaN at once."""
+    sizes = sorted((info.bytes for info in plan.source.shards.tensors.values()), reverse=True)
+    return sum(sizes[:CHECKED_AT_ONCE])
 
 
 def _handed_on(plan: Plan) -> int:
