@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from architectures import Maker
+from architectures import Maker, write_model, write_tokenizer
 
 from zqfp_convert.calibration.text import reading_bytes
 from zqfp_convert.plan import make_plan, memory
@@ -21,8 +21,8 @@ def text(tmp_path: Path) -> Path:
     return found
 
 
-def planned(model: Path, text: Path | None, recipe: str) -> Plan:
-    choices = {} if recipe == "fast" else {"samples": 4, "seq_len": 32, "rotation": "none"}
+def planned(model: Path, text: Path, recipe: str, rotation: str = "none") -> Plan:
+    choices = {} if recipe == "fast" else {"samples": 4, "seq_len": 32, "rotation": rotation}
     chosen = Recipe.named(recipe, **choices)
     return make_plan(model, model.parent / "out", recipe=chosen, calibration=text, device="cpu")
 
@@ -49,6 +49,14 @@ def test_a_larger_tokenizer_takes_more(tiny_model: Maker, text: Path, tmp_path: 
     with (model / "tokenizer.json").open("a") as file:
         file.write(" " * 1_000_000)
     assert planned(model, text, "best").host_memory == host + memory.TOKENIZER * 1_000_000
+
+
+def test_comparing_a_rotated_model_takes_the_logits_of_both(tmp_path: Path, text: Path) -> None:
+    model = write_model(tmp_path / "model", "llama", vocab_size=40_000)
+    write_tokenizer(model)
+    still, turned = (planned(model, text, "best", way) for way in ("none", "auto"))
+    assert turned.host_memory - still.host_memory > 3 * 4 * 4 * 32 * 40_000
+    assert turned.host_memory > 5 * 4 * 4 * 32 * 40_000
 
 
 def test_windows_take_memory() -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from zqfp_convert.calibration.experts import sums_bytes
 from zqfp_convert.calibration.text import GENERATED_AT_ONCE, reading_bytes
 from zqfp_convert.distill import memory as tuning_memory
+from zqfp_convert.distill.train import TOKENS_AT_ONCE as COMPARED_AT_ONCE
 from zqfp_convert.model.configured import configured
 from zqfp_convert.model.device import compute_dtype
 
@@ -24,6 +25,7 @@ INPUTS = 6  # float32 copies of a batch at the widest linear: as it is, quantize
 ROUNDED = 3.5  # bytes a weight that codes take while a layer is packed and checked
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 TOKENIZER = 13  # times the size of its file, while it is loaded
+COMPARED = 5  # float32 copies of logits, where two models are compared
 CHECKED_AT_ONCE = 4  # tensors that are looked at for NaN
 CALIBRATING = 8 << 20  # small tensors of a model's passes, among others in heaps
 ALWAYS = 12 << 20  # slices that are rounded, heaps of threads, journal and manifest
@@ -176,8 +178,11 @@ def _calibrating(plan: Plan) -> int:
     work += states_bytes(plan) if plan.states == "device" else 0
     work += 2 * 4 * widest**2 + experts + solving
     whole = 0
-    if recipe.rotation != "none" and not experts:  # two models; turning a matrix, in float32
-        whole = 2 * outside + 3 * 4 * max(_count(info.shape) for info in shards.values())
+    if recipe.rotation != "none" and not experts:  # two models; then one is turned, in float32
+        turning = 3 * 4 * max(_count(info.shape) for info in shards.values())
+        compared = min(COMPARED_AT_ONCE, recipe.samples * recipe.seq_len)
+        comparing = COMPARED * 4 * compared * (configured(model, "vocab_size") or 0)
+        whole = 2 * outside + max(turning, comparing)
     if plan.text is None or (recipe.tune > 0 and recipe.tune_samples > 0):  # may be written
         everything = int(1.2 * (sum(numbers) * width + outside))
         whole = max(whole, everything + _cache_bytes(plan, width))
