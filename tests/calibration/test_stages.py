@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from architectures import ARCHITECTURES, configuration, random_model, token_ids
 from dequantized import seen
 from torch import Tensor, nn
 
+from zqfp_convert.calibration import stages
 from zqfp_convert.calibration.stages import statistics, trace
 from zqfp_convert.calibration.stream import Call, Entrance, Stream
 from zqfp_convert.errors import SourceError
@@ -116,3 +119,27 @@ def test_activations_that_are_not_finite() -> None:
     with pytest.raises(SourceError, match="NaN or infinity") as raised:
         statistics(["self_attn.q_proj"], blocks.modules[0], stream, None, None, entrance.calls(0))
     assert "self_attn.q_proj" in raised.value.where
+
+
+@torch.no_grad()
+def test_what_is_done_with_is_gone_while_a_block_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a batch only its quantized inputs wait for the original's, and nothing for the next."""
+    blocks, entrance, stream = block_of("llama", [token_ids(2), token_ids(1, seed=9)])
+    block = blocks.modules[0]
+    made: list[weakref.ref[Tensor]] = []
+    waiting: list[int] = []
+    run, simulate = stages._input, stages.fp8.simulate
+
+    def noted(tensor: Tensor) -> Tensor:
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    def watched(*args: Any) -> Tensor:
+        waiting.append(sum(one() is not None for one in made))
+        return noted(run(*args))
+
+    monkeypatch.setattr(stages, "_input", watched)
+    monkeypatch.setattr(stages.fp8, "simulate", lambda values: noted(simulate(values)))
+    name = list(linears(block))[-1][0]
+    statistics([name], copy.deepcopy(block), stream, block, stream, entrance.calls(0))
+    assert waiting == [0, 1, 0, 1]  # the student's and the teacher's turn, for each batch

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
+import tracemalloc
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from architectures import VOCABULARY, configuration, random_model
 from transformers import GenerationConfig
 
-from zqfp_convert.calibration import text
+from zqfp_convert.calibration import pieces, text
 from zqfp_convert.calibration.text import Text
 from zqfp_convert.errors import OptionError
 
@@ -174,7 +176,110 @@ def test_no_more_text_is_read_than_helps(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(text, "_data_set", endless)
     assert text.windows(Text("x", None), Letters(), 2, 10, seed=0).shape == (2, 10)
-    assert read < 10
+    assert read < 1100  # of 1000 tokens each: a million is enough
+
+
+class Numbers:
+    """A tokenizer of one token for each number, which keeps account of what it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[int] = []
+
+    def __call__(self, document: str, **options: object) -> dict[str, list[int]]:
+        self.given.append(len(document))
+        return {"input_ids": [int(number) for number in document.split()]}
+
+
+@pytest.fixture(scope="module")
+def long_file(tmp_path_factory: pytest.TempPathFactory) -> Text:
+    """20 MB: the numbers from a million on, eight bytes each."""
+    numbers = range(1_000_000, 3_500_000)
+    between = [" ", " ", "\n", " ", "\n\n"]
+    content = "".join(f"{number}{between[number % 5]}" for number in numbers)
+    return write(tmp_path_factory.mktemp("long") / "long.txt", content)
+
+
+def test_a_long_file_is_read_in_part(long_file: Text) -> None:
+    tokenizer = Numbers()
+    tracemalloc.start()
+    windows, more = text.windows_and_more(long_file, tokenizer, 100, 50, 0, 30)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < text.reading_bytes(100, 50, 30) < 17 << 20
+    assert max(tokenizer.given) <= pieces.LENGTH
+    assert sum(tokenizer.given) < 13 << 20
+    assert windows.shape == (100, 50)
+    assert more.shape == (30, 50)
+    every = torch.cat([windows, more])
+    assert torch.equal(every, every[:, :1] + torch.arange(50))  # each a piece of the text
+    assert len(every.unique()) == every.numel()  # none overlaps another
+
+
+def test_windows_of_a_long_file_come_from_all_over_it(long_file: Text) -> None:
+    windows = text.windows(long_file, Numbers(), 200, 50, seed=0)
+    tenths = (windows[:, 0] - 1_000_000) // 250_000
+    assert (tenths[1:] >= tenths[:-1]).all()  # in the order of the text
+    assert int(tenths.bincount(minlength=10).min()) > 5
+    assert torch.equal(windows, text.windows(long_file, Numbers(), 200, 50, seed=0))
+    assert torch.equal(windows, text.windows_and_more(long_file, Numbers(), 200, 50, 0, 200)[0])
+    other = text.windows(long_file, Numbers(), 200, 50, seed=1)
+    assert not torch.equal(windows, other)
+
+
+@pytest.mark.parametrize(("samples", "seq_len"), [(3, 100_000), (2000, 300)])
+def test_windows_of_other_sizes(samples: int, seq_len: int, long_file: Text) -> None:
+    windows = text.windows(long_file, Numbers(), samples, seq_len, seed=0)
+    assert windows.shape == (samples, seq_len)
+    assert torch.equal(windows, windows[:, :1] + torch.arange(seq_len))
+    assert len(windows.unique()) == windows.numel()
+
+
+def test_a_long_file_of_few_tokens(tmp_path: Path) -> None:
+    """What is read from one place reaches far into the parts behind it."""
+    content = "".join(f"{number}{' ' * 190}" for number in range(1_000_000, 1_024_000))
+    source = write(tmp_path / "a.txt", content)
+    windows = text.windows(source, Numbers(), 200, 100, seed=0)
+    assert windows.shape == (200, 100)
+    assert torch.equal(windows, windows[:, :1] + torch.arange(100))
+    assert len(windows.unique()) == windows.numel()
+
+
+@pytest.mark.parametrize("content", ["ü" * 3_000_000, "日本語" * 500_000])
+def test_a_long_file_without_gaps(content: str, tmp_path: Path) -> None:
+    windows = text.windows(write(tmp_path / "a.txt", content), Letters(), 20, 100, seed=0)
+    assert windows.shape == (20, 100)
+    joined = ["".join(map(chr, window)) for window in windows]
+    assert all(window in content for window in joined)
+
+
+def test_a_long_file_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("Grüße ".encode("latin-1") * 1_000_000)
+    with pytest.raises(OptionError, match="UTF-8") as raised:
+        text.windows(Text.named(tmp_path / "a.txt"), Letters(), 20, 100, seed=0)
+    assert raised.value.where == str(tmp_path / "a.txt")
+
+
+def test_a_long_document_is_read_in_part(tmp_path: Path) -> None:
+    content = " ".join(map(str, range(1_000_000, 3_000_000)))
+    source = write(tmp_path / "a.jsonl", json.dumps({"text": content}))
+    tokenizer = Numbers()
+    windows = text.windows(source, tokenizer, 100, 50, seed=0)
+    assert torch.equal(windows, windows[:, :1] + torch.arange(50))
+    assert max(tokenizer.given) <= pieces.LENGTH
+    assert sum(tokenizer.given) < (8 << 20) + 2 * pieces.LENGTH
+
+
+@pytest.mark.parametrize("length", [400, 300_000])
+def test_a_file_of_some_pieces_gives_the_windows_of_its_tokens(length: int, tmp_path: Path) -> None:
+    """As if all of it were turned into tokens at once."""
+    numbers = list(range(1_000_000, 1_000_000 + length))
+    source = write(tmp_path / "a.txt", "\n".join(map(str, numbers)))
+    generator = random.Random(3)
+    whole = length // 17
+    chosen = sorted(generator.sample(range(whole), 20))
+    offset = generator.randrange(length - whole * 17 + 1)
+    want = [numbers[offset + 17 * place : offset + 17 * (place + 1)] for place in chosen]
+    assert text.windows(source, Numbers(), 20, 17, seed=3).tolist() == want
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,21 @@ def test_windows_follow_each_other(tiny_model: Maker) -> None:
     assert torch.equal(fewer.ids, found.ids[:3])
 
 
+@pytest.mark.parametrize("token", [1, 3, 500])
+def test_the_first_tokens_take_only_the_beginning_of_a_text(token: int) -> None:
+    """Also where many letters make a token, and what ends a text is no part of it."""
+    given: list[int] = []
+
+    def tokenizer(text: str, **options: object) -> dict[str, list[int]]:
+        given.append(len(text))
+        return {"input_ids": [-1, *range(-(-len(text) // token)), -2]}
+
+    text = "x" * 1_000_000
+    found = texts.cut("t", text, tokenizer, 10, 100)  # type: ignore[arg-type]
+    assert found.ids.flatten().tolist() == [-1, *range(99)]
+    assert max(given) < 4 * (100 + texts.BEYOND) * max(token, 8)
+
+
 def test_documents_are_joined_by_blank_lines(tmp_path: Path) -> None:
     file = tmp_path / "t.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one", "two", "three")))

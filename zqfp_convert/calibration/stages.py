@@ -70,6 +70,7 @@ def statistics(
             missing = (exact - seen).flatten(0, -2)
             lost = torch.linalg.vector_norm(missing, dim=0, dtype=torch.float32)
             rounding = rounding + lost.square()
+            del exact, missing  # else they are here while the original is computed
             original = None
             if teacher is not None and teacher_stream is not None:
                 with place.moves(teacher, teacher_stream, index) if place else nullcontext():
@@ -78,6 +79,7 @@ def statistics(
                 cross = teacher is not None
                 total = HessianSum(seen.shape[-1], cross=cross, device=features.device)
             total.add(seen, original)
+            del seen, original  # and these while the next batch is
     assert total is not None
     total.sum_over(world)
     rounding = world.sum_(rounding)

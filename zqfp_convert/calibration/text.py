@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import random
+from array import array
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +22,15 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from zqfp_convert.calibration import pieces
 from zqfp_convert.errors import OptionError, SourceError
 from zqfp_convert.parallel import ALONE, World
 
 GENERATED_AT_ONCE = 32
+ENOUGH = 1 << 20  # tokens to draw windows from, at least
+BYTES_A_TOKEN = 4  # of text, roughly
+PLACES = 256  # in a long file, at least
+TOKENIZING = 12 << 20  # bytes that a piece takes while it becomes tokens, and what that leaves
 FILE_TYPES = (".txt", ".jsonl")
 
 
@@ -70,7 +77,7 @@ class Text:
         if self.file is None:
             yield from _data_set(self.name)
             return
-        try:
+        with _readable(self.file):
             if self.file.suffix == ".txt":
                 yield self.file.read_text(encoding="utf-8")
                 return
@@ -78,11 +85,25 @@ class Text:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         yield _text_of(line, self.file, number)
-        except UnicodeDecodeError as error:
-            raise OptionError(
-                str(self.file), f"not UTF-8 ({error.reason})", needed="UTF-8 text",
-                do="Re-encode the file.",
-            ) from error  # fmt: skip
+
+    @property
+    def plain(self) -> Path | None:
+        """The .txt file, if it is one."""
+        return self.file if self.file is not None and self.file.suffix == ".txt" else None
+
+    def pieces(self) -> Iterator[str]:
+        """The texts in pieces that are small enough to become tokens one by one.
+
+        Raises:
+            OptionError: as for `documents`.
+        """
+        if self.plain is None:
+            for document in self.documents():
+                yield from pieces.of_document(document)
+            return
+        with _readable(self.plain):
+            for piece, _ in pieces.of_file(self.plain):
+                yield piece
 
 
 def windows(
@@ -91,7 +112,9 @@ def windows(
     """Windows of a text's tokens at random places, int64 `[samples, seq_len]`.
 
     All documents are joined, in order. The places are drawn from `seed` without overlap; a text
-    that is too short for that gives as many windows as it holds.
+    that is too short for that gives as many windows as it holds. Of a long text a part is read, of
+    a million tokens, or of four times as many as were asked for: of a .txt file at random places
+    all over it, of others the first ones. The same text and seed give the same windows.
 
     Raises:
         OptionError: not even one window.
@@ -102,13 +125,18 @@ def windows(
 def windows_and_more(
     text: Text, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int, more: int
 ) -> tuple[Tensor, Tensor]:
-    """What `windows` gives, and up to so many more of the text that they were drawn from."""
-    ids: list[int] = []
-    enough = 64 * samples * seq_len  # more text than this adds nothing but time
-    for document in text.documents():
-        ids.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
-        if len(ids) > enough:
-            break
+    """What `windows` gives, and up to so many more of the text that they were drawn from.
+
+    The windows themselves are the same for any `more` up to `samples`.
+    """
+    generator = random.Random(seed)
+    enough = _enough(samples, seq_len, more)
+    if text.plain is None:
+        ids = _from_the_first(text, tokenizer, enough)
+    elif text.plain.stat().st_size <= BYTES_A_TOKEN * enough:
+        ids = _from_the_first(text, tokenizer, None)
+    else:
+        ids = _all_over(text.plain, tokenizer, samples, seq_len, enough, generator)
     whole = len(ids) // seq_len
     if whole == 0:
         raise OptionError(
@@ -117,18 +145,86 @@ def windows_and_more(
             needed=f"at least one window of {seq_len} tokens",
             do="Give more text, or a smaller --seq-len.",
         )
-    generator = random.Random(seed)
     chosen = generator.sample(range(whole), min(samples, whole))
     offset = generator.randrange(len(ids) - whole * seq_len + 1)
     rest = sorted(set(range(whole)) - set(chosen))
     others = generator.sample(rest, min(more, len(rest)))
 
+    rows = torch.frombuffer(ids, dtype=torch.int32)[offset : offset + whole * seq_len]
+
     def at(places: list[int]) -> Tensor:
-        starts = [offset + place * seq_len for place in sorted(places)]
-        found = [ids[start : start + seq_len] for start in starts]
-        return torch.tensor(found, dtype=torch.int64).view(-1, seq_len)
+        return rows.view(-1, seq_len)[sorted(places)].to(torch.int64)
 
     return at(chosen), at(others)
+
+
+def reading_bytes(samples: int, seq_len: int, more: int) -> int:
+    """Host memory that finding so many windows in a text takes beside the tokenizer."""
+    ids = array("i").itemsize * _enough(samples, seq_len, more)
+    return TOKENIZING + ids + 8 * (samples + more) * seq_len
+
+
+def _enough(samples: int, seq_len: int, more: int) -> int:
+    """Tokens to draw windows from: more of them add nothing but time."""
+    return max(ENOUGH, 4 * samples * seq_len, 2 * (samples + more) * seq_len)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, piece: str) -> array[int]:
+    return array("i", tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _from_the_first(
+    text: Text, tokenizer: PreTrainedTokenizerBase, enough: int | None
+) -> array[int]:
+    """The tokens of a text from its first on."""
+    ids = array("i")
+    for piece in text.pieces():
+        ids.extend(_tokens(tokenizer, piece))
+        if enough is not None and len(ids) > enough:
+            break
+    return ids
+
+
+def _all_over(
+    file: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    seq_len: int,
+    enough: int,
+    generator: random.Random,
+) -> array[int]:
+    """Tokens from random places of a file, one in each of as many equal parts of it.
+
+    From each place on as many whole windows as make up `enough` together, so that none goes over
+    from one place to another. Nothing is read twice: where the tokens of a part reach into the
+    next one, those of that begin behind them.
+    """
+    places = min(max(PLACES, 2 * samples), enough // seq_len)
+    wanted = -(-enough // (places * seq_len)) * seq_len
+    length = min(pieces.LENGTH, (BYTES_A_TOKEN + 1) * wanted)
+    size, end, ids = file.stat().st_size, 0, array("i")
+    with _readable(file):
+        for part in range(places):
+            place = generator.randrange(part * size // places, (part + 1) * size // places)
+            found = array("i")
+            start = pieces.beginning(file, place) if place > end else end
+            for piece, behind in pieces.of_file(file, start, length):
+                end = behind
+                found.extend(_tokens(tokenizer, piece))
+                if len(found) >= wanted:
+                    break
+            ids.extend(found[: min(wanted, len(found) // seq_len * seq_len)])
+    return ids
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise OptionError(
+            str(file), f"not UTF-8 ({error.reason})", needed="UTF-8 text", do="Re-encode the file."
+        ) from error
 
 
 def _watched(report: Callable[[int, int], None], before: int, total: int) -> StoppingCriteriaList:

@@ -18,6 +18,7 @@ from zqfp_convert.calibration.text import Text
 from zqfp_convert.errors import OptionError
 
 BETWEEN = "\n\n"
+BEYOND = 256  # tokens
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def cut(
     Raises:
         OptionError: not even one window.
     """
-    ids = tokenizer(text, verbose=False)["input_ids"][:tokens]
+    ids = _first(text, tokenizer, tokens)
     whole = len(ids) // window
     if whole == 0:
         raise OptionError(
@@ -60,3 +61,16 @@ def cut(
             do="Give more text, or a smaller --window.",
         )
     return Windows(name, torch.tensor(ids[: whole * window], dtype=torch.int64).view(-1, window))
+
+
+def _first(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int | None) -> list[int]:
+    """The first tokens of a text, as if all of it were turned into tokens, but with less memory.
+
+    Of a few tokens more than those are, as what stands behind decides over the last ones.
+    """
+    length = len(text) if tokens is None else BEYOND + 8 * tokens  # characters
+    while True:
+        ids: list[int] = tokenizer(text[:length], verbose=False)["input_ids"]
+        if tokens is None or length >= len(text) or len(ids) >= tokens + BEYOND:
+            return ids[:tokens]
+        length *= 2

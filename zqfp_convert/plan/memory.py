@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from zqfp_convert.calibration.experts import sums_bytes
-from zqfp_convert.calibration.text import GENERATED_AT_ONCE
+from zqfp_convert.calibration.text import GENERATED_AT_ONCE, reading_bytes
 from zqfp_convert.distill import memory as tuning_memory
+from zqfp_convert.distill.train import TOKENS_AT_ONCE as COMPARED_AT_ONCE
 from zqfp_convert.model.configured import configured
 from zqfp_convert.model.device import compute_dtype
 
@@ -22,6 +23,9 @@ SOLVERS_COPIES = 7  # of a weight: target, values, errors, and what each step ma
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # of a calibration batch
 INPUTS = 6  # float32 copies of a batch at the widest linear: as it is, quantized, what that loses
 ROUNDED = 3.5  # bytes a weight that codes take while a layer is packed and checked
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+TOKENIZER = 13  # times the size of its file, while it is loaded
+COMPARED = 5  # float32 copies of logits, where two models are compared
 CHECKED_AT_ONCE = 4  # tensors that are looked at for NaN
 CALIBRATING = 8 << 20  # small tensors of a model's passes, among others in heaps
 ALWAYS = 12 << 20  # slices that are rounded, heaps of threads, journal and manifest
@@ -69,8 +73,22 @@ def peaks(plan: Plan) -> tuple[int, int]:
             host += states_bytes(plan) // window * (1 << (window - 1).bit_length())
     elif not on_cpu:
         work = solving_bytes(plan)
-    together = plan.host_processes
-    return (together * (host + work), 0) if on_cpu else (together * host, work)
+    together, taken = plan.host_processes, host + work if on_cpu else host
+    return together * max(taken, _reading(plan)), 0 if on_cpu else work
+
+
+def _reading(plan: Plan) -> int:
+    """Until there are windows of a given text, while weights are looked at."""
+    recipe = plan.recipe
+    if plan.text is None or not recipe.needs_calibration:
+        return 0
+    extra = max(0, recipe.tune_samples - recipe.samples) if recipe.tune > 0 else 0
+    files = (plan.source.folder / name for name in TOKENIZER_FILES)
+    tokenizer = TOKENIZER * max(
+        (file.stat().st_size for file in files if file.is_file()), default=0
+    )
+    reading = reading_bytes(recipe.samples, recipe.seq_len, extra)
+    return ALWAYS + _checked(plan) + tokenizer + reading
 
 
 def _window(plan: Plan) -> int:
@@ -101,14 +119,19 @@ def _host(plan: Plan) -> int:
     written = max(packed) if len(blocks) > 1 else 0
     largest = max(layer.weights for block in plan.layers for layer in block)
     passing = max((one + other for one, other in pairwise(others)), default=0)
-    sizes = sorted((info.bytes for info in held.values()), reverse=True)
     on_cpu = plan.device.type == "cpu"
     rounding = int(ROUNDED * largest) if on_cpu and not plan.recipe.needs_calibration else 0
     return ALWAYS + max(
         ahead * max(blocks) + max(packed) + max(written, others[-1]) + rounding,
         passing,
-        sum(sizes[:CHECKED_AT_ONCE]),
+        _checked(plan),
     )
+
+
+def _checked(plan: Plan) -> int:
+    """Tensors that are looked at for NaN at once."""
+    sizes = sorted((info.bytes for info in plan.source.shards.tensors.values()), reverse=True)
+    return sum(sizes[:CHECKED_AT_ONCE])
 
 
 def _handed_on(plan: Plan) -> int:
@@ -156,8 +179,11 @@ def _calibrating(plan: Plan) -> int:
     work += states_bytes(plan) if plan.states == "device" else 0
     work += 2 * 4 * widest**2 + experts + solving
     whole = 0
-    if recipe.rotation != "none" and not experts:  # two models; turning a matrix, in float32
-        whole = 2 * outside + 3 * 4 * max(_count(info.shape) for info in shards.values())
+    if recipe.rotation != "none" and not experts:  # two models; then one is turned, in float32
+        turning = 3 * 4 * max(_count(info.shape) for info in shards.values())
+        compared = min(COMPARED_AT_ONCE, recipe.samples * recipe.seq_len)
+        comparing = COMPARED * 4 * compared * (configured(model, "vocab_size") or 0)
+        whole = 2 * outside + max(turning, comparing)
     if plan.text is None or (recipe.tune > 0 and recipe.tune_samples > 0):  # may be written
         everything = int(1.2 * (sum(numbers) * width + outside))
         whole = max(whole, everything + _cache_bytes(plan, width))

@@ -1,0 +1,67 @@
+"""What the plan says of the memory that calibration text takes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from architectures import Maker, write_model, write_tokenizer
+
+from zqfp_convert.calibration.text import reading_bytes
+from zqfp_convert.plan import make_plan, memory
+from zqfp_convert.plan.plan import Plan
+from zqfp_convert.recipe import Recipe
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    found = tmp_path / "text.txt"
+    found.write_text("the quick brown fox jumps over the lazy dog; " * 400)
+    return found
+
+
+def planned(model: Path, text: Path, recipe: str, rotation: str = "none") -> Plan:
+    choices = {} if recipe == "fast" else {"samples": 4, "seq_len": 32, "rotation": rotation}
+    chosen = Recipe.named(recipe, **choices)
+    return make_plan(model, model.parent / "out", recipe=chosen, calibration=text, device="cpu")
+
+
+def test_reading_text_is_counted(tiny_model: Maker, text: Path) -> None:
+    """For a tiny model it takes the most."""
+    model = tiny_model()
+    tokenizer = (model / "tokenizer.json").stat().st_size
+    least = memory.ALWAYS + memory.TOKENIZER * tokenizer + reading_bytes(4, 32, 0)
+    host = planned(model, text, "best").host_memory
+    assert least < host < least + (1 << 20)
+    assert planned(model, text, "fast").host_memory < host  # does without the text
+
+
+def test_reading_takes_no_more_for_a_longer_text(tiny_model: Maker, text: Path) -> None:
+    host = planned(tiny_model(), text, "best").host_memory
+    text.write_text(text.read_text() * 100)
+    assert planned(tiny_model(), text, "best").host_memory == host
+
+
+def test_a_larger_tokenizer_takes_more(tiny_model: Maker, text: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    host = planned(model, text, "best").host_memory
+    with (model / "tokenizer.json").open("a") as file:
+        file.write(" " * 1_000_000)
+    assert planned(model, text, "best").host_memory == host + memory.TOKENIZER * 1_000_000
+
+
+def test_comparing_a_rotated_model_takes_the_logits_of_both(tmp_path: Path, text: Path) -> None:
+    model = write_model(tmp_path / "model", "llama", vocab_size=40_000)
+    write_tokenizer(model)
+    still, turned = (planned(model, text, "best", way) for way in ("none", "auto"))
+    assert turned.host_memory - still.host_memory > 3 * 4 * 4 * 32 * 40_000
+    assert turned.host_memory > 5 * 4 * 4 * 32 * 40_000
+
+
+def test_windows_take_memory() -> None:
+    """Four bytes for each token that they are drawn from, eight for each of theirs."""
+    assert reading_bytes(10, 100, 0) < reading_bytes(128, 2048, 0) < 20 << 20
+    more = reading_bytes(1280, 2048, 0) - reading_bytes(128, 2048, 0)
+    assert more == (4 * 4 + 8) * (1280 - 128) * 2048
+    assert reading_bytes(4, 2048, 1000) > reading_bytes(4, 2048, 0) + 8 * 1000 * 2048
