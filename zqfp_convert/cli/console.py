@@ -73,12 +73,14 @@ class Interface:
         silent: nothing but errors is shown.
         as_json: whoever started it reads one JSON object.
         log: gets all that is shown, or would be if it were not silent.
+        kept: a sentence for the end of a fault of program or system, on what is not lost by it.
     """
 
     silent: bool = False
     as_json: bool = False
     log: Log | None = None
     follows: bool = False
+    kept: str = ""
 
     def follow(self) -> None:
         """Leave it to another process to show and to log what goes on."""
@@ -143,16 +145,15 @@ def interface(
                 ui.log.write(traceback.format_exc())
             if debug:
                 raise
-            code = REFUSED if isinstance(error, ZqfpError) else FAILED
-            raise ui.fail(_told(error), code) from None
+            if isinstance(error, ZqfpError):
+                raise ui.fail(str(error), REFUSED) from None
+            raise ui.fail(f"{_told(error)} {ui.kept}".rstrip(), FAILED) from None
 
 
 def _told(error: Exception) -> str:
-    if isinstance(error, ZqfpError):
-        return str(error)
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError):
-        return f"the system refuses: {text}"
+        return f"the system refuses: {text}."
     return (
         f"{type(error).__name__}: {text}. This should not happen: please report it, with what the "
         "same command shows with --debug added."

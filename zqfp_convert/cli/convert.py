@@ -247,6 +247,7 @@ def command(
         parallel.join(device) as world,
         ExitStack() as planning,
     ):
+        from zqfp_convert.checkpoint.output.partial import partial_folder
         from zqfp_convert.checkpoint.source import hub
         from zqfp_convert.conversion import run
         from zqfp_convert.conversion.probe import estimate
@@ -304,6 +305,10 @@ def command(
                 raise
             again = ["zqfp-convert", *(word for word in sys.argv[1:] if word != "--no-resume")]
             raise Stopped(f"{stopped} Go on with:\n  {shlex.join(again)}") from None
+        except Exception:
+            if (left := partial_folder(plan.out)).exists():
+                ui.kept = f"What is done is kept in {left}: the same command goes on from there."
+            raise
         _show_result(ui, result, time)
         found = result.to_json()
         if push_to_hub is not None and world.leads:
