@@ -406,6 +406,34 @@ def test_what_the_writing_thread_meets_is_raised(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("worked", [True, False])
+def test_the_command_says_what_a_fault_has_left(
+    worked: bool, tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a file system that is gone for a moment."""
+    from typer.testing import CliRunner
+
+    out, real = tmp_path / "out", Work.blocks
+    words = [str(tiny_model()), str(out), "--recipe", "fast", "--device", "cpu"]
+
+    def fail(*rest: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    def blocks(self: Work, files: Any, first: int) -> Any:
+        yield next(real(self, files, first))
+        files.wait()
+        fail()
+
+    monkeypatch.setattr(*((Work, "blocks", blocks) if worked else (pipeline, "warm", fail)))
+    done = CliRunner().invoke(main.app, main.arguments(words))
+    assert done.exit_code == 1
+    told = done.stderr.splitlines()[-1]
+    assert "the system refuses: [Errno 5] Input/output error." in told
+    kept = f"What is done is kept in {out}.partial: the same command goes on from there."
+    assert told.endswith(kept) is worked
+    assert Path(f"{out}.partial").exists() is worked
+
+
 def test_the_command_says_how_to_go_on(
     tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from architectures import (
     LIKE_LLAMA,
     QUICK,
     TIED,
+    VOCABULARY,
     Maker,
     random_model,
     token_ids,
@@ -25,10 +26,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Lfm2Config, PreTrainedModel
 
 import zqfp_convert
+from zqfp_convert.checkpoint.output import partial
+from zqfp_convert.cli import convert as command
 from zqfp_convert.conversion import rehearsal
 from zqfp_convert.errors import OptionError, OutputError
 from zqfp_convert.numerics import hadamard
-from zqfp_convert.plan import make_plan
+from zqfp_convert.plan import disk, make_plan
 from zqfp_convert.recipe import Recipe
 from zqfp_convert.verify import verify
 
@@ -133,12 +136,34 @@ def test_no_room_for_a_head(
     recipe = Recipe.named("best", group_size=32)
     plan = make_plan(tiny_model("opt"), tmp_path / "out", recipe=recipe, device="cpu")
     monkeypatch.setattr("zqfp_convert.plan.plan.check_room", full)
-    chosen = rehearsal.choose_rotation(plan, token_ids(4, 32), lambda *said: None)
+    told: list[str] = []
+    report = lambda text, *rest: told.append(text)  # noqa: E731
+    chosen = rehearsal.choose_rotation(plan, token_ids(4, 32), report)
+    assert told[-1] == "no rotation: no room on the disk for the head"
     assert chosen.rotation is None
     assert chosen.recipe.rotation == "none"
     wanted = dataclasses.replace(plan, recipe=recipe.changed(rotation="residual"))
     with pytest.raises(OutputError, match="no room"):
         rehearsal.choose_rotation(wanted, token_ids(4, 32), lambda *said: None)
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt"])
+def test_the_plan_says_whether_there_is_room_for_a_head(
+    arch: str, tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.named("best", group_size=32)
+    plan = make_plan(tiny_model(arch), tmp_path / "out", recipe=recipe, device="cpu")
+    more = disk.untied_bytes(plan)
+    tied = arch in TIED
+    assert tied is (arch == "opt")
+    assert more == (4 * VOCABULARY * 64 if tied else 0)
+    enough = disk.output_bytes(plan) + more
+    for free in (enough, enough - 1):
+        monkeypatch.setattr(partial, "room", lambda out, free=free: free)
+        said = command._rotation(plan)
+        refused = tied and free < enough
+        assert ("none, as the disk has no room for the tied head" in said) is refused
+        assert ("a rehearsal decides" in said) is not refused
 
 
 @pytest.mark.parametrize("arch", NOT_FOR)

@@ -87,9 +87,10 @@ def test_a_stopped_export_goes_on(
 def test_too_little_room(
     packed: Packer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
+    checkpoint = packed("demo")  # while there is room
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OutputError, match=r"0 MB of free disk space; needed: [67][0-9] MB"):
-        zqfp_convert.export(packed("demo"), tmp_path / "dest", to)
+        zqfp_convert.export(checkpoint, tmp_path / "dest", to)
     assert not list(tmp_path.iterdir())
 
 

@@ -119,3 +119,47 @@ def test_all_end_when_one_fails(
         assert words in told
     other = (tmp_path / "log.1").read_text()
     assert other.count("Error") == (1 if work in (fails, is_busy) else 0), other
+
+
+def waits(world: World) -> None:
+    world.gather(None)
+    (Path(os.environ["HERE"]) / str(world.rank)).touch()
+    if world.rank != 1 and "MEET" in os.environ:
+        world.gather(None)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+@pytest.mark.parametrize("meet", [True, False])
+def test_told_to_end(
+    killed: bool, meet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrun does with all once one has died, and a scheduler does when time is over.
+
+    Whether they are busy, or wait for the one that has died and find that out by themselves.
+    """
+    monkeypatch.setenv("HERE", str(tmp_path))
+    if meet:
+        monkeypatch.setenv("MEET", "1")
+    started = processes.start(3, waits, tmp_path / "log")
+    until = time.monotonic() + 30
+    while not all((tmp_path / str(rank)).exists() for rank in range(3)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    time.sleep(1.2)  # signs of life
+    began = time.monotonic()
+    if killed:
+        os.kill(started[1], signal.SIGKILL)
+        time.sleep(0.1)
+    for rank in (0, 2) if killed else (0, 1, 2):
+        os.kill(started[rank], signal.SIGTERM)
+    assert processes.wait(started, 20) == [2, -signal.SIGKILL if killed else 2, 2]
+    assert time.monotonic() - began < 10  # torchrun kills after 30
+    said = [(tmp_path / f"log.{rank}").read_text() for rank in range(3)]
+    why = "process 1 of 3: does not answer any more" if killed else "process 0 of 3"
+    assert f"Error: {why}" in said[0]
+    assert said[0].count("Error: ") == 1, said[0]
+    assert "goes on from what is done" in said[0]
+    if not killed:
+        assert "was told to end (SIGTERM)" in said[0]
+        assert said[1:] == ["", ""]

@@ -74,6 +74,7 @@ class Interface:
         silent: nothing but errors is shown.
         as_json: whoever started it reads one JSON object.
         log: gets all that is shown, or would be if it were not silent.
+        kept: a sentence for the end of a fault of program or system, on what is not lost by it.
     """
 
     silent: bool = False
@@ -81,6 +82,7 @@ class Interface:
     log: Log | None = None
     follows: bool = False
     interrupts: Interrupts = field(default_factory=Interrupts)
+    kept: str = ""
 
     def follow(self) -> None:
         """Leave it to another process to show and to log what goes on."""
@@ -146,16 +148,15 @@ def interface(
                 ui.log.write(traceback.format_exc())
             if debug:
                 raise
-            code = REFUSED if isinstance(error, ZqfpError) else FAILED
-            raise ui.fail(_told(error), code) from None
+            if isinstance(error, ZqfpError):
+                raise ui.fail(str(error), REFUSED) from None
+            raise ui.fail(f"{_told(error)} {ui.kept}".rstrip(), FAILED) from None
 
 
 def _told(error: Exception) -> str:
-    if isinstance(error, ZqfpError):
-        return str(error)
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError):
-        return f"the system refuses: {text}"
+        return f"the system refuses: {text}."
     return (
         f"{type(error).__name__}: {text}. This should not happen: please report it, with what the "
         "same command shows with --debug added."

@@ -250,6 +250,7 @@ def command(
         parallel.join(device) as world,
         ExitStack() as planning,
     ):
+        from zqfp_convert.checkpoint.output.partial import partial_folder
         from zqfp_convert.checkpoint.source import hub
         from zqfp_convert.conversion import run
         from zqfp_convert.conversion.probe import estimate
@@ -307,6 +308,10 @@ def command(
                 raise
             again = ["zqfp-convert", *(word for word in sys.argv[1:] if word != "--no-resume")]
             raise Stopped(f"{stopped} Go on with:\n  {shlex.join(again)}") from None
+        except Exception:
+            if (left := partial_folder(plan.out)).exists():
+                ui.kept = f"What is done is kept in {left}: the same command goes on from there."
+            raise
         _show_result(ui, result, time)
         found = result.to_json()
         if push_to_hub is not None and world.leads:
@@ -361,9 +366,7 @@ def _show_plan(
         "size": f"{console.size(plan.bytes_before)} to {most}{console.size(plan.bytes_after)}",
         "calibration": plan.calibration
         + (f", {recipe.samples} x {recipe.seq_len} tokens" if recipe.needs_calibration else ""),
-        "rotation": "auto: a rehearsal decides (a tied head becomes a tensor of its own then)"
-        if recipe.rotation == "auto"
-        else recipe.rotation,
+        "rotation": _rotation(plan),
         "tuning": plan.tuning,
         "device": str(plan.device),
         "memory": f"about {console.size(plan.host_memory)} of host memory"
@@ -402,6 +405,23 @@ def _show_plan(
         row = place, str(n), str(k), str(len(alike)), f"{bits:.3f}", console.size(size)
         shapes.add_row(*map(escape, row))
     ui.print(shapes)
+
+
+def _rotation(plan: Plan) -> str:
+    """Whether the residual stream will be rotated, as far as it is known."""
+    from zqfp_convert.checkpoint.output.partial import room
+    from zqfp_convert.plan.disk import output_bytes, untied_bytes
+
+    if plan.recipe.rotation != "auto":
+        return plan.recipe.rotation
+    more = untied_bytes(plan)
+    if more and room(plan.out) < output_bytes(plan) + more:
+        return (
+            "auto: none, as the disk has no room for the tied head as a tensor of its own "
+            f"({console.size(more)} more)"
+        )
+    tied = f" (the tied head becomes a tensor of its own then, {console.size(more)} more)"
+    return "auto: a rehearsal decides" + (tied if more else "")
 
 
 def _left_alone(plan: Plan) -> str:

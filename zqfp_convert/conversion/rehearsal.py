@@ -102,6 +102,7 @@ def choose_rotation(plan: Plan, windows: Tensor, report: Report) -> Plan:
 
     Args:
         windows: of calibration, int64 `[samples, seq_len]`.
+        report: is told how far it is, and if a rotation is not tried for want of disk.
 
     Raises:
         OptionError: the recipe wants a rotation that this model does not allow.
@@ -151,9 +152,10 @@ def _rehearse(plan: Plan, windows: Tensor, size: int, report: Report) -> Plan | 
             try:
                 turned = rotated(plan, rotation)
             except OutputError:
-                if wanted == "auto":
-                    return None
-                raise
+                if wanted != "auto":
+                    raise
+                report("no rotation: no room on the disk for the head", 0, plan.weights)
+                return None
             other = _Rehearsal(turned, windows, size)
         plain.step(index)
         shards = turned.source.shards

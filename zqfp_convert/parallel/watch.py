@@ -1,13 +1,15 @@
 """Sees when another process of the same work has failed or is gone, and ends this one then.
 
-A process that waits for another on a GPU cannot be woken up, so a thread beside it looks. What it
-ends is safe: whatever counts is in a journal on the disk.
+A process that waits for another on a GPU cannot be woken up, so a thread beside it looks, and
+another one hears what torchrun tells all processes once one has died: to end (SIGTERM). What they
+end is safe: whatever counts is in a journal on the disk.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -25,6 +27,8 @@ BEAT = 0.5  # seconds between two signs of life
 GONE = 120.0  # seconds without one; a thread may have to wait while another one writes a file
 GRACE = 5.0  # seconds that a process has to find out by itself that another one has failed
 EXIT_CODE = 2
+SILENT = "does not answer any more"
+ENDED = "was told to end (SIGTERM)"
 
 
 class Watch:
@@ -44,9 +48,14 @@ class Watch:
         self._store = distributed.PrefixStore(f"zqfp-convert/{attempt}", store)
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._speaking = threading.Lock()
+        self._heard: Heard | None = None
 
     def __enter__(self) -> Watch:
         self._thread.start()
+        if threading.current_thread() is threading.main_thread():
+            self._heard = Heard()
+            threading.Thread(target=self._hear, name="hear", daemon=True).start()
         return self
 
     def __exit__(
@@ -55,12 +64,14 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
+        first = error is not None and not isinstance(error, ProcessError) and self._tell(error)
+        with self._speaking:  # else the same might be said here and there
             self._left.set()
+        if self._heard is not None:
+            self._heard.close()
+        if error is None:
             self._thread.join()
             return
-        first = not isinstance(error, ProcessError) and self._tell(error)
-        self._left.set()
         if first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             time.sleep(3 * BEAT)  # the store goes with the first process
         if first or (isinstance(error, ProcessError) and self._speaks(self._told())):
@@ -70,16 +81,20 @@ class Watch:
 
     def lost(self, error: str) -> ProcessError:
         """What has become of a process that could not be met."""
+        unknown = {"rank": None, "error": error.splitlines()[0][:200], "host": ""}
+        return _error(self._found_out() or unknown, self._size)
+
+    def _found_out(self) -> dict[str, Any] | None:
+        """What another process has told, or which one gives no sign of life; None if all do."""
         before, began = self._beats(), time.monotonic()
         while (told := self._told()) is None and time.monotonic() - began < 4 * BEAT:
             time.sleep(BEAT)
         if told is not None:
-            return _error(told, self._size)
+            return told
         beats = self._beats()
         silent = [rank for rank, beat in enumerate(beats) if beat == before[rank] != -2]
         rank = next((one for one in silent if one != self._rank), None)
-        text = "does not answer any more" if rank is not None else error.splitlines()[0][:200]
-        return _error({"rank": rank, "error": text, "host": ""}, self._size)
+        return None if rank is None else {"rank": rank, "error": SILENT, "host": ""}
 
     def _tell(self, error: BaseException) -> bool:
         """Tell the others what has happened here; whether nothing had happened elsewhere."""
@@ -135,9 +150,53 @@ class Watch:
                         told = {"rank": rank, "error": text, "host": ""}
             if told is None or self._left.wait(GRACE):
                 continue
+            self._end_with(told)
+
+    def _hear(self) -> None:
+        """Wait until this process is told to end; then find out why, say it, and end it.
+
+        All are told at once, and go on giving signs of life while they find out.
+        """
+        assert self._heard is not None
+        if self._heard.wait():
+            own = {"rank": self._rank, "error": ENDED, "host": socket.gethostname()}
+            self._end_with(self._found_out() or own)
+
+    def _end_with(self, told: dict[str, Any]) -> None:
+        """Say what has happened, where it is for this process to say it, and end it.
+
+        Not where its other thread has left with an error, which is then for that one to say.
+        """
+        with self._speaking:
+            if self._left.is_set():
+                return
             if self._speaks(told):
                 print(f"Error: {_error(told, self._size)}", file=sys.stderr)  # noqa: T201
             _end()
+
+
+class Heard:
+    """Hears the signal to end, whatever the main thread is doing; made and closed by that one."""
+
+    def __init__(self) -> None:
+        self._here, self._there = socket.socketpair()
+        self._there.setblocking(False)
+        # A handler of Python runs in the main thread, when that is free; a byte comes at once.
+        self._fd = signal.set_wakeup_fd(self._there.fileno(), warn_on_full_buffer=False)
+        self._handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+
+    def wait(self) -> bool:
+        """Wait for the signal; False where nobody listens any more."""
+        while number := self._here.recv(1):  # of any signal that Python handles
+            if number[0] == signal.SIGTERM:
+                return True
+        return False
+
+    def close(self) -> None:
+        """Leave signals to what they were left to before."""
+        signal.signal(signal.SIGTERM, self._handler)
+        signal.set_wakeup_fd(self._fd)
+        self._there.close()
 
 
 def _error(told: dict[str, Any], size: int) -> ProcessError:

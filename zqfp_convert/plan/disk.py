@@ -25,6 +25,16 @@ def journal_bytes(plan: Plan) -> int:
     return total + plan.spilled
 
 
+def untied_bytes(plan: Plan) -> int:
+    """What the output head takes once a rotation makes it a tensor of its own; 0 if it is one."""
+    places = {module: name for name, module in plan.model.named_modules()}
+    head, table = plan.model.get_output_embeddings(), plan.model.get_input_embeddings()
+    if head is None or f"{places[head]}.weight" in plan.names.to_disk:
+        return 0
+    stored = plan.names.to_disk.get(f"{places[table]}.weight")
+    return 0 if stored is None else plan.source.shards.tensors[stored].bytes
+
+
 def output_bytes(plan: Plan) -> int:
     """All of it."""
     layers = sum(len(block) for block in plan.layers)
