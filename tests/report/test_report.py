@@ -170,6 +170,7 @@ def test_a_page_and_a_picture(made: tuple[Path, Path]) -> None:
     assert str(out.parent) not in kept + text
     again = report(out)  # finds what is kept, and says the same
     assert again.page.read_text() == text
+    assert again.picture is not None
     assert again.picture.read_bytes() == image
     verify(out)
     assert (
@@ -319,9 +320,12 @@ def test_without_what_draws(
     made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(OptionError, match=r"zqfp-convert\[report\]"):
-        report(made[0], to=tmp_path)
-    assert not list(tmp_path.iterdir())
+    written = report(made[0], to=tmp_path)
+    assert written.picture is None
+    assert list(tmp_path.iterdir()) == [written.page]
+    check_page(written.page.read_text())
+    told = CliRunner().invoke(app, ["report", str(made[0]), "--to", str(tmp_path)])
+    assert "zqfp-convert[report]" in told.stdout
 
 
 def test_a_checkpoint_with_a_report_can_be_overwritten(

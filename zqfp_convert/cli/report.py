@@ -49,9 +49,13 @@ def command(
         found = [
             {"title": each.title, "text": each.text, "try": each.attempt} for each in made.findings
         ]
-        ui.give({"page": str(made.page), "picture": str(made.picture), "findings": found})
+        drawn = None if made.picture is None else str(made.picture)
+        ui.give({"page": str(made.page), "picture": drawn, "findings": found})
         for each in made.findings:
             ui.print(f"[bold]{escape(each.title)}[/]: {escape(each.text)}")
             if each.attempt:
                 ui.print(f"  try {escape(each.attempt)}")
-        ui.print(f"\nwritten: {made.page}, {made.picture}", soft_wrap=True, markup=False)
+        written = str(made.page) if drawn is None else f"{made.page}, {drawn}"
+        ui.print(f"\nwritten: {written}", soft_wrap=True, markup=False)
+        if drawn is None:
+            ui.print("no picture: pip install 'zqfp-convert\\[report]' brings what draws it")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zqfp_convert.checkpoint.output.disk import writing
-from zqfp_convert.errors import OptionError
 from zqfp_convert.report.facts import CODES, FACTORS, OTHERS, SCALES, Facts, spread
 from zqfp_convert.report.wording import size
 
@@ -24,21 +23,6 @@ NUMBERED = 12  # blocks up to which cells have their numbers written in
 def available() -> bool:
     """Whether the package that draws is installed."""
     return importlib.util.find_spec("matplotlib") is not None
-
-
-def check() -> None:
-    """Refuse to draw without the package that draws.
-
-    Raises:
-        OptionError: it is not installed.
-    """
-    if not available():
-        raise OptionError(
-            "report",
-            "the package 'matplotlib' is not installed",
-            needed="the extra that draws pictures",
-            do="pip install 'zqfp-convert[report]'.",
-        )
 
 
 def draw(facts: Facts, path: Path) -> None:

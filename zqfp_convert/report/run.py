@@ -22,13 +22,14 @@ class Report:
     """What was written, and what it tells.
 
     Attributes:
-        page, picture: the files.
+        page: the file.
+        picture: likewise; None without the package that draws it.
         evaluation: where figures of `evaluate` are kept now, if there are any.
         facts, findings: what they show.
     """
 
     page: Path
-    picture: Path
+    picture: Path | None
     evaluation: Path | None
     facts: Facts
     findings: list[Finding]
@@ -37,7 +38,7 @@ class Report:
 def report(
     checkpoint: str | Path, *, evaluation: str | Path | None = None, to: str | Path | None = None
 ) -> Report:
-    """Write `report.html` and `report.png`.
+    """Write `report.html`, and `report.png` where the package that draws is installed.
 
     Args:
         checkpoint: a packed checkpoint's folder, or a repository on the Hub.
@@ -47,11 +48,9 @@ def report(
 
     Raises:
         CheckpointError: the checkpoint breaks a rule of its format.
-        OptionError: the evaluation is of another checkpoint or none; `to` is no folder; or the
-            package that draws is not installed.
+        OptionError: the evaluation is of another checkpoint or none, or `to` is no folder.
         OutputError: the folder cannot be written.
     """
-    picture.check()
     path = hub.fetch(checkpoint)
     own = Path(checkpoint).expanduser().is_dir()
     folder = Path(to).expanduser() if to is not None else path if own else Path()
@@ -62,9 +61,11 @@ def report(
     packed = PackedCheckpoint(path)
     figures = evaluated.read(packed, Path(evaluation).expanduser() if evaluation else None)
     facts = Facts.of(packed, origin(path)["name"], figures)
-    written = folder / layout.REPORT_PAGE, folder / layout.REPORT_PICTURE
+    written = folder / layout.REPORT_PAGE
     with writing(folder):
-        written[0].write_text(whole_page(facts), encoding="utf-8")
-    picture.draw(facts, written[1])
+        written.write_text(whole_page(facts), encoding="utf-8")
+    drawn = folder / layout.REPORT_PICTURE if picture.available() else None
+    if drawn is not None:
+        picture.draw(facts, drawn)
     kept = None if figures is None else evaluated.keep(folder, figures)
-    return Report(*written, kept, facts, findings(facts))
+    return Report(written, drawn, kept, facts, findings(facts))
