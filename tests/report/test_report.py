@@ -322,7 +322,7 @@ def test_without_what_draws(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     written = report(made[0], to=tmp_path)
     assert written.picture is None
-    assert list(tmp_path.iterdir()) == [written.page]
+    assert not list(tmp_path.glob("*.png"))
     check_page(written.page.read_text())
     told = CliRunner().invoke(app, ["report", str(made[0]), "--to", str(tmp_path)])
     assert "zqfp-convert[report]" in told.stdout
