@@ -185,7 +185,6 @@ EVERY = {f"{index}.{leaf}" for index in (0, 1)
         (["*.1.mlp.*"], {"1.gate_proj", "1.up_proj", "1.down_proj"}),
         (["model.layers.0.*"], {name for name in EVERY if name.startswith("0.")}),
         (["self_attn.[qk]_proj", "lm_head"], {"0.q_proj", "0.k_proj", "1.q_proj", "1.k_proj"}),
-        (["proj", "layers.0"], set()),
         ([], set()),
     ],
 )
