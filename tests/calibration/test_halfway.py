@@ -32,6 +32,7 @@ def test_the_rest_of_a_block_makes_the_same_of_states_that_have_moved(arch: str)
     left = [name for stage in stages[2:] for name in stage]
     place = halfway(block, done, left, call, stream.hidden[0])
     assert (place is None) == (arch in NOWHERE)
+    assert halfway(block, [], list(dict(linears(block))), call, stream.hidden[0]) is None
     assert halfway(block, stages[0], [*stages[1], *left], call, stream.hidden[0]) is None
     if place is not None:
         with place.moves(block, stream, 0):

@@ -93,6 +93,9 @@ def halfway(
     containers = (MutableMapping, MutableSequence)
     if call.keep or any(isinstance(v, containers) for v in (*call.args, *call.kwargs.values())):
         return None
+    children = [name for name, _ in block.named_children()]
+    if not any(_within(child, done) and not _within(child, left) for child in children):
+        return None  # seen without running anything
     seen, made = _watched(block, call, hidden)
     before: list[str] = []
     for name, child in seen.items():

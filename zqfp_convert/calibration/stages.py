@@ -43,6 +43,7 @@ def statistics(
     *,
     last: bool = False,
     place: Halfway | None = None,
+    ahead: Halfway | None = None,
     world: World = ALONE,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """H and C of the input that the linears of a stage share, and what FP8 costs each feature.
@@ -51,8 +52,9 @@ def statistics(
     the block with all earlier stages quantized, on hidden states that came through the quantized
     blocks before; the teacher the original block on the original's hidden states. Without a teacher
     there is no C. With the `last` stage of a block the teacher's batches move through the block,
-    which is run anyway; with a `place` in it those of both move there. Processes of a `world` have
-    batches of their own, and get what all have seen.
+    which is run anyway. With a `place` before the stage the student's batches move there; with one
+    `ahead`, behind it, the teacher's do, whose linears have not to be solved before. Processes of a
+    `world` have batches of their own, and get what all have seen.
 
     Raises:
         SourceError: the activations hold NaN or infinity.
@@ -73,8 +75,8 @@ def statistics(
             del exact, missing  # else they are here while the original is computed
             original = None
             if teacher is not None and teacher_stream is not None:
-                with place.moves(teacher, teacher_stream, index) if place else nullcontext():
-                    original = _original(teacher, name, call, teacher_stream, index, last=last)
+                at = (teacher, name, call, teacher_stream, index)
+                original = _original(*at, last=last, ahead=ahead)
             if total is None:
                 cross = teacher is not None
                 total = HessianSum(seen.shape[-1], cross=cross, device=features.device)
@@ -109,14 +111,26 @@ def _finite(matrix: Tensor) -> bool:
 
 
 def _original(
-    teacher: nn.Module, name: str, call: Call, stream: Stream, index: int, *, last: bool
+    teacher: nn.Module,
+    name: str,
+    call: Call,
+    stream: Stream,
+    index: int,
+    *,
+    last: bool,
+    ahead: Halfway | None,
 ) -> Tensor:
-    if not last:
+    if not last and ahead is None:
         return _input(teacher, name, call, stream.hidden[index])
-    assert stream.moved == index
     seen: dict[str, Tensor] = {}
     with inputs_of({name: teacher.get_submodule(name)}, seen):
-        stream.move(teacher, call)
+        if ahead is None:
+            assert stream.moved == index
+            stream.move(teacher, call)
+        else:
+            child = teacher.get_submodule(ahead.entrance)
+            with ahead.moves(teacher, stream, index), stop_at(child):
+                call.run(teacher, stream.hidden[index])
     return seen[name]
 
 

@@ -273,6 +273,7 @@ class Work:
             }
         else:
             quantized, changes = self._calibrated(index, tensors)
+            self.layers.arrived()
             for change in changes:
                 name = self.layers.disk_name(prefix + change.name)
                 tensors[name] = change.value.cpu()
@@ -348,8 +349,9 @@ class Work:
         stages = self.world.agree(
             lambda: trace(student, traced, calls(0), states.student.hidden[0]) if traced else []
         )
-        moved = False
-        for stage in stages:
+        moved = ahead = None  # where the student, and the teacher, has moved to
+        for number, stage in enumerate(stages):
+            behind = [place for each in stages[:number] for place in each]
             for path in [place for place in stage if place in experts]:
                 with self.world.attempt():
                     batches = arrivals(
@@ -365,8 +367,12 @@ class Work:
                     entry["tokens"], entry["pooled"] = found.tokens, found.pooled
             linears = [place for place in stage if place not in experts]
             if linears:
-                mid = None if moved else self._place(stages, stage, student, planned, calls)
-                moved = moved or mid is not None
+                last = stage is stages[-1]
+                mid = next_ = None
+                if moved is None and behind and not last:
+                    mid = moved = self._place(student, behind, planned, calls)
+                if teacher is not None and ahead is None and not last:
+                    next_ = ahead = self._place(teacher, [*behind, *stage], planned, calls)
                 shared_input = statistics(
                     linears,
                     student,
@@ -374,13 +380,15 @@ class Work:
                     teacher,
                     states.teacher,
                     calls,
-                    last=stage is stages[-1],
+                    last=last,
                     place=mid,
+                    ahead=next_,
                     world=self.world,
                 )
                 if mid is not None:
-                    for module in [student] if teacher is None else [student, teacher]:
-                        mid.leave(module)
+                    mid.leave(student)
+                if teacher is not None and next_ is not None:
+                    next_.leave(teacher)
                 moments = Moments(*shared_input, 0)
                 del shared_input  # two of the largest matrices there are
                 self.layers.solve_stages(
@@ -399,21 +407,19 @@ class Work:
 
     def _place(
         self,
-        stages: list[list[str]],
-        stage: list[str],
-        student: nn.Module,
+        block: nn.Module,
+        done: list[str],
         planned: dict[str, PlannedLayer],
         calls: Callable[[int], Call],
     ) -> Halfway | None:
-        """Where in a block hidden states move to with the statistics of a stage, if anywhere."""
+        """A place in a block for hidden states to move to, with some linears done, if any."""
         states = self.states
         assert states is not None
-        done = [place for earlier in stages[: stages.index(stage)] for place in earlier]
-        if not done or stage is stages[-1] or not states.alike:
+        if not states.alike:
             return None
         left = [place for place in planned if place not in done]
         place = self.world.agree(
-            lambda: halfway(student, done, left, calls(0), states.student.hidden[0])
+            lambda: halfway(block, done, left, calls(0), states.student.hidden[0])
         )
         if place is not None:
             states.leave_entrance()
