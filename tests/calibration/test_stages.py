@@ -13,7 +13,7 @@ from dequantized import seen
 from torch import Tensor, nn
 
 from zqfp_convert.calibration import stages
-from zqfp_convert.calibration.halfway import halfway
+from zqfp_convert.calibration.halfway import Moves, halfway
 from zqfp_convert.calibration.stages import statistics, trace
 from zqfp_convert.calibration.stream import Call, Entrance, Stream
 from zqfp_convert.errors import SourceError
@@ -157,7 +157,7 @@ def test_the_original_moves_on_behind_a_stage_and_gives_the_same() -> None:
     teacher, original = copy.deepcopy(block), Stream(list(ids))
     streams = (block, stream, teacher, original)
     want = statistics(order[1], *streams, calls)
-    have = statistics(order[1], *streams, calls, ahead=ahead)
+    have = statistics(order[1], *streams, calls, moves=Moves(ahead=ahead))
     behind = statistics(order[2], *streams[:2], copy.deepcopy(block), Stream(list(ids)), calls)
     ahead.leave(teacher)
     moved = statistics(order[2], *streams, calls)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from zqfp_convert.calibration.halfway import Halfway
+from zqfp_convert.calibration.halfway import NOWHERE, Halfway, Moves
 from zqfp_convert.calibration.stream import Call, Stream, inputs_of, stop_at
 from zqfp_convert.errors import SourceError
 from zqfp_convert.numerics import fp8
@@ -42,8 +41,7 @@ def statistics(
     calls: Calls,
     *,
     last: bool = False,
-    place: Halfway | None = None,
-    ahead: Halfway | None = None,
+    moves: Moves = NOWHERE,
     world: World = ALONE,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """H and C of the input that the linears of a stage share, and what FP8 costs each feature.
@@ -52,9 +50,8 @@ def statistics(
     the block with all earlier stages quantized, on hidden states that came through the quantized
     blocks before; the teacher the original block on the original's hidden states. Without a teacher
     there is no C. With the `last` stage of a block the teacher's batches move through the block,
-    which is run anyway. With a `place` before the stage the student's batches move there; with one
-    `ahead`, behind it, the teacher's do, whose linears have not to be solved before. Processes of a
-    `world` have batches of their own, and get what all have seen.
+    which is run anyway; where both move within the block, `moves` says. Processes of a `world` have
+    batches of their own, and get what all have seen.
 
     Raises:
         SourceError: the activations hold NaN or infinity.
@@ -66,8 +63,10 @@ def statistics(
     with world.attempt():
         for index, hidden in enumerate(student_stream.hidden):
             call = calls(index)
-            with place.moves(student, student_stream, index) if place else nullcontext():
+            with moves.of_student(student, student_stream, index):
                 exact = _input(student, name, call, hidden)
+            if moves.keep is not None:
+                moves.keep.append(exact)
             seen = fp8.simulate(exact)
             missing = (exact - seen).flatten(0, -2)
             lost = torch.linalg.vector_norm(missing, dim=0, dtype=torch.float32)
@@ -76,7 +75,7 @@ def statistics(
             original = None
             if teacher is not None and teacher_stream is not None:
                 at = (teacher, name, call, teacher_stream, index)
-                original = _original(*at, last=last, ahead=ahead)
+                original = _original(*at, last=last, ahead=moves.ahead)
             if total is None:
                 cross = teacher is not None
                 total = HessianSum(seen.shape[-1], cross=cross, device=features.device)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from zqfp_convert.calibration.balancing import Balanced
 from zqfp_convert.calibration.experts import Moments, arrivals
 from zqfp_convert.calibration.folding import Change
-from zqfp_convert.calibration.halfway import Halfway, halfway
 from zqfp_convert.calibration.stages import statistics, trace
 from zqfp_convert.calibration.stream import Call
 from zqfp_convert.checkpoint import layout
@@ -28,6 +27,7 @@ from zqfp_convert.conversion.batches import windows_at_once
 from zqfp_convert.conversion.block import fill, fill_outside, fold
 from zqfp_convert.conversion.experts import quantize_experts
 from zqfp_convert.conversion.layers import Layers, packed_layer
+from zqfp_convert.conversion.passage import Passage
 from zqfp_convert.conversion.rehearsal import choose_rotation
 from zqfp_convert.conversion.result import Progress
 from zqfp_convert.conversion.states import States
@@ -42,7 +42,7 @@ from zqfp_convert.model.experts import mixtures
 from zqfp_convert.model.head import Head
 from zqfp_convert.model.tokenizer import check_tokens
 from zqfp_convert.parallel import ALONE, OutOfMemory, World, lacking
-from zqfp_convert.plan import Plan, PlannedLayer, rotated
+from zqfp_convert.plan import Plan, rotated
 
 START = ".tuning_start"  # of the places that tuning starts from, beside a layer's packed tensors
 BATCH = "batch"  # in the journal: how many windows go through a block at once, from it on
@@ -349,9 +349,8 @@ class Work:
         stages = self.world.agree(
             lambda: trace(student, traced, calls(0), states.student.hidden[0]) if traced else []
         )
-        moved = ahead = None  # where the student, and the teacher, has moved to
+        passage = Passage(plan, self.world, states, student, teacher, planned, calls)
         for number, stage in enumerate(stages):
-            behind = [place for each in stages[:number] for place in each]
             for path in [place for place in stage if place in experts]:
                 with self.world.attempt():
                     batches = arrivals(
@@ -368,11 +367,8 @@ class Work:
             linears = [place for place in stage if place not in experts]
             if linears:
                 last = stage is stages[-1]
-                mid = next_ = None
-                if moved is None and behind and not last:
-                    mid = moved = self._place(student, behind, planned, calls)
-                if teacher is not None and ahead is None and not last:
-                    next_ = ahead = self._place(teacher, [*behind, *stage], planned, calls)
+                done = [place for each in stages[: number + 1] for place in each]
+                moves = passage.moves(done, linears, last=last)
                 shared_input = statistics(
                     linears,
                     student,
@@ -381,14 +377,10 @@ class Work:
                     states.teacher,
                     calls,
                     last=last,
-                    place=mid,
-                    ahead=next_,
+                    moves=moves,
                     world=self.world,
                 )
-                if mid is not None:
-                    mid.leave(student)
-                if teacher is not None and next_ is not None:
-                    next_.leave(teacher)
+                passage.leave(moves)
                 moments = Moments(*shared_input, 0)
                 del shared_input  # two of the largest matrices there are
                 self.layers.solve_stages(
@@ -404,26 +396,6 @@ class Work:
             for place in one.linears:
                 self.layers.entries[planned[place].disk]["balanced"] = norm
         return quantized, changes
-
-    def _place(
-        self,
-        block: nn.Module,
-        done: list[str],
-        planned: dict[str, PlannedLayer],
-        calls: Callable[[int], Call],
-    ) -> Halfway | None:
-        """A place in a block for hidden states to move to, with some linears done, if any."""
-        states = self.states
-        assert states is not None
-        if not states.alike:
-            return None
-        left = [place for place in planned if place not in done]
-        place = self.world.agree(
-            lambda: halfway(block, done, left, calls(0), states.student.hidden[0])
-        )
-        if place is not None:
-            states.leave_entrance()
-        return place
 
 
 def _check_enough(windows: int, processes: int) -> None:

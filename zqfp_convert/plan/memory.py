@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from zqfp_convert.model.configured import configured
 from zqfp_convert.model.device import compute_dtype
 
 if TYPE_CHECKING:
-    from zqfp_convert.plan.plan import Plan
+    from zqfp_convert.plan.plan import Plan, PlannedLayer
 
 TOGETHER = 1 << 27  # weights of one input, at most, that are solved at once
 SOLVERS_COPIES = 7  # of a weight: target, values, errors, and what each step makes of them
@@ -37,18 +38,40 @@ def solving_bytes(plan: Plan) -> int:
     First two more of them, while the Hessian is factorized; then copies of the weight in float32.
     """
     calibrated = plan.recipe.needs_calibration
-    widest = max(layer.columns for block in plan.layers for layer in block)
     most = 0
     for block in plan.layers:
         weights: dict[tuple[str, int], list[int]] = defaultdict(list)  # that may share an input
         for layer in block:
             weights[layer.place.rpartition(".")[0], layer.columns].append(layer.weights)
         for (_, columns), each in weights.items():
-            at_once = max(max(each), min(sum(each), TOGETHER)) if calibrated else max(each)
             # What a narrower input's matrices leave of those of the widest input is free.
-            free = 2 * (widest**2 - columns**2) if calibrated else 0
-            most = max(most, SOLVERS_COPIES * at_once - free, 2 * columns**2 * calibrated)
-    return 4 * most
+            free = _left_by(plan, columns) if calibrated else 0
+            factors = 8 * columns**2 * calibrated
+            most = max(most, _copies(plan, each) - free, factors)
+    return most
+
+
+def spare_bytes(plan: Plan, layers: Sequence[PlannedLayer]) -> int:
+    """What solving layers of one input leaves of the memory that the largest ones take.
+
+    Half of the memory for solving is left to the batches that go through a block meanwhile.
+    """
+    columns, most = layers[0].columns, solving_bytes(plan)
+    own = max(_copies(plan, [layer.weights for layer in layers]), 8 * columns**2)
+    return _left_by(plan, columns) + min(most - own, most // 2)
+
+
+def _copies(plan: Plan, weights: list[int]) -> int:
+    """The copies in float32 of weights that may share an input."""
+    calibrated = plan.recipe.needs_calibration
+    at_once = max(max(weights), min(sum(weights), TOGETHER)) if calibrated else max(weights)
+    return 4 * SOLVERS_COPIES * at_once
+
+
+def _left_by(plan: Plan, columns: int) -> int:
+    """What the two matrices of an input leave of the memory for those of the widest input."""
+    widest = max(layer.columns for block in plan.layers for layer in block)
+    return 8 * (widest**2 - columns**2)
 
 
 def states_bytes(plan: Plan) -> int:
