@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zqfp_convert.calibration.balancing import Balanced
 from zqfp_convert.calibration.experts import Moments, arrivals
 from zqfp_convert.calibration.folding import Change
+from zqfp_convert.calibration.norms import find_forms, fuse_norms, kinds
 from zqfp_convert.calibration.stages import statistics, trace
 from zqfp_convert.calibration.stream import Call
 from zqfp_convert.checkpoint import layout
@@ -44,6 +45,9 @@ from zqfp_convert.model.tokenizer import check_tokens
 from zqfp_convert.parallel import ALONE, OutOfMemory, World, lacking
 from zqfp_convert.plan import Plan, rotated
 
+if TYPE_CHECKING:
+    from zqfp_convert.numerics.kernels.norm import Form
+
 START = ".tuning_start"  # of the places that tuning starts from, beside a layer's packed tensors
 BATCH = "batch"  # in the journal: how many windows go through a block at once, from it on
 
@@ -62,6 +66,7 @@ class Work:
     changed: dict[str, str] = field(default_factory=dict)
     windows: Windows | None = None
     states: States | None = None
+    norms: dict[str, Form | None] = field(default_factory=dict)  # what each class computes
 
     @property
     def plan(self) -> Plan:
@@ -320,6 +325,10 @@ class Work:
             head.check(states.student.hidden[0][:1], window.to(plan.device))
         calls = states.calls(index)
         balanced, changes = fold(plan, index, block, states.student, calls, self.world)
+        if not self.norms.keys() >= kinds(block):
+            first = states.student.hidden[0]
+            self.norms |= self.world.agree(lambda: find_forms(block, calls(0), first))
+        fuse_norms(block, self.norms)
         disk = {layer.place: layer.disk for layer in plan.layers[index]}
         self.layers.columns |= {
             disk[place]: one.columns for one in balanced for place in one.linears
