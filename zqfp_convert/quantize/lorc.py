@@ -105,7 +105,7 @@ def _leading(
     for _ in range(iterations):
         back = sum_(error.t() @ orthonormal(basis))  # [K, w]
         basis = error @ (back if hessian is None else hessian @ back)
-    basis = orthonormal(orthonormal(basis))
+    basis = orthonormal(orthonormal(basis))  # to the last bit now
     inner = sum_(basis.t() @ error)  # [w, K]
     return basis, inner, (inner if hessian is None else inner @ hessian) @ inner.t()
 
@@ -134,8 +134,8 @@ class _Cholesky:
         self._sizes.append(gram.diagonal())  # the squares of what the columns measure
         self._kept.append(lower.diagonal())
         self._failed.append(failed)
-        wide = torch.linalg.solve_triangular(lower.t(), wide, upper=True, left=False)
-        return wide.to(basis.dtype)
+        found: Tensor = torch.linalg.solve_triangular(lower.t(), wide, upper=True, left=False)
+        return found.to(basis.dtype)
 
     def held(self) -> Tensor:
         """Whether no column depended on those before it, bool `[]`: not for NaN, nor for zeros."""
