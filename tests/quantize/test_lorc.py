@@ -147,17 +147,17 @@ def test_a_start_that_was_good_is_good_again(
 
 
 def test_orthonormal_by_cholesky() -> None:
-    """Once it is so up to the square of the condition, twice to the last bit."""
+    """Once it is so up to the square of the condition; the basis that is used is to the end."""
     left, right = (torch.linalg.qr(normal(*s).double()).Q for s in ((300, 6), (6, 6)))
-    basis = ((left * torch.logspace(0, -5, 6)) @ right).float()
-    cholesky = lorc._Cholesky(ALONE.share(300))
-    once = cholesky(basis)
-    twice = cholesky(once)
+    basis = ((left * torch.logspace(0, -5.3, 6)) @ right).float()
+    share = ALONE.share(300)
+    cholesky = lorc._Cholesky(share)
+    once = cholesky(basis).double()
+    assert 3e-6 < float((once.t() @ once - torch.eye(6)).abs().max()) < 1e-3
+    used = lorc._leading(torch.eye(300), None, share, basis, 0, cholesky)[0].double()
+    assert float((used.t() @ used - torch.eye(6)).abs().max()) < 3e-7
+    assert torch.allclose(used @ (used.t() @ basis.double()), basis.double(), atol=1e-7)
     assert bool(cholesky.held())
-    assert torch.allclose(once.t() @ once, torch.eye(6), atol=1e-3)
-    assert torch.allclose(twice.t() @ twice, torch.eye(6), atol=1e-6)
-    seen = basis.double()
-    assert torch.allclose(twice.double() @ (twice.double().t() @ seen), seen, atol=1e-7)
     cholesky(torch.cat([basis[:, :5], basis[:, :1]], dim=1))
     assert not bool(cholesky.held())
 
