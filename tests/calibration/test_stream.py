@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, LAYERS, configuration, random_model, token_ids
@@ -58,6 +59,25 @@ def test_streamed_states_are_those_of_the_whole_model(arch: str) -> None:
         stream.advance(block, entrance.calls(index))
     for have, states in zip(stream.hidden, want, strict=True):
         assert torch.equal(have, states[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [12, 7])  # the last dimension: a multiple of 8 bytes, or not
+def test_checksums_tell_states_by_their_bits_alone(dtype: torch.dtype, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 5, width, generator=generator).to(dtype)
+    size = hidden.element_size()
+    whole = width * size % 8 == 0
+    words = np.frombuffer(hidden.view(torch.uint8).numpy().tobytes(), f"<i{8 if whole else size}")
+    want = sum(int(word) for word in words)
+    found = Stream([hidden]).checksum()
+    assert found == (want + (1 << 63)) % (1 << 64) - (1 << 63)
+    assert Stream([hidden, hidden]).checksum() == 2 * found
+    turned = hidden.transpose(0, 1).contiguous().transpose(0, 1)
+    odd = torch.cat([hidden.new_zeros(1), hidden.flatten()])[1:].view(hidden.shape)
+    assert Stream([turned]).checksum() == Stream([odd]).checksum() == found
+    hidden.view(torch.int16)[2, 4, -1] ^= 1
+    assert Stream([hidden]).checksum() != found
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from dequantized import lorc_of, weight_of
+from waits import Waits
 
 from zqfp_convert.checkpoint.packed import PackedLayer, pack
 from zqfp_convert.errors import CheckpointError
@@ -111,6 +112,31 @@ def changed(tensor: torch.Tensor, place: tuple[int, ...], value: float) -> torch
     tensor = tensor.clone()
     tensor[place] = value
     return tensor
+
+
+def test_the_first_of_several_broken_rules_is_told() -> None:
+    layer = quantized("m2", rank=2)
+    assert layer.row_scale is not None
+    assert layer.lorc_scale is not None
+    factors = changed(layer.lorc_scale, (0,), float("nan"))
+    assert broken(layer, lorc_scale=factors, packed=layer.packed | 0x10) == "padding-nibble"
+    negative = changed(layer.row_scale, (3,), -1.0)
+    assert broken(layer, lorc_scale=factors, scale=layer.scale - 1, row_scale=negative) == (
+        "row-scale"
+    )
+    wide = changed(layer.scale, (1, int(layer.scale[1].argmin())), 127 - 13)
+    with pytest.raises(CheckpointError, match="span 13") as raised:
+        dataclasses.replace(layer, scale=wide, lorc_scale=factors).check()
+    assert raised.value.rule == "span"
+
+
+@pytest.mark.parametrize("kind", ["free", "m1", "m2"])
+def test_a_layer_is_checked_with_one_wait(kind: Kind) -> None:
+    layer = quantized(kind, rank=3)
+    layer.check()  # now tables are made
+    with Waits() as waits:
+        layer.check()
+    assert waits.calls == ["tolist"]
 
 
 def test_broken_rules() -> None:

@@ -9,6 +9,7 @@ import torch
 from problems import correlated_hessian, normal
 from torch import Tensor
 
+from zqfp_convert.parallel import ALONE, Share
 from zqfp_convert.quantize import lorc
 
 Form = Literal["e4m3", "bf16"]
@@ -82,6 +83,93 @@ def test_an_error_of_low_rank_is_given_back(metric: str) -> None:
     hessian = correlated_hessian(70, decades=2.0) if metric == "hessian" else None
     B, A = lorc.fit(error, hessian, 5)
     assert energy(error - B @ A, hessian) < 1e-6 * energy(error, hessian)
+
+
+def one_row(rows: int, columns: int) -> Tensor:
+    error = torch.zeros(rows, columns)
+    error[rows // 3] = normal(columns)
+    return error
+
+
+DEPENDENT = {
+    "rank 3": lambda: normal(50, 3) @ normal(3, 70, seed=1),
+    "one row": lambda: one_row(50, 70),
+    "one column": lambda: one_row(70, 50).t(),
+    "one element": lambda: torch.eye(50, 70) * (torch.arange(70) == 7),
+    "zeros": lambda: torch.zeros(50, 70),
+}
+
+
+@pytest.fixture
+def reflected(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of what Householder's reflections are asked for."""
+    shapes: list[tuple[int, ...]] = []
+    real = lorc._householder
+
+    def householder(basis: Tensor, share: Share) -> Tensor:
+        shapes.append(tuple(basis.shape))
+        return real(basis, share)
+
+    monkeypatch.setattr(lorc, "_householder", householder)
+    return shapes
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("kind", DEPENDENT)
+@pytest.mark.parametrize("metric", ["none", "hessian"])
+def test_columns_that_depend_on_one_another(
+    kind: str, metric: str, again: bool, reflected: list[tuple[int, ...]]
+) -> None:
+    error = DEPENDENT[kind]()
+    hessian = correlated_hessian(error.shape[1], decades=2.0) if metric == "hessian" else None
+    start = torch.zeros(len(error), 5) if again else None  # as of no error before, at worst
+    B, A = lorc.fit(error, hessian, 5, start=start)
+    assert reflected
+    assert set(reflected) == {(len(error), 13)}
+    assert energy(error - B @ A, hessian) <= 1e-6 * energy(error, hessian)
+    assert torch.allclose(B.t() @ B, torch.eye(5), atol=1e-4)
+
+
+@pytest.mark.parametrize("decades", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("spike", [1.0, 1e2, 1e4])  # of one feature, as language models have
+def test_a_start_that_was_good_is_good_again(
+    decades: float, spike: float, reflected: list[tuple[int, ...]]
+) -> None:
+    error, hessian = rounding_error(120, 200), correlated_hessian(200, decades=decades)
+    hessian[3] *= spike**0.5
+    hessian[:, 3] *= spike**0.5
+    B, A = lorc.fit(error, hessian, 8)
+    assert energy(error - B @ A, hessian) <= least_energy(error, hessian, 8) * (1 + 1e-4)
+    other = error + 0.05 * rounding_error(120, 200, seed=9)
+    B, A = lorc.fit(other, hessian, 8, start=lorc.encode(B, A, "e4m3").B)
+    assert energy(other - B @ A, hessian) <= least_energy(other, hessian, 8) * (1 + 1e-4)
+    assert not reflected
+
+
+def test_orthonormal_by_cholesky() -> None:
+    """Once it is so up to the square of the condition; the basis that is used is to the end."""
+    left, right = (torch.linalg.qr(normal(*s).double()).Q for s in ((300, 6), (6, 6)))
+    basis = ((left * torch.logspace(0, -5.3, 6)) @ right).float()
+    share = ALONE.share(300)
+    cholesky = lorc._Cholesky(share)
+    once = cholesky(basis).double()
+    assert 3e-6 < float((once.t() @ once - torch.eye(6)).abs().max()) < 1e-3
+    used = lorc._leading(torch.eye(300), None, share, basis, 0, cholesky)[0].double()
+    assert float((used.t() @ used - torch.eye(6)).abs().max()) < 3e-7
+    assert torch.allclose(used @ (used.t() @ basis.double()), basis.double(), atol=1e-7)
+    assert bool(cholesky.held())
+    cholesky(torch.cat([basis[:, :5], basis[:, :1]], dim=1))
+    assert not bool(cholesky.held())
+
+
+def test_the_random_basis_is_made_once() -> None:
+    device = torch.device("cpu")
+    wanted = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    lorc.fit(rounding_error(40, 60), None, 4)
+    kept = lorc._random(40, 12, device)
+    lorc.fit(rounding_error(40, 60), None, 4, start=normal(40, 4))
+    assert lorc._random(40, 12, device) is kept
+    assert torch.equal(kept, wanted)
 
 
 @pytest.mark.parametrize("form", ["e4m3", "bf16"])

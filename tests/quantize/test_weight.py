@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from waits import Waits
 
 from zqfp_convert.numerics import codebook, scales
 from zqfp_convert.quantize import lorc
@@ -410,3 +411,15 @@ def test_layers_of_one_input_find_one_rank() -> None:
         assert found.output_error == given.output_error
     alone = quantize_weight(normal(160, 192), None, plain.changed(rank="auto"))
     assert alone.factors is None
+
+
+def test_a_gpu_is_waited_for_seldom() -> None:
+    """Once for each fit of factors, and once for the errors."""
+    weight, curvature = weight_of(64, 160), curvature_for(160)
+    recipe = Recipe.named("best", low_rank_rounds=4)
+    quantized = quantize_weight(weight, curvature, recipe)  # now tables are made
+    with Waits() as waits:
+        quantize_weight(weight, curvature, recipe)
+    fits = 5  # of each the CPU gets a small matrix, and looks at it
+    assert sorted(waits.calls) == sorted([*["cpu", "__bool__"] * fits, "tolist"])
+    assert quantized.output_energy == pytest.approx(energy(weight, curvature.hessian))

@@ -91,9 +91,22 @@ class Stream:
 
     def checksum(self) -> int:
         """What tells these hidden states, to the bit, from nearly all others."""
-        words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-        sums = (h.view(words[h.element_size()]).sum(dtype=torch.int64) for h in self.hidden)
-        return sum(int(one) for one in sums)
+        sums = [_words(hidden).sum(dtype=torch.int64) for hidden in self.hidden]
+        return sum(map(int, sums))  # now that all are on their way
+
+
+def _words(hidden: Tensor) -> Tensor:
+    """Hidden states as whole numbers, of 8 bytes each where their last dimension comes out even.
+
+    Such need no conversion to be summed up, and their sums wrap around alike in any order. How the
+    states lie in memory plays no part, as it may be another way when a conversion is gone on with.
+    """
+    size = hidden.element_size()
+    if hidden.shape[-1] * size % 8:
+        return hidden.view({2: torch.int16, 4: torch.int32}[size])
+    if not hidden.is_contiguous() or hidden.storage_offset() * size % 8:
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    return hidden.view(torch.int64)
 
 
 class Entrance:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,65 +135,78 @@ class PackedLayer:
         """Hold the layer to every rule of the format on values.
 
         Raises:
-            CheckpointError: with the broken rule.
+            CheckpointError: with the broken rule, the first one if several are.
         """
-        self._check_scales()
-        if self.columns % 2 and bool((self.packed[:, -1] >> 4).any()):
-            self._break("padding-nibble", "a last high nibble that is not 0", needed="0 for odd K")
-        if self.kind != "free":
-            self._check_zero_groups()
-        for tensor in (self.lorc_A, self.lorc_B, self.lorc_scale):
-            if tensor is not None and not bool(torch.isfinite(tensor.float()).all()):
-                self._break("lorc-value", "NaN or infinity in LoRC", needed="finite factors")
-        if self.input_offset is not None and not bool(torch.isfinite(self.input_offset).all()):
-            self._break("offset-value", "NaN or infinity in the offset", needed="finite offsets")
+        rules = [*self._of_scales(), *self._of_codes(), *self._of_factors()]
+        broken = torch.stack([rule.broken for rule in rules])  # for a GPU is waited once
+        for rule, found in zip(rules, broken.tolist(), strict=True):
+            if found:
+                raise CheckpointError(
+                    rule.name, self.name, rule.found.format(found), needed=rule.needed,
+                    do="Convert the model again with zqfp-convert.",
+                )  # fmt: skip
 
-    def _check_scales(self) -> None:
+    def _of_scales(self) -> Iterator[_Rule]:
         if self.kind == "free":
-            value = self.scale.float()
-            if not bool(((value > 0) & torch.isfinite(value)).all()):
-                self._break("scale-forbidden", "a scale that is 0, negative, NaN or infinite",
-                            needed="positive, finite scales")  # fmt: skip
+            yield _Rule("scale-forbidden", "a scale that is 0, negative, NaN or infinite",
+                        "positive, finite scales", _any_not_positive(self.scale))  # fmt: skip
             return
-        if bool((self.scale == layout.E8M0_FORBIDDEN).any()):
-            self._break("scale-forbidden", "exponent byte 255", needed="bytes from 0 to 254")
+        yield _Rule("scale-forbidden", "exponent byte 255", "bytes from 0 to 254",
+                    (self.scale == layout.E8M0_FORBIDDEN).any())  # fmt: skip
         if self.row_scale is not None:
-            value = self.row_scale.float()
-            if not bool(((value > 0) & torch.isfinite(value)).all()):
-                self._break("row-scale", "a row scale that is 0, negative, NaN or infinite",
-                            needed="positive, finite row scales")  # fmt: skip
-            if bool((self.scale.amax(1) != layout.E8M0_BIAS).any()):
-                self._break("row-maximum", f"a row whose largest exponent byte is not "
-                            f"{layout.E8M0_BIAS}", needed=str(layout.E8M0_BIAS))  # fmt: skip
-        span = self.scales().span
-        if span is not None and span > scales.MAX_SPAN:
-            self._break("span", f"span {span}", needed=f"at most {scales.MAX_SPAN}")
+            yield _Rule("row-scale", "a row scale that is 0, negative, NaN or infinite",
+                        "positive, finite row scales",
+                        _any_not_positive(self.row_scale))  # fmt: skip
+            bias = layout.E8M0_BIAS
+            yield _Rule("row-maximum", f"a row whose largest exponent byte is not {bias}",
+                        str(bias), (self.scale.amax(1) != bias).any())  # fmt: skip
+        span = self.scales().spans.max()
+        yield _Rule("span", "span {}", f"at most {scales.MAX_SPAN}",
+                    torch.where(span > scales.MAX_SPAN, span, 0))  # fmt: skip
 
-    def _check_zero_groups(self) -> None:
-        spelled = self.scales()
-        magnitudes = self.codes() & 7
-        wanted = scales.canonical(magnitudes, spelled)
-        same = torch.equal(wanted.exponent, spelled.exponent)
-        if not same or not torch.equal(wanted.factor, spelled.factor):
-            self._break(
-                "zero-group",
-                "a group or row of zeros with another scale than the format's",
-                needed="the row's largest exponent; for a row of zeros byte 127 and row scale 1",
-            )
-        if self.choice is None:
+    def _of_codes(self) -> Iterator[_Rule]:
+        if self.columns % 2:
+            yield _Rule("padding-nibble", "a last high nibble that is not 0", "0 for odd K",
+                        (self.packed[:, -1] >> 4).any())  # fmt: skip
+        if self.kind == "free":
             return
-        assert wanted.choice is not None
-        if not torch.equal(bits.pack(wanted.choice), self.choice):
-            self._break(
-                "codebook-choice",
-                "a bit that is not 0 for a group of zeros, or beyond the last row",
-                needed="0",
-            )
+        spelled = self.scales()
+        wanted = scales.canonical(self.codes() & 7, spelled)
+        exponents, factors = wanted.exponent != spelled.exponent, wanted.factor != spelled.factor
+        yield _Rule("zero-group", "a group or row of zeros with another scale than the format's",
+                    "the row's largest exponent; for a row of zeros byte 127 and row scale 1",
+                    exponents.any() | factors.any())  # fmt: skip
+        if wanted.choice is not None and self.choice is not None:
+            yield _Rule("codebook-choice",
+                        "a bit that is not 0 for a group of zeros, or beyond the last row", "0",
+                        (bits.pack(wanted.choice) != self.choice).any())  # fmt: skip
 
-    def _break(self, rule: str, found: str, *, needed: str) -> None:
-        raise CheckpointError(
-            rule, self.name, found, needed=needed, do="Convert the model again with zqfp-convert."
-        )
+    def _of_factors(self) -> Iterator[_Rule]:
+        for tensor in (self.lorc_A, self.lorc_B, self.lorc_scale):
+            if tensor is not None:
+                yield _Rule("lorc-value", "NaN or infinity in LoRC", "finite factors",
+                            ~torch.isfinite(tensor.float()).all())  # fmt: skip
+        if self.input_offset is not None:
+            yield _Rule("offset-value", "NaN or infinity in the offset", "finite offsets",
+                        ~torch.isfinite(self.input_offset).all())  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What a layer is held to.
+
+    `broken` is a number `[]` on the layer's device, 0 where it is not; `found` may show it by {}.
+    """
+
+    name: str
+    found: str
+    needed: str
+    broken: Tensor
+
+
+def _any_not_positive(values: Tensor) -> Tensor:
+    value = values.float()
+    return ~((value > 0) & torch.isfinite(value)).all()
 
 
 def unpack(

@@ -73,6 +73,14 @@ def _tables(books: tuple[Codebook, ...], device: torch.device) -> tuple[Tensor, 
         )
 
 
+@cache
+def _values(books: tuple[Codebook, ...], device: torch.device) -> Tensor:
+    """The value of each code, book after book: float32."""
+    values = [value for book in books for value in book + tuple(-value for value in book)]
+    with torch.inference_mode(False):  # as above
+        return torch.tensor(values, device=device)
+
+
 def _nearest(steps: float, book: Codebook) -> int:
     """The code of the magnitude nearest to so many steps; of two the smaller, for E2M1 the even."""
     even = book == E2M1
@@ -112,9 +120,8 @@ def encode(values: Tensor, *books: Codebook, second: Tensor | None = None) -> Te
 
 def decode(codes: Tensor, *books: Codebook, second: Tensor | None = None) -> Tensor:
     """The float32 value of each code (uint8, 0 to 15); code 8 gives -0."""
-    values = [value for book in books for value in book + tuple(-value for value in book)]
     index = codes.int() if second is None else codes.int().add_(second, alpha=2 * SIZE)
-    table = torch.tensor(values, device=codes.device)
+    table = _values(books, codes.device)
     return table.index_select(0, index.flatten()).view(codes.shape)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -38,7 +38,8 @@ class Scales:
             M1: ones).
         exponent: int16 `[N, G]`; zeros where scales are free, at most 0 under M2.
         group_size: columns that share a scale; the last group may be shorter.
-        raised: how many groups the limit on the span has lifted to a larger scale.
+        raised: how many groups the limit on the span has lifted to a larger scale; as `choose` has
+            counted them an int64 tensor `[]`, for which nobody has waited yet.
         books: one codebook, or two.
         choice: of two: bool `[N, G]`, the second one where true.
     """
@@ -47,7 +48,7 @@ class Scales:
     factor: Tensor
     exponent: Tensor
     group_size: int
-    raised: int = 0
+    raised: int | Tensor = 0
     books: tuple[Codebook, ...] = (codebook.E2M1,)
     choice: Tensor | None = None
 
@@ -80,7 +81,12 @@ class Scales:
         """The largest span of any row; None where scales are free."""
         if self.kind == "free":
             return None
-        return int((self.exponent.amax(1) - self.exponent.amin(1)).max())
+        return int(self.spans.max())
+
+    @property
+    def spans(self) -> Tensor:
+        """Of each row: its largest exponent minus its smallest, int16 `[N]`."""
+        return self.exponent.amax(1) - self.exponent.amin(1)
 
 
 def choose(
@@ -253,7 +259,7 @@ def _constrained(
     too_low = ~empty & (exponent < largest - MAX_SPAN)
     exponent = torch.maximum(exponent, largest - MAX_SPAN)
     exponent = torch.where(empty, largest, exponent)
-    return Scales(kind, factor, exponent, group_size, int(too_low.sum()))
+    return Scales(kind, factor, exponent, group_size, too_low.sum())
 
 
 def _searched(
@@ -270,8 +276,7 @@ def _searched(
     """
     if importance is None:
         importance = torch.ones(weight.shape[1], device=weight.device)
-    mantissas = [1.0] if kind == "m1" else [2.0 ** (i / MANTISSAS) for i in range(MANTISSAS)]
-    mantissa_values = torch.tensor(mantissas, device=weight.device).bfloat16().float()
+    mantissa_values = _mantissas(1 if kind == "m1" else MANTISSAS, weight.device)
     grouped_importance = _grouped(importance.float()[None], group_size)  # [1, G, group_size]
     absmax = _absmax(_grouped(weight, group_size))  # [N, G]
     factors, exponents, choices = [], [], []
@@ -293,6 +298,14 @@ def _searched(
         found = _constrained(kind, factor, exponent, absmax, group_size)
     choice = torch.cat(choices) if len(books) > 1 else None
     return replace(found, books=books, choice=choice)
+
+
+@cache
+def _mantissas(count: int, device: torch.device) -> Tensor:
+    """The first of those that are searched, as bfloat16 has them, float32."""
+    mantissas = [2.0 ** (i / MANTISSAS) for i in range(count)]
+    with torch.inference_mode(False):  # made once; on a GPU it is a copy which waits
+        return torch.tensor(mantissas, device=device).bfloat16().float()
 
 
 def _costs(

@@ -177,20 +177,13 @@ def aim_at_original(weight: Tensor, curvature: Curvature, asymmetry: float) -> T
     return weight + asymmetry * pull.index_select(1, torch.argsort(order))
 
 
-def relative_error(
-    error: Tensor, weight: Tensor, hessian: Tensor | None, world: World = ALONE
-) -> float:
-    """`sqrt(tr(E H E^T) / tr(W H W^T))` for E, W `[N, K]`; H = I when absent; 0 for W = 0.
-
-    Processes of a `world` have some rows of E and W each.
-    """
-    whole = energy(weight, hessian, world)
-    return (energy(error, hessian, world) / whole) ** 0.5 if whole > 0 else 0.0
+def relative_error(error: Tensor, weight: Tensor, hessian: Tensor | None) -> float:
+    """`sqrt(tr(E H E^T) / tr(W H W^T))` for E, W `[N, K]`; H = I when absent; 0 for W = 0."""
+    energies = torch.stack([energy_here(error, hessian), energy_here(weight, hessian)])
+    return relative(*energies.tolist())
 
 
-def activation_error(
-    weight: Tensor, rounding: Tensor, hessian: Tensor, world: World = ALONE
-) -> float:
+def activation_error(weight: Tensor, rounding: Tensor, whole: float, world: World = ALONE) -> float:
     """What quantizing the activations alone costs the outputs, relative like `relative_error`.
 
     `sqrt(sum_k E[(x_k - x^_k)^2] |w_k|^2 / tr(W H W^T))`: roundings of different features are taken
@@ -199,20 +192,31 @@ def activation_error(
     Args:
         weight: `[N, K]`.
         rounding: `E[(x - x^)^2]`, `[K]`.
-        hessian: `[K, K]`.
+        whole: `tr(W H W^T)`, the energy of the weight.
         world: processes that all have these; each takes some rows of the weight.
     """
     share = world.share(len(weight))
     weight = weight[share.here].float()
-    whole = energy(weight, hessian, share.world)
     lost = float((weight.square().sum(0) * rounding).sum(dtype=torch.float64))
-    lost = share.world.total(lost)
-    return (lost / whole) ** 0.5 if whole > 0 else 0.0
+    return relative(share.world.total(lost), whole)
 
 
 def energy(matrix: Tensor, hessian: Tensor | None, world: World = ALONE) -> float:
     """`tr(M H M^T)` for M `[N, K]`, of which processes have some rows each; H = I when absent."""
+    return max(world.total(float(energy_here(matrix, hessian))), 0.0)
+
+
+def energy_here(matrix: Tensor, hessian: Tensor | None) -> Tensor:
+    """The same of the rows at hand, float64 `[]`: nobody has waited for a GPU that computes it.
+
+    By rounding it may lie below 0.
+    """
     with tensor_cores():
         weighted = matrix if hessian is None else matrix @ hessian
     rows = (weighted * matrix).sum(1)  # in float64 from here on: all elements in it would be a copy
-    return max(world.total(float(rows.sum(dtype=torch.float64))), 0.0)
+    return rows.sum(dtype=torch.float64)
+
+
+def relative(lost: float, whole: float) -> float:
+    """What a lost energy is of a whole one, as a ratio of sizes; 0 where there is nothing."""
+    return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0

@@ -6,7 +6,9 @@ in the Hessian's metric the same rank gives back more of the error that the outp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -58,44 +60,93 @@ def fit(
     iteration with a fixed seed (Halko et al., arXiv:0909.4061, algorithm 4.4).
 
     With a `share` the error is its rows; every process gets all of B and A. `start` is what B was
-    (`[n, r]`, the share's rows) for an error much like this one.
+    (`[n, r]`, the share's rows) for an error much like this one. A GPU is waited for once, or twice
+    where columns of a basis depend on one another, as with an error of low rank.
     """
     share = share or ALONE.share(len(error))
-    sum_ = share.world.sum_
     width = min(rank + OVERSAMPLING, share.total, error.shape[1])
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(share.total, width, generator=generator)[share.here].to(error)
+    at_first = _random(share.total, width, error.device)[share.here].to(error.dtype)
     if start is not None:
-        basis[:, : start.shape[1]] = start.to(basis)
-    for _ in range(ITERATIONS if start is None else ITERATIONS_AGAIN):
-        back = sum_(error.t() @ _orthonormal(basis, share))  # [K, width]
+        at_first = torch.cat([start.to(at_first), at_first[:, start.shape[1] :]], dim=1)
+    iterations = ITERATIONS if start is None else ITERATIONS_AGAIN
+
+    cholesky = _Cholesky(share)
+    basis, inner, gram = _leading(error, hessian, share, at_first, iterations, cholesky)
+    gram = torch.where(cholesky.held(), gram, torch.nan).cpu()  # here a GPU is waited for
+    # All processes go one way: what is factorized are sums over them, the same bits in each.
+    if not bool(gram.isfinite().all()):
+        householder = partial(_householder, share=share)
+        basis, inner, gram = _leading(error, hessian, share, at_first, iterations, householder)
+        gram = gram.cpu()
+    # So small a matrix is the CPU's. Those of other hosts may find other signs, so one decides.
+    gram = (gram + gram.t()).double() / 2
+    leading = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank].to(error)  # of the largest
+    leading = share.world.send_(leading.contiguous(), 0)
+    return share.gather(basis @ leading), leading.t() @ inner
+
+
+@lru_cache(maxsize=8)
+def _random(rows: int, width: int, device: torch.device) -> Tensor:
+    """Normally distributed float32 `[rows, width]`, kept: they take the CPU long."""
+    with torch.inference_mode(False):
+        return torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _leading(
+    error: Tensor,
+    hessian: Tensor | None,
+    share: Share,
+    basis: Tensor,
+    iterations: int,
+    orthonormal: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An orthonormal basis Q `[n, w]` of where E H E^T is large, `Q^T E` and `Q^T E H E^T Q`."""
+    sum_ = share.world.sum_
+    for _ in range(iterations):
+        back = sum_(error.t() @ orthonormal(basis))  # [K, w]
         basis = error @ (back if hessian is None else hessian @ back)
-    basis = _orthonormal(basis, share)
-    inner = sum_(basis.t() @ error)  # [width, K]
-    gram = (inner if hessian is None else inner @ hessian) @ inner.t()
-    vectors = torch.linalg.eigh((gram + gram.t()) / 2).eigenvectors  # ascending
-    B = basis @ vectors[:, -rank:].flip(1)
-    return share.gather(B), sum_(B.t() @ error)
+    basis = orthonormal(orthonormal(basis))  # to the last bit now
+    inner = sum_(basis.t() @ error)  # [w, K]
+    return basis, inner, (inner if hessian is None else inner @ hessian) @ inner.t()
 
 
-def _orthonormal(basis: Tensor, share: Share) -> Tensor:
-    """An orthonormal basis `[N, w]` of what the columns of a float32 matrix, w << N, span.
+class _Cholesky:
+    """Makes bases orthonormal by the Cholesky factorizations of their Gram matrices, in float64.
 
-    By the Cholesky factorization of its Gram matrix, in float64 and twice, as the first time leaves
-    an error of the square of the condition (Yamamoto et al., "Roundoff error analysis of the
-    CholeskyQR2 algorithm", ETNA 44, 2015). On a GPU that takes a fraction of the time of
-    Householder's reflections, which are for columns that depend on one another.
+    On a GPU that takes a fraction of the time of Householder's reflections, which are for columns
+    that depend on one another, and it need not be waited for: whether the factorizations held is
+    asked when all are done. Once leaves an error of the square of the condition, twice does not
+    (Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA 44, 2015).
     """
-    wide = basis.double()
-    for _ in range(2):
-        gram = share.world.sum_(wide.t() @ wide)
-        sizes = gram.diagonal().sqrt()
-        lower, failed = torch.linalg.cholesky_ex(gram / sizes / sizes[:, None])
-        if bool(failed) or not bool(lower.diagonal().amin() >= DEPENDENT):  # NaN for zeros
-            found: Tensor = torch.linalg.qr(share.gather(basis)).Q[share.here]
-            return found
-        wide = torch.linalg.solve_triangular(lower.t(), wide / sizes, upper=True, left=False)
-    return wide.to(basis.dtype)
+
+    def __init__(self, share: Share) -> None:
+        """Of matrices of which these are the rows."""
+        self._share = share
+        self._sizes: list[Tensor] = []
+        self._kept: list[Tensor] = []
+        self._failed: list[Tensor] = []
+
+    def __call__(self, basis: Tensor) -> Tensor:
+        """A basis `[n, w]` of what the columns of a float32 matrix `[n, w]`, w << N, span."""
+        wide = basis.double()
+        gram = self._share.world.sum_(wide.t() @ wide)
+        lower, failed = torch.linalg.cholesky_ex(gram)
+        self._sizes.append(gram.diagonal())  # the squares of what the columns measure
+        self._kept.append(lower.diagonal())
+        self._failed.append(failed)
+        found: Tensor = torch.linalg.solve_triangular(lower.t(), wide, upper=True, left=False)
+        return found.to(basis.dtype)
+
+    def held(self) -> Tensor:
+        """Whether no column depended on those before it, bool `[]`: not for NaN, nor for zeros."""
+        alone = torch.stack(self._kept) > DEPENDENT * torch.stack(self._sizes).sqrt()
+        return alone.all() & (torch.stack(self._failed) == 0).all()
+
+
+def _householder(basis: Tensor, share: Share) -> Tensor:
+    """An orthonormal basis `[n, w]` that spans a matrix's columns, however they depend."""
+    found: Tensor = torch.linalg.qr(share.gather(basis)).Q[share.here]
+    return found
 
 
 def encode(B: Tensor, A: Tensor, form: FactorFormat) -> Factors:

@@ -80,8 +80,8 @@ def energies_left(
     factors = lorc.encode(*lorc.fit(error, hessian, rank, share), form)
     B, A = factors.B.float(), factors.inner()
     seen = A.t() if hessian is None else hessian @ A.t()  # [K, r]
-    gained = share.world.sum_((B[share.here].t() @ (error @ seen)).double().diagonal())
-    cost = (B.t() @ B).double() * (A @ seen).double()
+    gained = share.world.sum_((B[share.here].t() @ (error @ seen)).double().diagonal()).cpu()
+    cost = ((B.t() @ B).double() * (A @ seen).double()).cpu()
     whole = energy(error, hessian, share.world)
     left = [whole - 2 * float(gained[:r].sum()) + float(cost[:r, :r].sum()) for r in ranks]
     return [max(one, 0.0) for one in left]

@@ -17,7 +17,7 @@ from zqfp_convert.parallel import ALONE, Share, World
 from zqfp_convert.quantize import lorc, ranks
 from zqfp_convert.quantize.descent import descend, optimum
 from zqfp_convert.quantize.gptq import gptq
-from zqfp_convert.quantize.hessian import Curvature, aim_at_original, relative_error
+from zqfp_convert.quantize.hessian import Curvature, aim_at_original, energy_here, relative
 from zqfp_convert.quantize.lorc import Factors
 from zqfp_convert.quantize.tensor_cores import tensor_cores
 from zqfp_convert.recipe import Recipe
@@ -38,6 +38,8 @@ class QuantizedWeight:
         output_error: the same weighted with the Hessian, so of the layer's outputs; None without.
         doubt: what each element would be if it were not rounded and all others were, float32
             `[N, K]`; None unless the recipe goes on from there.
+        output_energy: `tr(W H W^T)` of the original weight W, to which `output_error` is relative;
+            None without.
     """
 
     codes: Tensor
@@ -46,6 +48,7 @@ class QuantizedWeight:
     weight_error: float
     output_error: float | None
     doubt: Tensor | None = None
+    output_energy: float | None = None
 
     def dequantize(self) -> Tensor:
         """The float32 weight `[N, K]` that it stands for, low-rank compensation included."""
@@ -106,7 +109,8 @@ def _round_by_rows(weight: Tensor, recipe: Recipe) -> QuantizedWeight:
         lost += _energy(W - coded.quantized)
         whole += _energy(W)
     error = (lost / whole) ** 0.5 if whole > 0 else 0.0
-    return QuantizedWeight(codes, scales.stack(chosen), None, error, None)
+    grid = scales.stack(chosen)
+    return QuantizedWeight(codes, replace(grid, raised=int(grid.raised)), None, error, None)
 
 
 def _energy(rows: Tensor) -> float:
@@ -232,22 +236,28 @@ def _finished(
     error = W - quantized
     if factors is not None:
         error -= factors.product(share.here)
+    metrics = [None] if hessian is None else [None, hessian]
+    numbers = [energy_here(matrix, metric) for metric in metrics for matrix in (error, W)]
+    numbers.append(torch.zeros_like(numbers[0]) + chosen.raised)
+    # All that is asked of a GPU at once, as it stands idle while somebody who has waited goes on.
+    lost, whole, *of_outputs, raised = share.world.sum_(torch.stack(numbers)).tolist()
     return QuantizedWeight(
         share.gather(codes),
-        _whole(scales.canonical(codes, chosen), share),
+        _whole(scales.canonical(codes, chosen), round(raised), share),
         factors,
-        relative_error(error, W, None, share.world),
-        None if hessian is None else relative_error(error, W, hessian, share.world),
+        relative(lost, whole),
+        relative(*of_outputs) if of_outputs else None,
         None if doubt is None else share.gather(doubt),
+        of_outputs[1] if of_outputs else None,
     )
 
 
-def _whole(chosen: Scales, share: Share) -> Scales:
-    """The scales of all rows."""
+def _whole(chosen: Scales, raised: int, share: Share) -> Scales:
+    """The scales of all rows, with what has been counted in all."""
     return replace(
         chosen,
         factor=share.gather(chosen.factor),
         exponent=share.gather(chosen.exponent),
-        raised=round(share.world.total(chosen.raised)),
+        raised=raised,
         choice=None if chosen.choice is None else share.gather(chosen.choice),
     )
