@@ -14,12 +14,14 @@ from zqfp_convert.distill import memory as tuning_memory
 from zqfp_convert.distill.train import TOKENS_AT_ONCE as COMPARED_AT_ONCE
 from zqfp_convert.model.configured import configured
 from zqfp_convert.model.device import compute_dtype
+from zqfp_convert.quantize.hessian import SLICE
 
 if TYPE_CHECKING:
     from zqfp_convert.plan.plan import Plan
 
 TOGETHER = 1 << 27  # weights of one input, at most, that are solved at once
 SOLVERS_COPIES = 7  # of a weight: target, values, errors, and what each step makes of them
+TARGETS_COPIES = 3  # of a weight, while its target is found
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # of a calibration batch
 INPUTS = 6  # float32 copies of a batch at the widest linear: as it is, quantized, what that loses
 ROUNDED = 3.5  # bytes a weight that codes take while a layer is packed and checked
@@ -34,9 +36,11 @@ ALWAYS = 12 << 20  # slices that are rounded, heaps of threads, journal and mani
 def solving_bytes(plan: Plan) -> int:
     """What solving takes beside a layer's Hessian and one more matrix of its size.
 
-    First two more of them, while the Hessian is factorized; then copies of the weight in float32.
+    First some rows of the Hessian, while it is factorized; with a target of its own for the weight
+    one more matrix, the factor, and copies of the weight in float32; then more copies of that, and
+    the factor in the place of the other matrix.
     """
-    calibrated = plan.recipe.needs_calibration
+    calibrated, crossed = plan.recipe.needs_calibration, plan.recipe.asymmetry > 0
     widest = max(layer.columns for block in plan.layers for layer in block)
     most = 0
     for block in plan.layers:
@@ -44,10 +48,15 @@ def solving_bytes(plan: Plan) -> int:
         for layer in block:
             weights[layer.place.rpartition(".")[0], layer.columns].append(layer.weights)
         for (_, columns), each in weights.items():
-            at_once = max(max(each), min(sum(each), TOGETHER)) if calibrated else max(each)
+            if not calibrated:
+                most = max(most, SOLVERS_COPIES * max(each))
+                continue
+            at_once = max(max(each), min(sum(each), TOGETHER))
+            aiming = columns**2 + TARGETS_COPIES * at_once if crossed else 0
+            factorizing = min(SLICE, columns) * columns
             # What a narrower input's matrices leave of those of the widest input is free.
-            free = 2 * (widest**2 - columns**2) if calibrated else 0
-            most = max(most, SOLVERS_COPIES * at_once - free, 2 * columns**2 * calibrated)
+            free = 2 * (widest**2 - columns**2)
+            most = max(most, max(SOLVERS_COPIES * at_once, aiming + factorizing) - free)
     return 4 * most
 
 
