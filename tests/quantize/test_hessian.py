@@ -14,6 +14,8 @@ from zqfp_convert.quantize.hessian import (
     HessianSum,
     activation_error,
     aim_at_original,
+    energies,
+    energy,
     prepare,
     relative_error,
 )
@@ -250,6 +252,15 @@ def test_relative_error() -> None:
     assert relative_error(weight, weight, hessian) == pytest.approx(1)
 
 
+def test_energies() -> None:
+    one, other = normal(6, 12), normal(3, 12, seed=1)
+    hessian = hessian_of(correlated(50, 12))
+    wanted = [float(((m.double() @ hessian.double()) * m).sum()) for m in (one, other)]
+    assert energies([one, other], hessian) == pytest.approx(wanted, rel=1e-5)
+    assert energy(other, hessian) == pytest.approx(wanted[1], rel=1e-5)
+    assert energies([one], None) == pytest.approx([float(one.double().square().sum())])
+
+
 def test_relative_error_where_there_is_nothing() -> None:
     zero, one = torch.zeros(2, 3), torch.ones(2, 3)
     assert relative_error(zero, zero, None) == 0
@@ -268,11 +279,12 @@ def test_the_error_of_activations() -> None:
     weight = torch.randn(48, 64, generator=generator)
     seen = fp8.simulate(x)
     rounding = (x - seen).square().mean(0)
-    found = activation_error(weight, rounding, seen.t() @ seen / len(seen))
+    whole = energy(weight, seen.t() @ seen / len(seen))
+    found = activation_error(weight, rounding, whole)
     want = ((x - seen) @ weight.t()).norm() / (seen @ weight.t()).norm()
     assert 0.01 < want < 0.04
     assert found == pytest.approx(float(want), rel=0.03)
-    assert activation_error(torch.zeros(4, 64), rounding, torch.eye(64)) == 0
+    assert activation_error(torch.zeros(4, 64), rounding, 0.0) == 0
 
 
 def test_panels_sum_up_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

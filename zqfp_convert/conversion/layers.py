@@ -89,8 +89,9 @@ class Layers:
             spend = together is stages[-1]
             found = self.solve(index, members, weights, curvature, world, spend=spend)
             for place, linear, solved in zip(together, linears, found, strict=True):
-                weight = weight_matrix(linear)
-                lost = activation_error(weight, moments.rounding, moments.hessian, world)
+                weight, whole = weight_matrix(linear), solved.output_energy
+                assert whole is not None  # there is a Hessian
+                lost = activation_error(weight, moments.rounding, whole, world)
                 self.entries[layers[place].disk]["activation_error"] = lost
                 quantized[place] = self.put(student, layers[place], solved)
 

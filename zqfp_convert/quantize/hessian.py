@@ -5,7 +5,7 @@ Linears that share their input share one `Curvature`: its factorization is done 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -173,13 +173,10 @@ def relative_error(
 
     Processes of a `world` have some rows of E and W each.
     """
-    whole = energy(weight, hessian, world)
-    return (energy(error, hessian, world) / whole) ** 0.5 if whole > 0 else 0.0
+    return root_of_share(*energies([error, weight], hessian, world))
 
 
-def activation_error(
-    weight: Tensor, rounding: Tensor, hessian: Tensor, world: World = ALONE
-) -> float:
+def activation_error(weight: Tensor, rounding: Tensor, whole: float, world: World = ALONE) -> float:
     """What quantizing the activations alone costs the outputs, relative like `relative_error`.
 
     `sqrt(sum_k E[(x_k - x^_k)^2] |w_k|^2 / tr(W H W^T))`: roundings of different features are taken
@@ -188,20 +185,35 @@ def activation_error(
     Args:
         weight: `[N, K]`.
         rounding: `E[(x - x^)^2]`, `[K]`.
-        hessian: `[K, K]`.
+        whole: `tr(W H W^T)`.
         world: processes that all have these; each takes some rows of the weight.
     """
     share = world.share(len(weight))
     weight = weight[share.here].float()
-    whole = energy(weight, hessian, share.world)
     lost = float((weight.square().sum(0) * rounding).sum(dtype=torch.float64))
-    lost = share.world.total(lost)
-    return (lost / whole) ** 0.5 if whole > 0 else 0.0
+    return root_of_share(share.world.total(lost), whole)
+
+
+def root_of_share(part: float, whole: float) -> float:
+    """Of energies: the root of what the part is of the whole; 0 for a whole of 0."""
+    return (part / whole) ** 0.5 if whole > 0 else 0.0
 
 
 def energy(matrix: Tensor, hessian: Tensor | None, world: World = ALONE) -> float:
     """`tr(M H M^T)` for M `[N, K]`, of which processes have some rows each; H = I when absent."""
+    return energies([matrix], hessian, world)[0]
+
+
+def energies(
+    matrices: Sequence[Tensor], hessian: Tensor | None, world: World = ALONE
+) -> list[float]:
+    """`energy` of each matrix, for which a GPU is waited for once."""
+    found = torch.stack([_energy(matrix, hessian) for matrix in matrices])
+    return [max(float(one), 0.0) for one in world.sum_(found).tolist()]
+
+
+def _energy(matrix: Tensor, hessian: Tensor | None) -> Tensor:
     with tensor_cores():
         weighted = matrix if hessian is None else matrix @ hessian
     rows = (weighted * matrix).sum(1)  # in float64 from here on: all elements in it would be a copy
-    return max(world.total(float(rows.sum(dtype=torch.float64))), 0.0)
+    return rows.sum(dtype=torch.float64)

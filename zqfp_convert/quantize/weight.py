@@ -17,7 +17,13 @@ from zqfp_convert.parallel import ALONE, Share, World
 from zqfp_convert.quantize import lorc, ranks
 from zqfp_convert.quantize.descent import descend, optimum
 from zqfp_convert.quantize.gptq import gptq
-from zqfp_convert.quantize.hessian import Curvature, aim_at_original, relative_error
+from zqfp_convert.quantize.hessian import (
+    Curvature,
+    aim_at_original,
+    energies,
+    relative_error,
+    root_of_share,
+)
 from zqfp_convert.quantize.lorc import Factors
 from zqfp_convert.quantize.tensor_cores import tensor_cores
 from zqfp_convert.recipe import Recipe
@@ -38,6 +44,8 @@ class QuantizedWeight:
         output_error: the same weighted with the Hessian, so of the layer's outputs; None without.
         doubt: what each element would be if it were not rounded and all others were, float32
             `[N, K]`; None unless the recipe goes on from there.
+        output_energy: `tr(W H W^T)` of the weight as it was, what `output_error` is relative to;
+            None without.
     """
 
     codes: Tensor
@@ -46,6 +54,7 @@ class QuantizedWeight:
     weight_error: float
     output_error: float | None
     doubt: Tensor | None = None
+    output_energy: float | None = None
 
     def dequantize(self) -> Tensor:
         """The float32 weight `[N, K]` that it stands for, low-rank compensation included."""
@@ -232,13 +241,17 @@ def _finished(
     error = W - quantized
     if factors is not None:
         error -= factors.product(share.here)
+    lost = whole = None
+    if hessian is not None:
+        lost, whole = energies([error, W], hessian, share.world)
     return QuantizedWeight(
         share.gather(codes),
         _whole(scales.canonical(codes, chosen), share),
         factors,
         relative_error(error, W, None, share.world),
-        None if hessian is None else relative_error(error, W, hessian, share.world),
+        None if lost is None or whole is None else root_of_share(lost, whole),
         None if doubt is None else share.gather(doubt),
+        whole,
     )
 
 
