@@ -10,10 +10,10 @@ import torch
 from architectures import ARCHITECTURES, configuration, random_model, token_ids, write_model
 
 import zqfp_convert
-from zqfp_convert.calibration.halfway import halfway
+from zqfp_convert.calibration.halfway import halfway, shortcut
 from zqfp_convert.calibration.stages import trace
 from zqfp_convert.calibration.stream import Entrance, Stream
-from zqfp_convert.conversion import work
+from zqfp_convert.conversion import passage
 from zqfp_convert.model.blocks import find_blocks, linears
 
 # Attention and feed-forward start from the same states, or attention adds the states by itself.
@@ -32,8 +32,11 @@ def test_the_rest_of_a_block_makes_the_same_of_states_that_have_moved(arch: str)
     left = [name for stage in stages[2:] for name in stage]
     place = halfway(block, done, left, call, stream.hidden[0])
     assert (place is None) == (arch in NOWHERE)
+    assert halfway(block, [], list(dict(linears(block))), call, stream.hidden[0]) is None
     assert halfway(block, stages[0], [*stages[1], *left], call, stream.hidden[0]) is None
+    assert shortcut(place, block, stages[0], call, stream.hidden[0]) is None if place else True
     if place is not None:
+        assert shortcut(place, block, stages[1], call, stream.hidden[0]) is not None
         with place.moves(block, stream, 0):
             call.run(block, stream.hidden[0])
         place.leave(block)
@@ -46,18 +49,30 @@ def test_a_conversion_has_the_same_bytes_without(
     arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_model(tmp_path / "model", arch)
-    moved = []
+    moved, shorter = [], []
 
     def watched(*args: object) -> object:
         moved.append(halfway(*args))  # type: ignore[arg-type]
         return moved[-1]
 
+    def watched_too(*args: object) -> object:
+        shorter.append(shortcut(*args))  # type: ignore[arg-type]
+        return shorter[-1]
+
     hashes = []
-    for name, found in (("with", watched), ("without", lambda *args: None)):
-        monkeypatch.setattr(work, "halfway", found)
+    for name, place, way in (
+        ("both", watched, watched_too),
+        ("a place", watched, lambda *args: None),
+        ("nothing", lambda *args: None, None),
+    ):
+        monkeypatch.setattr(passage, "halfway", place)
+        monkeypatch.setattr(passage, "shortcut", way)
+        monkeypatch.setattr(passage.Passage, "_room", lambda *args: True)
         out = tmp_path / name
         zqfp_convert.convert(tmp_path / "model", out, samples=4, seq_len=16, rank=2)
         files = sorted(out.glob("*.safetensors"))
         hashes.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
     assert any(moved)
-    assert hashes[0] == hashes[1]
+    assert any(shorter)
+    assert not any(one.inputs for one in shorter if one)
+    assert hashes[0] == hashes[1] == hashes[2]

@@ -13,6 +13,7 @@ from dequantized import seen
 from torch import Tensor, nn
 
 from zqfp_convert.calibration import stages
+from zqfp_convert.calibration.halfway import Moves, halfway
 from zqfp_convert.calibration.stages import statistics, trace
 from zqfp_convert.calibration.stream import Call, Entrance, Stream
 from zqfp_convert.errors import SourceError
@@ -143,3 +144,24 @@ def test_what_is_done_with_is_gone_while_a_block_runs(monkeypatch: pytest.Monkey
     name = list(linears(block))[-1][0]
     statistics([name], copy.deepcopy(block), stream, block, stream, entrance.calls(0))
     assert waiting == [0, 1, 0, 1]  # the student's and the teacher's turn, for each batch
+
+
+@torch.no_grad()
+def test_the_original_moves_on_behind_a_stage_and_gives_the_same() -> None:
+    blocks, entrance, stream = block_of("llama", [token_ids(2), token_ids(1, seed=9)])
+    block, calls, ids = blocks.modules[0], entrance.calls(0), list(stream.hidden)
+    order = trace(block, [name for name, _ in linears(block)], calls(0), ids[0])
+    done, left = [n for s in order[:2] for n in s], [n for s in order[2:] for n in s]
+    ahead = halfway(block, done, left, calls(0), ids[0])
+    assert ahead is not None
+    teacher, original = copy.deepcopy(block), Stream(list(ids))
+    streams = (block, stream, teacher, original)
+    want = statistics(order[1], *streams, calls)
+    have = statistics(order[1], *streams, calls, moves=Moves(ahead=ahead))
+    behind = statistics(order[2], *streams[:2], copy.deepcopy(block), Stream(list(ids)), calls)
+    ahead.leave(teacher)
+    moved = statistics(order[2], *streams, calls)
+    for one, other in zip((*want, *behind), (*have, *moved), strict=True):
+        assert torch.equal(one, other)
+    assert not any(torch.equal(a, b) for a, b in zip(original.hidden, ids, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(stream.hidden, ids, strict=True))

@@ -57,7 +57,8 @@ def part(
 
 def close(found: Tensor, wanted: np.ndarray) -> bool:
     """But for the odd value that lies on a tie and takes its row with it."""
-    rows = np.isclose(found.double().cpu().numpy(), wanted, rtol=1e-4, atol=1e-5).all(1)
+    atol = 2e-3 if found.is_cuda else 1e-5  # products of earlier columns are in TF32 there
+    rows = np.isclose(found.double().cpu().numpy(), wanted, rtol=1e-4, atol=atol).all(1)
     return bool(rows.mean() > 0.9)
 
 

@@ -21,7 +21,7 @@ from zqfp_convert.numerics import codebook
 from zqfp_convert.numerics.kernels.books import bounds
 from zqfp_convert.numerics.kernels.search import _costs
 from zqfp_convert.numerics.kernels.simulate import _simulate
-from zqfp_convert.quantize.kernels.columns import ROWS, STEPS, _settle
+from zqfp_convert.quantize.kernels.columns import EARLIER, ROWS, STEPS, _settle
 
 def assembly(function, pointers, constants, warps):
     names = [name for name in function.arg_names if name not in constants]
@@ -38,7 +38,8 @@ books = {"ABOVE": above, "RISES": rises, "PAIR": True}
 floats = dict.fromkeys(["block", "moves", "coupling", "step", "marks"], "*fp32")
 found = {}
 for descent in (False, True):
-    constants = {"ROWS": ROWS, "STEPS": STEPS, "DESCENT": descent, **books}
+    constants = {"ROWS": ROWS, "STEPS": STEPS, "EARLIER": EARLIER, "WHOLE": True}
+    constants |= {"DESCENT": descent, **books}
     found[f"settle {descent}"] = assembly(_settle, floats, constants, 1)
 pointers = dict.fromkeys(["groups", "importance", "mantissas", "costs"], "*fp32")
 pointers |= {"exponents": "*i32", "seconds": "*u8"}

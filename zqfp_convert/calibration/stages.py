@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from zqfp_convert.calibration.halfway import Halfway
+from zqfp_convert.calibration.halfway import NOWHERE, Halfway, Moves
 from zqfp_convert.calibration.stream import Call, Stream, inputs_of, stop_at
 from zqfp_convert.errors import SourceError
 from zqfp_convert.numerics import fp8
@@ -42,7 +41,7 @@ def statistics(
     calls: Calls,
     *,
     last: bool = False,
-    place: Halfway | None = None,
+    moves: Moves = NOWHERE,
     world: World = ALONE,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """H and C of the input that the linears of a stage share, and what FP8 costs each feature.
@@ -51,7 +50,7 @@ def statistics(
     the block with all earlier stages quantized, on hidden states that came through the quantized
     blocks before; the teacher the original block on the original's hidden states. Without a teacher
     there is no C. With the `last` stage of a block the teacher's batches move through the block,
-    which is run anyway; with a `place` in it those of both move there. Processes of a `world` have
+    which is run anyway; where both move within the block, `moves` says. Processes of a `world` have
     batches of their own, and get what all have seen.
 
     Raises:
@@ -64,8 +63,10 @@ def statistics(
     with world.attempt():
         for index, hidden in enumerate(student_stream.hidden):
             call = calls(index)
-            with place.moves(student, student_stream, index) if place else nullcontext():
+            with moves.of_student(student, student_stream, index):
                 exact = _input(student, name, call, hidden)
+            if moves.keep is not None:
+                moves.keep.append(exact)
             seen = fp8.simulate(exact)
             missing = (exact - seen).flatten(0, -2)
             lost = torch.linalg.vector_norm(missing, dim=0, dtype=torch.float32)
@@ -73,8 +74,8 @@ def statistics(
             del exact, missing  # else they are here while the original is computed
             original = None
             if teacher is not None and teacher_stream is not None:
-                with place.moves(teacher, teacher_stream, index) if place else nullcontext():
-                    original = _original(teacher, name, call, teacher_stream, index, last=last)
+                at = (teacher, name, call, teacher_stream, index)
+                original = _original(*at, last=last, ahead=moves.ahead)
             if total is None:
                 cross = teacher is not None
                 total = HessianSum(seen.shape[-1], cross=cross, device=features.device)
@@ -109,14 +110,26 @@ def _finite(matrix: Tensor) -> bool:
 
 
 def _original(
-    teacher: nn.Module, name: str, call: Call, stream: Stream, index: int, *, last: bool
+    teacher: nn.Module,
+    name: str,
+    call: Call,
+    stream: Stream,
+    index: int,
+    *,
+    last: bool,
+    ahead: Halfway | None,
 ) -> Tensor:
-    if not last:
+    if not last and ahead is None:
         return _input(teacher, name, call, stream.hidden[index])
-    assert stream.moved == index
     seen: dict[str, Tensor] = {}
     with inputs_of({name: teacher.get_submodule(name)}, seen):
-        stream.move(teacher, call)
+        if ahead is None:
+            assert stream.moved == index
+            stream.move(teacher, call)
+        else:
+            child = teacher.get_submodule(ahead.entrance)
+            with ahead.moves(teacher, stream, index), stop_at(child):
+                call.run(teacher, stream.hidden[index])
     return seen[name]
 
 

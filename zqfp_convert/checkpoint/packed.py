@@ -121,10 +121,15 @@ class PackedLayer:
         weight, product = self.dequantize(), self.lorc_product()
         return weight if product is None else weight + product
 
-    def to(self, device: torch.device) -> PackedLayer:
-        """The same with its tensors on another device."""
+    def to(self, device: torch.device, *, wait: bool = True) -> PackedLayer:
+        """The same with its tensors on another device.
+
+        Without `wait` those that go from a GPU to the CPU are there, in locked memory, when the
+        GPU's current stream has come so far.
+        """
         parts: dict[str, Any] = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **{key: value.to(device) for key, value in parts.items()})
+        moved = {key: value.to(device, non_blocking=not wait) for key, value in parts.items()}
+        return replace(self, **moved)
 
     def check(self) -> None:
         """Hold the layer to every rule of the format on values.

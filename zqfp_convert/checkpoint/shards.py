@@ -7,8 +7,9 @@ a process holds is what it has asked for, and not what it has looked at in mappe
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -43,7 +44,8 @@ DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 MOST_AT_ONCE = 1 << 30  # bytes that the system is asked for
-PIECE = 32 << 20  # bytes that go to a GPU at a time
+PIECE = 16 << 20  # bytes that go to a GPU at a time
+PIECES = 4
 
 
 @dataclass(frozen=True)
@@ -144,18 +146,32 @@ def _read(file: FileIO, name: str, info: TensorInfo, device: torch.device | str 
 
 
 def _copy(file: FileIO, target: Tensor, name: str, info: TensorInfo) -> None:
-    """Fill bytes on a GPU, through two pieces of host memory that it can read by itself."""
-    size = min(PIECE, max(1, len(target)))
+    """Fill bytes on a GPU, through pieces of host memory that it can read by itself.
+
+    Some threads fill them; one copies no more than 3 GB/s out of the system's cache.
+    """
     cuda: Any = torch.cuda
-    with cuda.device(target.device):  # whose stream the events have to be recorded in
-        pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        copied = [cuda.Event(), cuda.Event()]
-        for number, part in enumerate(torch.split(target, PIECE)):
-            piece, event = pieces[number % 2][: len(part)], copied[number % 2]
-            event.synchronize()
-            _fill(file, piece, name, info)
-            part.copy_(piece, non_blocking=True)
-            event.record()
+    parts = torch.split(target, PIECE)
+    count = min(PIECES, len(parts))
+    with cuda.device(target.device), ThreadPoolExecutor(count, "fill") as pool:  # of its stream
+        size = min(PIECE, max(1, len(target)))
+        pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(count)]
+        copied = [cuda.Event() for _ in range(count)]
+
+        def fill(number: int) -> Tensor:
+            copied[number % count].synchronize()
+            piece = pieces[number % count][: len(parts[number])]
+            with Path(file.name).open("rb", buffering=0) as own:  # it has a place of its own
+                own.seek(info.start + number * PIECE)
+                _fill(own, piece, name, info)
+            return piece
+
+        filling = deque(pool.submit(fill, number) for number in range(count))
+        for number, part in enumerate(parts):
+            part.copy_(filling.popleft().result(), non_blocking=True)
+            copied[number % count].record()
+            if number + count < len(parts):
+                filling.append(pool.submit(fill, number + count))
 
 
 def _fill(file: FileIO, target: Tensor, name: str, info: TensorInfo) -> None:

@@ -105,6 +105,7 @@ class Layers:
         """Get what other processes have quantized of linears; all put in all, in the same order."""
         if self.world.size == 1:
             return
+        self.arrived()
         own = [place for place in places if place in quantized]
         device = self.plan.device
         packed = {n: t for place in own for n, t in quantized[place].tensors().items()}
@@ -209,10 +210,18 @@ class Layers:
         return QuantizedWeight(here.codes(), here.scales(), factors, 0.0, None)
 
     def put(self, student: nn.Module, layer: PlannedLayer, solved: QuantizedWeight) -> PackedLayer:
-        """Put a quantized linear into a block; returns it as it lies on disk, on the CPU."""
+        """Put a quantized linear into a block; returns it as it lies on disk, on the CPU.
+
+        Its bytes are there after `arrived`.
+        """
         packed = packed_layer(layer, solved)
         self.simulate(student, layer, packed)
-        return packed.to(torch.device("cpu"))
+        return packed.to(torch.device("cpu"), wait=False)
+
+    def arrived(self) -> None:
+        """Wait until all that `put` has returned is there."""
+        if self.plan.device.type == "cuda":
+            torch.cuda.current_stream(self.plan.device).synchronize()
 
     def simulate(self, student: nn.Module, layer: PlannedLayer, packed: PackedLayer) -> None:
         """Let a linear of a block do what its packed tensors, as they lie on disk, will do."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from zqfp_convert.calibration.balancing import Balanced
 from zqfp_convert.calibration.experts import Moments, arrivals
 from zqfp_convert.calibration.folding import Change
-from zqfp_convert.calibration.halfway import Halfway, halfway
 from zqfp_convert.calibration.stages import statistics, trace
 from zqfp_convert.calibration.stream import Call
 from zqfp_convert.checkpoint import layout
@@ -28,6 +27,7 @@ from zqfp_convert.conversion.batches import windows_at_once
 from zqfp_convert.conversion.block import fill, fill_outside, fold
 from zqfp_convert.conversion.experts import quantize_experts
 from zqfp_convert.conversion.layers import Layers, packed_layer
+from zqfp_convert.conversion.passage import Passage
 from zqfp_convert.conversion.rehearsal import choose_rotation
 from zqfp_convert.conversion.result import Progress
 from zqfp_convert.conversion.states import States
@@ -42,7 +42,7 @@ from zqfp_convert.model.experts import mixtures
 from zqfp_convert.model.head import Head
 from zqfp_convert.model.tokenizer import check_tokens
 from zqfp_convert.parallel import ALONE, OutOfMemory, World, lacking
-from zqfp_convert.plan import Plan, PlannedLayer, rotated
+from zqfp_convert.plan import Plan, rotated
 
 START = ".tuning_start"  # of the places that tuning starts from, beside a layer's packed tensors
 BATCH = "batch"  # in the journal: how many windows go through a block at once, from it on
@@ -273,6 +273,7 @@ class Work:
             }
         else:
             quantized, changes = self._calibrated(index, tensors)
+            self.layers.arrived()
             for change in changes:
                 name = self.layers.disk_name(prefix + change.name)
                 tensors[name] = change.value.cpu()
@@ -348,8 +349,8 @@ class Work:
         stages = self.world.agree(
             lambda: trace(student, traced, calls(0), states.student.hidden[0]) if traced else []
         )
-        moved = False
-        for stage in stages:
+        passage = Passage(plan, self.world, states, student, teacher, planned, calls)
+        for number, stage in enumerate(stages):
             for path in [place for place in stage if place in experts]:
                 with self.world.attempt():
                     batches = arrivals(
@@ -365,8 +366,9 @@ class Work:
                     entry["tokens"], entry["pooled"] = found.tokens, found.pooled
             linears = [place for place in stage if place not in experts]
             if linears:
-                mid = None if moved else self._place(stages, stage, student, planned, calls)
-                moved = moved or mid is not None
+                last = stage is stages[-1]
+                done = [place for each in stages[: number + 1] for place in each]
+                moves = passage.moves(done, linears, last=last)
                 shared_input = statistics(
                     linears,
                     student,
@@ -374,13 +376,11 @@ class Work:
                     teacher,
                     states.teacher,
                     calls,
-                    last=stage is stages[-1],
-                    place=mid,
+                    last=last,
+                    moves=moves,
                     world=self.world,
                 )
-                if mid is not None:
-                    for module in [student] if teacher is None else [student, teacher]:
-                        mid.leave(module)
+                passage.leave(moves)
                 moments = Moments(*shared_input, 0)
                 del shared_input  # two of the largest matrices there are
                 self.layers.solve_stages(
@@ -396,28 +396,6 @@ class Work:
             for place in one.linears:
                 self.layers.entries[planned[place].disk]["balanced"] = norm
         return quantized, changes
-
-    def _place(
-        self,
-        stages: list[list[str]],
-        stage: list[str],
-        student: nn.Module,
-        planned: dict[str, PlannedLayer],
-        calls: Callable[[int], Call],
-    ) -> Halfway | None:
-        """Where in a block hidden states move to with the statistics of a stage, if anywhere."""
-        states = self.states
-        assert states is not None
-        done = [place for earlier in stages[: stages.index(stage)] for place in earlier]
-        if not done or stage is stages[-1] or not states.alike:
-            return None
-        left = [place for place in planned if place not in done]
-        place = self.world.agree(
-            lambda: halfway(student, done, left, calls(0), states.student.hidden[0])
-        )
-        if place is not None:
-            states.leave_entrance()
-        return place
 
 
 def _check_enough(windows: int, processes: int) -> None:

@@ -1,6 +1,6 @@
 """What a conversion is going to do, take and leave alone, worked out before any work begins."""
 
-from zqfp_convert.plan.memory import TOGETHER, TOKENS_AT_ONCE, solving_bytes
+from zqfp_convert.plan.memory import TOGETHER, TOKENS_AT_ONCE, solving_bytes, spare_bytes
 from zqfp_convert.plan.plan import (
     Place,
     Plan,
@@ -22,4 +22,5 @@ __all__ = [
     "positions",
     "rotated",
     "solving_bytes",
+    "spare_bytes",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from zqfp_convert.model.device import compute_dtype
 from zqfp_convert.quantize.hessian import SLICE
 
 if TYPE_CHECKING:
-    from zqfp_convert.plan.plan import Plan
+    from zqfp_convert.plan.plan import Plan, PlannedLayer
 
 TOGETHER = 1 << 27  # weights of one input, at most, that are solved at once
 SOLVERS_COPIES = 7  # of a weight: target, values, errors, and what each step makes of them
@@ -40,24 +41,42 @@ def solving_bytes(plan: Plan) -> int:
     one more matrix, the factor, and copies of the weight in float32; then more copies of that, and
     the factor in the place of the other matrix.
     """
-    calibrated, crossed = plan.recipe.needs_calibration, plan.recipe.asymmetry > 0
-    widest = max(layer.columns for block in plan.layers for layer in block)
     most = 0
     for block in plan.layers:
         weights: dict[tuple[str, int], list[int]] = defaultdict(list)  # that may share an input
         for layer in block:
             weights[layer.place.rpartition(".")[0], layer.columns].append(layer.weights)
         for (_, columns), each in weights.items():
-            if not calibrated:
-                most = max(most, SOLVERS_COPIES * max(each))
-                continue
-            at_once = max(max(each), min(sum(each), TOGETHER))
-            aiming = columns**2 + TARGETS_COPIES * at_once if crossed else 0
-            factorizing = min(SLICE, columns) * columns
             # What a narrower input's matrices leave of those of the widest input is free.
-            free = 2 * (widest**2 - columns**2)
-            most = max(most, max(SOLVERS_COPIES * at_once, aiming + factorizing) - free)
-    return 4 * most
+            free = _left_by(plan, columns) if plan.recipe.needs_calibration else 0
+            most = max(most, _solving_together(plan, columns, each) - free)
+    return most
+
+
+def spare_bytes(plan: Plan, layers: Sequence[PlannedLayer]) -> int:
+    """What solving layers of one input leaves of the memory that the largest ones take.
+
+    Half of the memory for solving is left to the batches that go through a block meanwhile.
+    """
+    columns, most = layers[0].columns, solving_bytes(plan)
+    own = _solving_together(plan, columns, [layer.weights for layer in layers])
+    return _left_by(plan, columns) + min(most - own, most // 2)
+
+
+def _solving_together(plan: Plan, columns: int, weights: list[int]) -> int:
+    """What solving weights takes that may share an input, beside two matrices of that."""
+    if not plan.recipe.needs_calibration:
+        return 4 * SOLVERS_COPIES * max(weights)
+    at_once = max(max(weights), min(sum(weights), TOGETHER))
+    aiming = columns**2 + TARGETS_COPIES * at_once if plan.recipe.asymmetry > 0 else 0
+    factorizing = min(SLICE, columns) * columns
+    return 4 * max(SOLVERS_COPIES * at_once, aiming + factorizing)
+
+
+def _left_by(plan: Plan, columns: int) -> int:
+    """What the two matrices of an input leave of the memory for those of the widest input."""
+    widest = max(layer.columns for block in plan.layers for layer in block)
+    return 8 * (widest**2 - columns**2)
 
 
 def states_bytes(plan: Plan) -> int:

@@ -10,6 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -172,12 +173,14 @@ class Partial:
             path.parent.mkdir(exist_ok=True)
             save_file(contiguous, path, metadata={"format": "pt"})
             path.chmod(self._journal.path.stat().st_mode)  # the user's mask, as other files
-            sync(path)
+            with ThreadPoolExecutor(1, "digest") as thread:  # as slow as the disk
+                digest = thread.submit(sha256, path)
+                sync(path)
             sync(path.parent)
             return {
                 "file": file,
                 "size": path.stat().st_size,
-                "sha256": sha256(path),
+                "sha256": digest.result(),
                 "tensors": {name: tensor.nbytes for name, tensor in contiguous.items()},
                 "about": dict(about or {}),
             }

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
 from zqfp_convert.errors import OptionError, SourceError
+from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import is_transposed, put
 from zqfp_convert.model.experts import Experts
 from zqfp_convert.model.unfused import fuse, unfuse
@@ -52,6 +53,7 @@ class Packing:
         parts = PackedParts(checkpoint, torch.device("meta"), model=model, headless=not whole)
         self._parts: PackedParts | None = parts
         self._places, self._shared = dict(parts.names.to_model), parts.names.shared
+        self._dtypes = _renamed_dtypes(model, self._places)
         self._transposed = set()
         for name in checkpoint.layers:
             place = self._places[name + layout.WEIGHT].removesuffix(layout.WEIGHT)
@@ -78,6 +80,9 @@ class Packing:
             )
         parts, self._parts = self._parts, None
         assert parts is not None
+        for place, dtype in self._dtypes.items():
+            tensor = skeleton.tensor_at(model, place)
+            tensor.data = tensor.data.to(dtype)
         parts.refill(model)
         siblings.link(model)
         model._weight_conversions = []  # what is saved has the names on disk already
@@ -132,6 +137,16 @@ class Packing:
                 stacklevel=2,
             )
         del model._weight_conversions  # from here on an ordinary model
+
+
+def _renamed_dtypes(model: PreTrainedModel, places: dict[str, str]) -> dict[str, torch.dtype]:
+    """The dtypes that a model wants for tensors that have other names on disk.
+
+    transformers (seen up to 5.17) takes these as they are on disk where a model is quantized.
+    """
+    state = model.state_dict()
+    renamed = [place for name, place in places.items() if name != place and place in state]
+    return {place: state[place].dtype for place in renamed if state[place].is_floating_point()}
 
 
 def _changed(place: str) -> OptionError:

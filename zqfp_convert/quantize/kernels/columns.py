@@ -12,6 +12,7 @@ from zqfp_convert.numerics.scales import Scales
 
 ROWS = 32  # of one program: one for each thread of a warp
 STEPS = 16  # columns that a program holds in registers
+EARLIER = 32  # columns before them whose moves it multiplies with at a time
 
 
 def settle(
@@ -41,6 +42,8 @@ def settle(
             marks.stride(0),
             ROWS=ROWS,
             STEPS=STEPS,
+            EARLIER=EARLIER,
+            WHOLE=width % STEPS == 0,
             DESCENT=step is not None,
             ABOVE=above,
             RISES=rises,
@@ -64,12 +67,18 @@ def _settle(
     marks_stride: tl.tensor,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
+    EARLIER: tl.constexpr,
+    WHOLE: tl.constexpr,
     DESCENT: tl.constexpr,
     ABOVE: tl.constexpr,
     RISES: tl.constexpr,
     PAIR: tl.constexpr,
 ) -> None:
-    """A program settles some rows: STEPS columns in registers, then the next ones."""
+    """A program settles some rows: STEPS columns in registers, then the next ones.
+
+    What earlier columns want of them goes over the tensor cores in TF32, as it does between blocks.
+    WHOLE says that there are STEPS columns each time.
+    """
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = (n < rows)[:, None]
     c = tl.arange(0, STEPS)
@@ -81,14 +90,15 @@ def _settle(
         here = (start + c)[None, :]
         tile = tl.load(block + here, mask, other=0.0)
         wanted = tl.load(moves + here, mask, other=0.0) if DESCENT else tile
-        for earlier in range(0, start, STEPS):
-            moved = tl.load(moves + (earlier + c)[None, :], inside, other=0.0)
+        for earlier in range(0, start, EARLIER):
+            k = earlier + tl.arange(0, EARLIER)
+            moved = tl.load(moves + k[None, :], inside & (k < start)[None, :], other=0.0)
             pulls = tl.load(
-                coupling + (earlier + c)[:, None] * coupling_stride + here,
-                (start + c < width)[None, :],
+                coupling + k[:, None] * coupling_stride + here,
+                (k < start)[:, None] & (start + c < width)[None, :],
                 other=0.0,
             )
-            wanted -= tl.dot(moved, pulls, input_precision="tf32x3")
+            wanted -= tl.dot(moved, pulls, input_precision="tf32")
         stood = _apart(tile, ROWS, STEPS)
         wants = _apart(wanted, ROWS, STEPS)
         signed = _apart(tl.load(marks + here, mask, other=1.0), ROWS, STEPS)
@@ -97,7 +107,7 @@ def _settle(
         for j in tl.static_range(STEPS):
             value = wants[j]
             if DESCENT:
-                size = tl.load(step + start + j, start + j < width, other=0.0)
+                size = tl.load(step + start + j, WHOLE or start + j < width, other=0.0)
                 value = stood[j] + size * value
             scale = tl.abs(signed[j])
             steps = tl.abs(value) * (1.0 / scale)
@@ -111,7 +121,7 @@ def _settle(
                 later += (wants[i],)
             for i in tl.static_range(j + 1, STEPS):
                 place = coupling + (start + j) * coupling_stride + start + i
-                later += (wants[i] - move * tl.load(place, start + i < width, other=0.0),)
+                later += (wants[i] - move * tl.load(place, WHOLE or start + i < width, other=0.0),)
             wants = later
         tl.store(block + here, _beside(settled, 0, ROWS, STEPS), mask)
         tl.store(moves + here, _beside(made, 0, ROWS, STEPS), mask)

@@ -1,0 +1,77 @@
+"""How hidden states move on within a block while its linears are solved, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from zqfp_convert.calibration.halfway import Halfway, Moves, Shortcut, halfway, shortcut
+from zqfp_convert.calibration.stream import Call
+from zqfp_convert.conversion.states import States
+from zqfp_convert.parallel import World
+from zqfp_convert.plan import Plan, PlannedLayer, spare_bytes
+
+
+@dataclass
+class Passage:
+    """The way of both streams through one block.
+
+    The original's states move to a place within it with the statistics of the last linear before
+    that, the student's with those of the next stage, once that linear is solved.
+    """
+
+    plan: Plan
+    world: World
+    states: States
+    student: nn.Module
+    teacher: nn.Module | None
+    layers: dict[str, PlannedLayer]
+    calls: Callable[[int], Call]
+    _way: Halfway | None = None
+    _by: Shortcut | None = None
+    _there: bool = False
+
+    def moves(self, done: list[str], stage: list[str], *, last: bool) -> Moves:
+        """How states move with the statistics of a stage.
+
+        Args:
+            done: the linears of this stage and of those before it.
+            stage: those of this one that share their input.
+            last: whether it is the last one of the block.
+        """
+        place, by, found = (None if self._there else self._way), self._by, None
+        if self._way is None and not last:
+            self._way, self._by = found, _ = self._find(done, stage)
+        ahead = None if self.teacher is None else found
+        keep = self._by.inputs if found is not None and self._by is not None else None
+        if place is not None or ahead is not None:
+            self.states.leave_entrance()
+        return Moves(place, by if place else None, ahead, keep)
+
+    def leave(self, moves: Moves) -> None:
+        """Let blocks run from where the states have moved to."""
+        if moves.place is not None:
+            moves.place.leave(self.student)
+            self._there = True
+        if moves.ahead is not None and self.teacher is not None:
+            moves.ahead.leave(self.teacher)
+
+    def _find(self, done: list[str], stage: list[str]) -> tuple[Halfway | None, Shortcut | None]:
+        """A place behind linears that are done, if there is one, and a shortcut to it."""
+        if not self.states.alike:
+            return None, None
+        block = self.student if self.teacher is None else self.teacher
+        call, hidden = self.calls(0), self.states.student.hidden[0]
+        left = [name for name in self.layers if name not in done]
+        place = self.world.agree(lambda: halfway(block, done, left, call, hidden))
+        if place is None or not self._room(hidden, [self.layers[name] for name in stage]):
+            return place, None
+        return place, self.world.agree(lambda: shortcut(place, block, stage, call, hidden))
+
+    def _room(self, hidden: Tensor, stage: list[PlannedLayer]) -> bool:
+        """Whether there is room for all inputs of a stage, beside what solving it takes."""
+        tokens = len(self.states.student.hidden) * hidden[..., 0].numel()
+        inputs = tokens * stage[0].columns * hidden.element_size()
+        return self.plan.states == "device" and inputs <= spare_bytes(self.plan, stage)
