@@ -1,4 +1,7 @@
-"""GPTQ against a naive solver that eliminates one column at a time (as OBQ does)."""
+"""GPTQ against a naive solver that eliminates one column at a time (as OBQ does).
+
+The naive solver works with the inverse of the Hessian, as the paper does.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from problems import OnGrid, correlated_hessian, nearest, normal, on_grid
 from torch import Tensor
 
-from zqfp_convert.quantize.columns import BLOCK
+from zqfp_convert.quantize.columns import BLOCK, SPAN
 from zqfp_convert.quantize.gptq import gptq
 from zqfp_convert.quantize.hessian import prepare
 
@@ -52,7 +55,7 @@ def solve(
 
 
 @pytest.mark.parametrize("activation_order", [False, True])
-@pytest.mark.parametrize("features", [1, 2, 64, BLOCK, BLOCK + 1, 130, 257])
+@pytest.mark.parametrize("features", [1, 2, 64, BLOCK, BLOCK + 1, 130, 257, SPAN, 600])
 def test_same_as_the_naive_solver(features: int, activation_order: bool) -> None:
     weight, hessian = normal(ROWS, features), correlated_hessian(features)
     before = weight.clone()
@@ -73,6 +76,17 @@ def test_other_dampings(damping: float) -> None:
     weight, hessian = normal(ROWS, 70), correlated_hessian(70)
     result, scale, order = solve(weight, hessian, activation_order=True, damping=damping)
     wanted = naive(weight, hessian, scale, order, damping)
+    differ = ~np.isclose(result.double().numpy(), wanted, rtol=1e-5, atol=0)
+    assert differ.any(1).sum() <= 1
+
+
+@pytest.mark.parametrize("activation_order", [False, True])
+def test_after_retries_it_is_the_damping_that_did(activation_order: bool) -> None:
+    weight, hessian = normal(ROWS, 90), correlated_hessian(90)
+    hessian -= 0.05 * hessian.diagonal().mean() * torch.eye(90)  # no longer positive definite
+    assert prepare(hessian, None, damping=0.01, activation_order=activation_order).retries == 1
+    result, scale, order = solve(weight, hessian, activation_order=activation_order)
+    wanted = naive(weight, hessian, scale, order, 0.1)
     differ = ~np.isclose(result.double().numpy(), wanted, rtol=1e-5, atol=0)
     assert differ.any(1).sum() <= 1
 

@@ -86,10 +86,17 @@ def test_no_tokens() -> None:
     assert not cross.any()
 
 
+def factor_of(hessian: Tensor, damping: float, order: Tensor) -> Tensor:
+    """The upper triangular R with `R R^T` the damped Hessian in that order."""
+    last_first = order.flip(0)
+    lower = torch.linalg.cholesky(damped(hessian, damping)[last_first][:, last_first])
+    return lower.flip(0, 1)
+
+
 @pytest.mark.parametrize("features", [1, 2, 33, 130])
 @pytest.mark.parametrize("activation_order", [False, True])
 @pytest.mark.parametrize("damping", [0.01, 0.2])
-def test_factor_is_the_cholesky_factor_of_the_inverse(
+def test_factor_of_the_damped_hessian(
     features: int, activation_order: bool, damping: float
 ) -> None:
     hessian = hessian_of(correlated(3 * features, features))
@@ -97,15 +104,20 @@ def test_factor_is_the_cholesky_factor_of_the_inverse(
     curvature = prepare(hessian, None, damping=damping, activation_order=activation_order)
     assert torch.equal(hessian, before)
     assert torch.equal(curvature.hessian, before)
-    order = curvature.order
-    inverse = torch.linalg.inv(damped(hessian, damping)[order][:, order])
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    assert close(curvature.factor, upper / upper.diagonal()[:, None])
-    assert (curvature.factor.diagonal() == 1).all()
-    assert not curvature.factor.tril(-1).any()
+    R, order = curvature.feedback(0, features).double(), curvature.order
+    assert close(R, factor_of(hessian, damping, order))
+    assert close(R @ R.t(), damped(hessian, damping)[order][:, order])
+    assert not R.tril(-1).any()
     assert curvature.factor.dtype == torch.float32
     assert curvature.mismatch is None
     assert (curvature.damping, curvature.retries) == (damping, 0)
+
+
+def test_feedback_is_some_columns_of_the_factor() -> None:
+    curvature = prepare(hessian_of(correlated(90, 30)), None, damping=0.01, activation_order=True)
+    whole = curvature.feedback(0, 30)
+    for start, end in [(0, 1), (0, 11), (7, 20), (29, 30), (12, 30)]:
+        assert torch.equal(curvature.feedback(start, end), whole[:end, start:end])
 
 
 def test_order() -> None:
@@ -166,10 +178,8 @@ def test_retries_of_an_indefinite_hessian_are_reported(
     assert curvature.retries == retries
     assert curvature.damping == pytest.approx(used)
     assert torch.equal(curvature.hessian, hessian)
-    order = curvature.order
-    inverse = torch.linalg.inv(damped(hessian, used)[order][:, order])
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    assert close(curvature.factor, upper / upper.diagonal()[:, None], 1e-3)
+    wanted = factor_of(hessian, used, curvature.order)
+    assert close(curvature.feedback(0, 24), wanted, 1e-3)
 
 
 def test_the_indefinite_cases_do_retry() -> None:
@@ -200,7 +210,7 @@ def test_a_singular_hessian_with_next_to_no_damping() -> None:
 def test_an_all_zero_hessian(activation_order: bool) -> None:
     zero = torch.zeros(9, 9)
     curvature = prepare(zero, zero.clone(), damping=0.01, activation_order=activation_order)
-    assert torch.equal(curvature.factor, torch.eye(9))
+    torch.testing.assert_close(curvature.factor, 0.1 * torch.eye(9))  # the root of the damping
     assert curvature.order.tolist() == list(range(9))
     assert not drift_of(curvature).any()
     assert curvature.retries == 0
@@ -283,5 +293,5 @@ def test_panels_sum_up_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     sliced = prepare(hessian, cross, damping=0.01, activation_order=True)
     monkeypatch.setattr(module, "SLICE", 100)
     at_once = prepare(hessian, whole + hessian, damping=0.01, activation_order=True)
+    assert torch.equal(sliced.factor, at_once.factor)
     assert close(drift_of(sliced), drift_of(at_once).double(), 1e-5)
-    assert close(sliced.factor, at_once.factor.double(), 1e-5)

@@ -108,10 +108,12 @@ def check_errors(quantized: QuantizedWeight, weight: Tensor, hessian: Tensor | N
     E, W = (weight - quantized.dequantize()).double(), weight.double()
     assert quantized.weight_error == pytest.approx((E.norm() / W.norm()).item(), rel=1e-3)
     if hessian is None:
-        assert quantized.output_error is None
+        assert quantized.output_error is quantized.output_energy is None
         return
     H = hessian.double()
-    ratio = ((E @ H) * E).sum() / ((W @ H) * W).sum()
+    whole = ((W @ H) * W).sum()
+    assert quantized.output_energy == pytest.approx(whole.item(), rel=1e-4)
+    ratio = ((E @ H) * E).sum() / whole
     assert quantized.output_error == pytest.approx(ratio.sqrt().item(), rel=1e-3)
 
 

@@ -38,7 +38,7 @@ READ = 32 << 20  # bytes, at most
 PASSES = 4.5  # of all tokens through a block: those before its stages end on the way
 REST = 1.5  # a block's forward pass over the products of its linears
 BACKWARD = 4  # a step of tuning over a forward pass: forward, again, and two products back
-PRODUCTS = 6.5  # of a weight and a matrix of its columns, in solving, beside those of sweeps
+PRODUCTS = 4.5  # of a weight and a matrix of its columns, in solving, beside those of sweeps
 REHEARSED = 4  # streams of a rehearsal
 
 

@@ -11,6 +11,7 @@ import torch
 from zqfp_convert.numerics import codebook, fp8, kernels, scales
 from zqfp_convert.plan import Plan
 from zqfp_convert.quantize.columns import BLOCK, settle
+from zqfp_convert.quantize.substitution import divide
 
 ROWS, COLUMNS = 256, 512  # multiples of 16, as those of most models are: that is compiled for
 
@@ -40,12 +41,12 @@ def _run_all(plan: Plan) -> None:
             fp8.simulate(noise.bfloat16())
             marks = chosen.marks(torch.arange(COLUMNS, device=device))
             block, ones = slice(BLOCK), noise.new_ones(COLUMNS)
-            for step in (None, ones[block]):
-                given = noise[:, block], noise.clone()[:, block], noise[block, block]
-                settle(*given, marks[:, block], chosen, step)
+            given = noise[:, block], noise.clone()[:, block], noise[block, block]
+            settle(*given, marks[:, block], chosen, ones[block])
             small = torch.eye(16, device=device)
             torch.linalg.cholesky_ex(small)
             torch.linalg.cholesky_ex(small.double())
             torch.linalg.solve_triangular(small, small, upper=True)
+            divide(noise, torch.eye(COLUMNS, device=device))
             torch.linalg.eigh(small)
         cuda.current_stream(device).synchronize()

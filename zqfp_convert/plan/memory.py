@@ -15,12 +15,14 @@ from zqfp_convert.distill import memory as tuning_memory
 from zqfp_convert.distill.train import TOKENS_AT_ONCE as COMPARED_AT_ONCE
 from zqfp_convert.model.configured import configured
 from zqfp_convert.model.device import compute_dtype
+from zqfp_convert.quantize.hessian import SLICE
 
 if TYPE_CHECKING:
     from zqfp_convert.plan.plan import Plan, PlannedLayer
 
 TOGETHER = 1 << 27  # weights of one input, at most, that are solved at once
 SOLVERS_COPIES = 7  # of a weight: target, values, errors, and what each step makes of them
+TARGETS_COPIES = 3  # of a weight, while its target is found
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # of a calibration batch
 INPUTS = 6  # float32 copies of a batch at the widest linear: as it is, quantized, what that loses
 ROUNDED = 3.5  # bytes a weight that codes take while a layer is packed and checked
@@ -35,9 +37,10 @@ ALWAYS = 12 << 20  # slices that are rounded, heaps of threads, journal and mani
 def solving_bytes(plan: Plan) -> int:
     """What solving takes beside a layer's Hessian and one more matrix of its size.
 
-    First two more of them, while the Hessian is factorized; then copies of the weight in float32.
+    First some rows of the Hessian, while it is factorized; with a target of its own for the weight
+    one more matrix, the factor, and copies of the weight in float32; then more copies of that, and
+    the factor in the place of the other matrix.
     """
-    calibrated = plan.recipe.needs_calibration
     most = 0
     for block in plan.layers:
         weights: dict[tuple[str, int], list[int]] = defaultdict(list)  # that may share an input
@@ -45,9 +48,8 @@ def solving_bytes(plan: Plan) -> int:
             weights[layer.place.rpartition(".")[0], layer.columns].append(layer.weights)
         for (_, columns), each in weights.items():
             # What a narrower input's matrices leave of those of the widest input is free.
-            free = _left_by(plan, columns) if calibrated else 0
-            factors = 8 * columns**2 * calibrated
-            most = max(most, _copies(plan, each) - free, factors)
+            free = _left_by(plan, columns) if plan.recipe.needs_calibration else 0
+            most = max(most, _solving_together(plan, columns, each) - free)
     return most
 
 
@@ -57,15 +59,18 @@ def spare_bytes(plan: Plan, layers: Sequence[PlannedLayer]) -> int:
     Half of the memory for solving is left to the batches that go through a block meanwhile.
     """
     columns, most = layers[0].columns, solving_bytes(plan)
-    own = max(_copies(plan, [layer.weights for layer in layers]), 8 * columns**2)
+    own = _solving_together(plan, columns, [layer.weights for layer in layers])
     return _left_by(plan, columns) + min(most - own, most // 2)
 
 
-def _copies(plan: Plan, weights: list[int]) -> int:
-    """The copies in float32 of weights that may share an input."""
-    calibrated = plan.recipe.needs_calibration
-    at_once = max(max(weights), min(sum(weights), TOGETHER)) if calibrated else max(weights)
-    return 4 * SOLVERS_COPIES * at_once
+def _solving_together(plan: Plan, columns: int, weights: list[int]) -> int:
+    """What solving weights takes that may share an input, beside two matrices of that."""
+    if not plan.recipe.needs_calibration:
+        return 4 * SOLVERS_COPIES * max(weights)
+    at_once = max(max(weights), min(sum(weights), TOGETHER))
+    aiming = columns**2 + TARGETS_COPIES * at_once if plan.recipe.asymmetry > 0 else 0
+    factorizing = min(SLICE, columns) * columns
+    return 4 * max(SOLVERS_COPIES * at_once, aiming + factorizing)
 
 
 def _left_by(plan: Plan, columns: int) -> int:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from zqfp_convert.parallel import ALONE, World
+from zqfp_convert.quantize.substitution import divide
 from zqfp_convert.quantize.tensor_cores import tensor_cores
 
 PANELS, PANEL = 8, 512  # how many H is summed up in at most, and the fewest rows of one
-SLICE = 2048  # columns that are solved for at a time, to bound the memory
+SLICE = 2048  # rows of H that are put in order at a time, to bound the memory
 
 
 class HessianSum:
@@ -80,10 +81,8 @@ class Curvature:
     Attributes:
         hessian: H, float32 `[K, K]`, undamped.
         order: int64 `[K]`, the order in which columns are solved.
-        factor: unit upper triangular `[K, K]`, in that order: the rows of the Cholesky factor U
-            of the inverse of the damped Hessian (`inverse = U^T U`), each over its diagonal
-            element. Row j says how the rounding error of column j is paid for by later columns.
-        pivots: `[K]`, the squares of these diagonal elements.
+        factor: L, float32 `[K, K]`, lower triangular: `L L^T` is the damped Hessian, its columns in
+            the reverse of that order.
         mismatch: `C - H`, `[K, K]`, or None without C.
         damping: the share of the mean diagonal that was added, after any retries.
         retries: how often the factorization had to be retried with ten times the damping.
@@ -92,10 +91,21 @@ class Curvature:
     hessian: Tensor
     order: Tensor
     factor: Tensor
-    pivots: Tensor
     mismatch: Tensor | None
     damping: float
     retries: int
+
+    def feedback(self, start: int, end: int) -> Tensor:
+        """Columns of R, upper triangular, `R R^T` the damped Hessian in the order of solving.
+
+        They say what errors before and in a column mean to it. R is L turned upside down and left
+        to right, so it is not stored.
+
+        Returns:
+            The rows of these columns that are not zeros, float32 `[end, end - start]`.
+        """
+        size = len(self.factor)
+        return self.factor[size - end :, size - end : size - start].flip(0, 1)
 
 
 def prepare(
@@ -103,64 +113,42 @@ def prepare(
 ) -> Curvature:
     """Factorize a Hessian `[K, K]` for the solvers; `cross` becomes the mismatch, in place.
 
-    The factor of the inverse comes from one Cholesky factorization and one triangular inverse:
-    with J the reversal of the order and `J H J = L L^T`, `inverse(H) = U^T U` for
-    `U = J inverse(L) J`, upper triangular. A factorization that fails is retried with ten times
-    the damping. All of it happens in one matrix.
+    A factorization that fails is retried with ten times the damping. All of it happens in one
+    matrix.
     """
     diagonal = hessian.diagonal()
     if activation_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
     else:
         order = torch.arange(len(diagonal), device=hessian.device)
-    matrix, used, retries = _damped_cholesky(hessian, order.flip(0), damping)
-    _invert(matrix)
-    _turn(matrix)
-    factor = matrix.t()
-    pivots = factor.diagonal().clone()
-    factor /= pivots[:, None]
+    factor, used, retries = _damped_cholesky(hessian, order.flip(0), damping)
     mismatch = None if cross is None else cross.sub_(hessian)
-    return Curvature(hessian, order, factor, pivots.square_(), mismatch, used, retries)
+    return Curvature(hessian, order, factor, mismatch, used, retries)
 
 
 def _damped_cholesky(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float, int]:
-    """The upper factor L^T of the matrix in that order, the damping that did, how many did not."""
-    mean = float(hessian.diagonal().mean()) or 1.0  # a layer that saw only zeros
+    """The lower factor L of the matrix in that order, the damping that did, how many did not."""
+    mean = hessian.diagonal().mean()
+    mean = torch.where(mean == 0, 1.0, mean)  # a layer that saw only zeros
     used = damping
     for retries in range(8):
-        matrix = hessian.index_select(0, order).index_select(1, order)
+        matrix = _ordered(hessian, order)
         matrix.diagonal().add_(used * mean)
         columns = matrix.t()  # as LAPACK wants it, so that nothing is copied
         failed = torch.empty((), dtype=torch.int32, device=matrix.device)
         torch.linalg.cholesky_ex(columns, out=(columns, failed))
         if not bool(failed):
-            return matrix, used, retries
+            return columns, used, retries
+        del matrix, columns  # before the next one is made
         used *= 10
     raise AssertionError("a Hessian stayed indefinite under any damping: it holds NaN or infinity")
 
 
-def _invert(upper: Tensor) -> None:
-    """Invert an upper triangular matrix `[K, K]` in place, from the last rows up."""
-    size = len(upper)
-    for end in range(size, 0, -SLICE):
-        start = max(0, end - SLICE)
-        rows = slice(start, end)
-        corner = upper[rows, rows]
-        unit = torch.eye(len(corner), device=upper.device)
-        corner.copy_(torch.linalg.solve_triangular(corner.contiguous(), unit, upper=True))
-        if end < size:
-            upper[rows, end:] = -(corner @ (upper[rows, end:] @ upper[end:, end:]))
-
-
-def _turn(matrix: Tensor) -> None:
-    """Turn a square matrix upside down and left to right in place."""
-    size = len(matrix)
-    for start in range(0, (size + 1) // 2, SLICE):
-        end = min(start + SLICE, (size + 1) // 2)
-        above, below = matrix[start:end], matrix[size - end : size - start]
-        turned = above.flip(0, 1)
-        above.copy_(below.flip(0, 1))
-        below.copy_(turned)
+def _ordered(hessian: Tensor, order: Tensor) -> Tensor:
+    matrix = torch.empty_like(hessian)
+    for some, rows in zip(torch.split(order, SLICE), torch.split(matrix, SLICE), strict=True):
+        torch.index_select(hessian.index_select(0, some), 1, order, out=rows)
+    return matrix
 
 
 def aim_at_original(weight: Tensor, curvature: Curvature, asymmetry: float) -> Tensor:
@@ -171,10 +159,11 @@ def aim_at_original(weight: Tensor, curvature: Curvature, asymmetry: float) -> T
     """
     if curvature.mismatch is None or asymmetry == 0:
         return weight
-    U, order = curvature.factor, curvature.order
+    order = curvature.order.flip(0)
     pull = (weight @ curvature.mismatch).index_select(1, order)
-    pull = ((pull @ U.t()) * curvature.pivots) @ U
-    return weight + asymmetry * pull.index_select(1, torch.argsort(order))
+    divide(pull, curvature.factor)
+    pull = pull.index_select(1, torch.argsort(order))
+    return pull.mul_(asymmetry).add_(weight)
 
 
 def relative_error(error: Tensor, weight: Tensor, hessian: Tensor | None) -> float:

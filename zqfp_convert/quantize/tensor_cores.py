@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -24,3 +25,34 @@ def tensor_cores() -> Iterator[None]:
         yield
     finally:
         setattr(settings, name, before)
+
+
+def kept(matrix: Tensor) -> Tensor:
+    """What tensor cores keep of a float32 matrix: 11 bits of each number; all of it on the CPU."""
+    return rounded(matrix) if on_tensor_cores(matrix) else matrix
+
+
+def on_tensor_cores(matrix: Tensor) -> bool:
+    """Whether products of it may go there."""
+    return matrix.is_cuda
+
+
+def rounded(matrix: Tensor) -> Tensor:
+    """A float32 matrix rounded to nearest numbers of 11 bits, for numbers below 1e34.
+
+    Veltkamp's splitting (Dekker, "A floating-point technique for extending the available
+    precision", Numer. Math. 18, 1971).
+    """
+    scaled = matrix * float((1 << 13) + 1)
+    return scaled - (scaled - matrix)
+
+
+def float32_product(left: Tensor, right: Tensor) -> Tensor:
+    """A product of matrices `[N, S]`, `[S, M]` in which tensor cores round next to nothing.
+
+    Of what is rounded off each factor they get the rest, too, in products of its own.
+    """
+    if not on_tensor_cores(left):
+        return left @ right
+    a, b = rounded(left), rounded(right)
+    return (a @ b).addmm_(left - a, b).addmm_(a, right - b)
