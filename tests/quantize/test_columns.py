@@ -30,16 +30,14 @@ def naive(
     coupling: Tensor,
     places: Tensor,
     grid: Scales,
-    step: Tensor | None,
+    step: Tensor,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Column by column in float64: the rounded block and the moves."""
-    V, C = block.double(), coupling.double()
-    if step is not None:
-        V, C = V + pulls.double() * step.double(), C * step.double()
+    V, C = block.double() + pulls.double() * step.double(), coupling.double() * step.double()
     moves = torch.zeros_like(V)
     for j in range(V.shape[1]):
         rounded = grid.round(V[:, j], grid.marks(places[j : j + 1])[:, 0])
-        moves[:, j] = V[:, j] - rounded if step is None else rounded - block[:, j]
+        moves[:, j] = rounded - block[:, j]
         V[:, j] = rounded
         V[:, j + 1 :] -= moves[:, j : j + 1] * C[j, j + 1 :]
     return V.cpu().numpy(), moves.cpu().numpy()
@@ -71,10 +69,9 @@ def check(
 ) -> None:
     weight, grid, places = part(width, books, device)
     whole = weight[:, places].clone()
-    step = None
+    step = 0.5 + torch.rand(width, generator=torch.Generator().manual_seed(4)).to(device)
     if again:
         whole = grid.round(whole, grid.marks(places))
-        step = torch.rand(width, generator=torch.Generator().manual_seed(4)).to(device)
         step[: width // 8] = 0  # columns without input
     block = torch.cat([whole, whole], 1)[:, width:]  # of a larger matrix
     moves = torch.cat([0.3 * weight, weight], 1)[:, :width]

@@ -37,10 +37,9 @@ above, rises = bounds(codebook.PAIR)
 books = {"ABOVE": above, "RISES": rises, "PAIR": True}
 floats = dict.fromkeys(["block", "moves", "coupling", "step", "marks"], "*fp32")
 found = {}
-for descent in (False, True):
-    constants = {"ROWS": ROWS, "STEPS": STEPS, "EARLIER": EARLIER, "WHOLE": True}
-    constants |= {"DESCENT": descent, **books}
-    found[f"settle {descent}"] = assembly(_settle, floats, constants, 1)
+for whole in (False, True):
+    constants = {"ROWS": ROWS, "STEPS": STEPS, "EARLIER": EARLIER, "WHOLE": whole, **books}
+    found[f"settle {whole}"] = assembly(_settle, floats, constants, 1)
 pointers = dict.fromkeys(["groups", "importance", "mantissas", "costs"], "*fp32")
 pointers |= {"exponents": "*i32", "seconds": "*u8"}
 found["costs"] = assembly(_costs, pointers, {"GROUPS": 16, "WIDTH": 128, **books}, 4)

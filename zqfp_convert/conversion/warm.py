@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from zqfp_convert.model.configured import configured
 from zqfp_convert.numerics import codebook, fp8, kernels, scales
 from zqfp_convert.plan import Plan
 from zqfp_convert.quantize.columns import BLOCK, settle
@@ -39,6 +40,7 @@ def _run_all(plan: Plan) -> None:
         chosen = scales.choose(noise, recipe.scales, recipe.scale_rounding, size, None, books)
         if recipe.needs_calibration:
             fp8.simulate(noise.bfloat16())
+            _norm(plan)
             marks = chosen.marks(torch.arange(COLUMNS, device=device))
             block, ones = slice(BLOCK), noise.new_ones(COLUMNS)
             given = noise[:, block], noise.clone()[:, block], noise[block, block]
@@ -50,3 +52,13 @@ def _run_all(plan: Plan) -> None:
             divide(noise, torch.eye(COLUMNS, device=device))
             torch.linalg.eigh(small)
         cuda.current_stream(device).synchronize()
+
+
+def _norm(plan: Plan) -> None:
+    """The norm that most models have, at the width of this one."""
+    from zqfp_convert.numerics.kernels.norm import WIDEST, rms_norm
+
+    width = configured(plan.model, "hidden_size") or 0
+    if 0 < width <= WIDEST:
+        noise = torch.ones(1, width, device=plan.device, dtype=torch.bfloat16)
+        rms_norm(noise, noise[0], 1e-6, "twice")

@@ -45,22 +45,20 @@ def settle(
     coupling: Tensor,
     marks: Tensor,
     grid: Grid,
-    step: Tensor | None = None,
+    step: Tensor,
 ) -> None:
     """Round the columns of a block in place, from left to right.
 
-    Column j is rounded at `v_j`. Without `step` v starts as the block, and column j moves by
-    `m_j = v_j - round(v_j)`; with it v starts as `block + moves step`, and
-    `m_j = round(v_j) - block_j`. Then `v_i -= coupling_ji step_i m_j` for all i > j (1 for no
-    step).
+    Column j is rounded at `v_j`, which starts as `block_j + step_j moves_j`, so it moves by
+    `m_j = round(v_j) - block_j`. Then `v_i -= step_i coupling_ji m_j` for all i > j.
 
     Args:
         block: float32 `[N, B]`, a part of a matrix; rounded afterwards.
-        moves: float32 `[N, B]`, likewise; the moves m afterwards.
+        moves: float32 `[N, B]`, likewise: what other columns want; the moves m afterwards.
         coupling: float32 `[B, B]`; what lies above its diagonal is used.
         marks: what the grid's `marks` gives for these columns, float32 `[N, B]`.
         grid: of the matrix.
-        step: float32 `[B]`, or None.
+        step: float32 `[B]`.
     """
     if kernels.take(block) and isinstance(grid, Scales):
         from zqfp_convert.quantize.kernels import columns as fused
@@ -68,16 +66,13 @@ def settle(
         fused.settle(block, moves, coupling, marks, grid, step)
         return
     stood = block.t().contiguous()  # [B, N]: a column is a row here
-    V = stood.clone() if step is None else torch.addcmul(stood, moves.t(), step[:, None])
-    pulls = coupling if step is None else coupling * step
+    V = torch.addcmul(stood, moves.t(), step[:, None])
+    pulls = coupling * step
     marks = marks.t().contiguous()
     moved = torch.empty_like(V)
     for j in range(len(V)):
         rounded = grid.round(V[j], marks[j])
-        if step is None:
-            torch.sub(V[j], rounded, out=moved[j])
-        else:
-            torch.sub(rounded, stood[j], out=moved[j])
+        torch.sub(rounded, stood[j], out=moved[j])
         V[j] = rounded
         V[j + 1 :].addr_(pulls[j, j + 1 :], moved[j], alpha=-1)
     block.copy_(V.t())

@@ -49,7 +49,7 @@ def rms_norm(values: Tensor, weight: Tensor, epsilon: float, form: Form) -> Tens
     return out.view(values.shape)
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total"])  # by what it is divisible by
 def _rms_norm(
     x: tl.tensor,
     weight: tl.tensor,

@@ -61,7 +61,7 @@ def costs(
     return cost, exponent, second
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "count", "tried"])  # by what they are divisible by
 def _costs(
     groups: tl.tensor,
     importance: tl.tensor,

@@ -21,7 +21,7 @@ def settle(
     coupling: Tensor,
     marks: Tensor,
     grid: Scales,
-    step: Tensor | None = None,
+    step: Tensor,
 ) -> None:
     """As `columns.settle`, on a grid of codebooks; the rows of all matrices are contiguous."""
     rows, width = block.shape
@@ -32,7 +32,7 @@ def settle(
             block,
             moves,
             coupling,
-            block if step is None else step,
+            step,
             marks,
             rows,
             width,
@@ -44,7 +44,6 @@ def settle(
             STEPS=STEPS,
             EARLIER=EARLIER,
             WHOLE=width % STEPS == 0,
-            DESCENT=step is not None,
             ABOVE=above,
             RISES=rises,
             PAIR=len(grid.books) > 1,
@@ -69,7 +68,6 @@ def _settle(
     STEPS: tl.constexpr,
     EARLIER: tl.constexpr,
     WHOLE: tl.constexpr,
-    DESCENT: tl.constexpr,
     ABOVE: tl.constexpr,
     RISES: tl.constexpr,
     PAIR: tl.constexpr,
@@ -89,7 +87,7 @@ def _settle(
         mask = inside & (start + c < width)[None, :]
         here = (start + c)[None, :]
         tile = tl.load(block + here, mask, other=0.0)
-        wanted = tl.load(moves + here, mask, other=0.0) if DESCENT else tile
+        wanted = tl.load(moves + here, mask, other=0.0)
         for earlier in range(0, start, EARLIER):
             k = earlier + tl.arange(0, EARLIER)
             moved = tl.load(moves + k[None, :], inside & (k < start)[None, :], other=0.0)
@@ -105,15 +103,13 @@ def _settle(
         settled: tl.tuple = ()
         made: tl.tuple = ()
         for j in tl.static_range(STEPS):
-            value = wants[j]
-            if DESCENT:
-                size = tl.load(step + start + j, WHOLE or start + j < width, other=0.0)
-                value = stood[j] + size * value
+            size = tl.load(step + start + j, WHOLE or start + j < width, other=0.0)
+            value = stood[j] + size * wants[j]
             scale = tl.abs(signed[j])
             steps = tl.abs(value) * (1.0 / scale)
             magnitude = magnitude_of(steps, signed[j] < 0, ABOVE, RISES, PAIR) * scale
             rounded = tl.where(value < 0, -magnitude, magnitude)
-            move = rounded - stood[j] if DESCENT else value - rounded
+            move = rounded - stood[j]
             settled += (rounded,)
             made += (move,)
             later: tl.tuple = ()
