@@ -37,9 +37,9 @@ above, rises = bounds(codebook.PAIR)
 books = {"ABOVE": above, "RISES": rises, "PAIR": True}
 floats = dict.fromkeys(["block", "moves", "coupling", "step", "marks"], "*fp32")
 found = {}
-for whole in (False, True):
-    constants = {"ROWS": ROWS, "STEPS": STEPS, "EARLIER": EARLIER, "WHOLE": whole, **books}
-    found[f"settle {whole}"] = assembly(_settle, floats, constants, 1)
+for warps, whole in ((1, False), (1, True), (4, False), (4, True)):
+    constants = {"ROWS": ROWS, "STEPS": STEPS, "EARLIER": EARLIER[warps > 1], "WHOLE": whole}
+    found[f"settle {warps} {whole}"] = assembly(_settle, floats, constants | books, warps)
 pointers = dict.fromkeys(["groups", "importance", "mantissas", "costs"], "*fp32")
 pointers |= {"exponents": "*i32", "seconds": "*u8"}
 found["costs"] = assembly(_costs, pointers, {"GROUPS": 16, "WIDTH": 128, **books}, 4)
@@ -56,7 +56,7 @@ def test_kernels_compile_and_settling_moves_nothing_between_registers() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    for kind in ("settle False", "settle True"):
+    for kind in (kind for kind in found if kind.startswith("settle")):
         first, last = found[kind].index("arith.cmpf ogt"), found[kind].rindex("arith.cmpf ogt")
         steps = found[kind][first:last]  # all roundings of a tile and what is between them
         assert steps.count("arith.cmpf ogt") > 100

@@ -11,7 +11,7 @@ import torch
 from zqfp_convert.model.configured import configured
 from zqfp_convert.numerics import codebook, fp8, kernels, scales
 from zqfp_convert.plan import Plan
-from zqfp_convert.quantize.columns import BLOCK, settle
+from zqfp_convert.quantize.columns import BLOCK, FEW_ROWS, settle
 from zqfp_convert.quantize.substitution import divide
 
 ROWS, COLUMNS = 256, 512  # multiples of 16, as those of most models are: that is compiled for
@@ -42,9 +42,11 @@ def _run_all(plan: Plan) -> None:
             fp8.simulate(noise.bfloat16())
             _norm(plan)
             marks = chosen.marks(torch.arange(COLUMNS, device=device))
-            block, ones = slice(BLOCK), noise.new_ones(COLUMNS)
-            given = noise[:, block], noise.clone()[:, block], noise[block, block]
-            settle(*given, marks[:, block], chosen, ones[block])
+            coupling, step = noise[:BLOCK, :BLOCK], noise[0, :BLOCK]
+            for rows in (ROWS, FEW_ROWS + ROWS):  # two kernels
+                block = noise.new_zeros(rows, BLOCK)
+                grid_marks = marks[:1, :BLOCK].expand(rows, -1).contiguous()
+                settle(block, block.clone(), coupling, grid_marks, chosen, step)
             small = torch.eye(16, device=device)
             torch.linalg.cholesky_ex(small)
             torch.linalg.cholesky_ex(small.double())

@@ -31,6 +31,7 @@ TOKENIZER = 13  # times the size of its file, while it is loaded
 COMPARED = 5  # float32 copies of logits, where two models are compared
 CHECKED_AT_ONCE = 4  # tensors that are looked at for NaN
 CALIBRATING = 8 << 20  # small tensors of a model's passes, among others in heaps
+LIBRARIES = 400 << 20  # CUDA's, of which pages are loaded as kernels are
 ALWAYS = 12 << 20  # slices that are rounded, heaps of threads, journal and manifest
 
 
@@ -149,7 +150,7 @@ def _host(plan: Plan) -> int:
     passing = max((one + other for one, other in pairwise(others)), default=0)
     on_cpu = plan.device.type == "cpu"
     rounding = int(ROUNDED * largest) if on_cpu and not plan.recipe.needs_calibration else 0
-    return ALWAYS + max(
+    return ALWAYS + (0 if on_cpu else LIBRARIES) + max(
         ahead * max(blocks) + max(packed) + max(written, others[-1]) + rounding,
         passing,
         _checked(plan),

@@ -15,7 +15,7 @@ from zqfp_convert.numerics import kernels
 from zqfp_convert.numerics.scales import Scales
 
 BLOCK = 128  # columns that are settled at a time, at least
-FEW_ROWS = 8192
+FEW_ROWS = 8192  # that leave most of a GPU idle
 SPAN = 512  # columns that get what all columns before them did to them at a time
 
 

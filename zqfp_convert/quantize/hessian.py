@@ -15,7 +15,7 @@ from zqfp_convert.parallel import ALONE, World
 from zqfp_convert.quantize.substitution import divide
 from zqfp_convert.quantize.tensor_cores import tensor_cores
 
-PANELS, PANEL = 8, 512  # how many H is summed up in at most, and the fewest rows of one
+PANELS, PANEL = 8, 1024  # how many H is summed up in at most, and the fewest rows of one
 SLICE = 2048  # rows of H that are put in order at a time, to bound the memory
 
 

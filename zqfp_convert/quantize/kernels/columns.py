@@ -9,10 +9,11 @@ from torch import Tensor
 from zqfp_convert.numerics.kernels.books import bounds, magnitude_of
 from zqfp_convert.numerics.kernels.casts import on
 from zqfp_convert.numerics.scales import Scales
+from zqfp_convert.quantize.columns import FEW_ROWS
 
 ROWS = 32  # of one program: one for each thread of a warp
 STEPS = 16  # columns that a program holds in registers
-EARLIER = 32  # columns before them whose moves it multiplies with at a time
+EARLIER = 32, 64  # columns before them whose moves it multiplies with at a time, with 1 and 4 warps
 
 
 def settle(
@@ -27,6 +28,7 @@ def settle(
     rows, width = block.shape
     assert block.stride(1) == moves.stride(1) == coupling.stride(1) == marks.stride(1) == 1
     above, rises = bounds(grid.books)
+    few = rows <= FEW_ROWS  # there is room for warps that share a program's products
     with on(block):
         _settle[(triton.cdiv(rows, ROWS),)](
             block,
@@ -42,12 +44,12 @@ def settle(
             marks.stride(0),
             ROWS=ROWS,
             STEPS=STEPS,
-            EARLIER=EARLIER,
+            EARLIER=EARLIER[few],
             WHOLE=width % STEPS == 0,
             ABOVE=above,
             RISES=rises,
             PAIR=len(grid.books) > 1,
-            num_warps=1,
+            num_warps=4 if few else 1,
         )
 
 
