@@ -57,9 +57,7 @@ def find_forms(block: nn.Module, call: Call, hidden: Tensor) -> dict[str, Form |
         form = _form(module, args[0], output) if plain else None  # type: ignore[arg-type]
         found[_kind(module)].add(form)
 
-    handles = [
-        module.register_forward_hook(compare, with_kwargs=True) for module in norms.values()
-    ]
+    handles = [module.register_forward_hook(compare, with_kwargs=True) for module in norms.values()]
     try:
         call.run(block, hidden)
     finally:
