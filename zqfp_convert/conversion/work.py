@@ -393,7 +393,9 @@ class Work:
             if linears:
                 last = stage is stages[-1]
                 done = [place for each in stages[: number + 1] for place in each]
-                moves = passage.moves(done, linears, last=last)
+                later = {place for each in stages[number + 1 :] for place in each}
+                again = not later <= set(experts)
+                moves = passage.moves(done, linears, last=last, again=again)
                 shared_input = statistics(
                     linears,
                     student,
