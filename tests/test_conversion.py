@@ -24,7 +24,7 @@ from zqfp_convert import Recipe
 from zqfp_convert.calibration.simulated import SimulatedLinear
 from zqfp_convert.checkpoint.output import partial
 from zqfp_convert.checkpoint.reader import PackedCheckpoint
-from zqfp_convert.conversion import states, work
+from zqfp_convert.conversion import passage, states, work
 from zqfp_convert.errors import OutputError
 from zqfp_convert.numerics import codebook
 from zqfp_convert.runtime.linear import QuantizedLinear
@@ -478,7 +478,7 @@ def test_what_the_solver_sees(
 
     monkeypatch.setattr(work, "statistics", statistics)
     monkeypatch.setattr(states, "batches_of", batches_of)
-    monkeypatch.setattr(work, "halfway", lambda *_: None)  # states stay where the model has them
+    monkeypatch.setattr(passage, "halfway", lambda *_: None)  # states stay where the model has them
     convert(tiny_model("opt"), tmp_path / "out", recipe="best")
     monkeypatch.undo()
 
