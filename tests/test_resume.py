@@ -365,6 +365,56 @@ def test_batches_shrink_where_memory_ends(
         convert(tiny_model(), tmp_path / "other")
 
 
+def test_what_norms_compute_is_found_out_once(
+    tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another batch, as where memory has ended in the first block, might say something else."""
+    tried, fused = [], []
+
+    def find_forms(block: torch.nn.Module, call: object, hidden: torch.Tensor) -> dict[str, Any]:
+        tried.append(len(hidden))
+        return dict.fromkeys(work.kinds(block), "once" if len(hidden) > 3 else "twice")
+
+    real = work.trace
+
+    def trace(*args: Any) -> Any:
+        if len(args[3]) > 3:
+            raise torch.OutOfMemoryError("too much")
+        return real(*args)
+
+    monkeypatch.setattr(work, "find_forms", find_forms)
+    monkeypatch.setattr(work, "fuse_norms", lambda block, forms: fused.extend(forms.values()))
+    monkeypatch.setattr(work, "trace", trace)
+    stopped(tiny_model(), tmp_path / "out")
+    assert tried == [6]
+    convert(tiny_model(), tmp_path / "out")
+    assert tried == [6]
+    assert set(fused) == {"once"}
+
+
+def test_what_a_later_block_shows_of_norms_changes_nothing(
+    tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms = iter(["twice", "once"])
+    classes: list[set[str]] = []
+    fused: list[dict[str, str | None]] = []
+
+    def kinds(block: torch.nn.Module) -> set[str]:
+        classes.append({"first"} if not fused else {"first", "second"})
+        return classes[-1]
+
+    def find_forms(*args: object) -> dict[str, str]:
+        return dict.fromkeys(classes[-1], next(forms))
+
+    monkeypatch.setattr(work, "kinds", kinds)
+    monkeypatch.setattr(work, "find_forms", find_forms)
+    monkeypatch.setattr(work, "fuse_norms", lambda block, forms: fused.append(dict(forms)))
+    stopped(tiny_model(), tmp_path / "out", "writing.")
+    assert fused == [{"first": "twice"}, {"first": "twice", "second": "once"}]
+    noted = [record["value"] for record in journal(tmp_path / "out") if "norms" in record.values()]
+    assert noted == [{"first": "twice"}, {"second": "once"}]
+
+
 @pytest.mark.parametrize(
     ("error", "waits"),
     [

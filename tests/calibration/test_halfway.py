@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES, configuration, random_model, token_ids, write_model
+from mixtures import QUICK, write_mixture
 
 import zqfp_convert
 from zqfp_convert.calibration.halfway import halfway, shortcut
@@ -76,3 +77,29 @@ def test_a_conversion_has_the_same_bytes_without(
     assert any(shorter)
     assert not any(one.inputs for one in shorter if one)
     assert hashes[0] == hashes[1] == hashes[2]
+
+
+@pytest.mark.parametrize(
+    ("arch", "kept"),
+    [("mixtral", False), ("qwen2_moe", True)],  # behind its experts are linears that all share
+)
+def test_inputs_before_experts_are_kept_where_they_are_used(
+    arch: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_mixture(tmp_path / "model", arch)
+    found, hashes = [], []
+
+    def watched(*args: object) -> object:
+        found.append(shortcut(*args))  # type: ignore[arg-type]
+        return found[-1]
+
+    monkeypatch.setattr(passage.Passage, "_room", lambda *args: True)
+    for name, way in (("with", watched), ("without", lambda *args: None)):
+        monkeypatch.setattr(passage, "shortcut", way)
+        out = tmp_path / name
+        zqfp_convert.convert(source, out, rank=2, **QUICK)
+        files = sorted(out.glob("*.safetensors"))
+        hashes.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+    assert hashes[0] == hashes[1]
+    assert bool(found) == kept
+    assert all(one is not None and not one.inputs for one in found)

@@ -111,3 +111,52 @@ def test_the_kernel_against_float64(columns: int, dtype: torch.dtype) -> None:
         assert bool(((have - want).abs() <= bits * 0.51 * bit * want.abs() + 1e-7).all()), form
     strided = rms_norm(values.transpose(0, 1), weight, 1e-6, "once")
     assert torch.equal(strided, rms_norm(values, weight, 1e-6, "once").transpose(0, 1))
+
+
+class _Roots(nn.Module):
+    """A norm whose roots are a little off, as those of a GPU's library are."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight), 1e-6
+
+    def forward(self, x: Tensor, gate: None = None) -> Tensor:
+        wide = x.float()
+        wide = wide * (1.000005 * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps))
+        return wide.to(x.dtype) * self.weight.to(x.dtype)
+
+
+@torch.no_grad()
+def test_two_units_of_the_last_place_are_no_other_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zqfp_convert.numerics.kernels.norm import rms_norm
+
+    monkeypatch.setattr(kernels, "take", lambda tensor: True)
+    torch.manual_seed(0)
+    weight = (1 + 0.3 * torch.randn(256)).to(DEVICE)
+    norm, call = nn.Sequential(_Roots(weight.bfloat16())), Call((), {})
+    hidden = torch.randn(8, 64, 256, device=DEVICE, dtype=torch.bfloat16)
+    want = norm(hidden).float()
+    apart = (rms_norm(hidden, weight.bfloat16(), 1e-6, "twice").float() - want).abs()
+    assert bool((apart > 2.0**-7 * want.abs()).any())  # else nothing is tried here
+    assert set(find_forms(norm, call, hidden).values()) == {"twice"}
+
+
+class _Block(nn.Module):
+    """Calls its norm in some way."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.norm, self.way = _Roots(torch.ones(64, dtype=torch.bfloat16)), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.norm(x.float()) if self.way == "wide" else self.norm(x, gate=None)
+        return made
+
+
+@pytest.mark.parametrize("way", ["wide", "keyword"])
+@torch.no_grad()
+def test_norms_that_are_called_otherwise_stay(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "take", lambda tensor: True)
+    hidden = torch.randn(2, 5, 64, device=DEVICE, dtype=torch.bfloat16)
+    block = _Block(way).to(DEVICE)
+    assert set(find_forms(block, Call((), {}), hidden).values()) == {None}

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 import zqfp_convert
 from zqfp_convert.checkpoint.output.journal import Journal
 from zqfp_convert.conversion import convert
+from zqfp_convert.conversion.passage import Passage
 from zqfp_convert.conversion.work import Work
 from zqfp_convert.errors import OptionError, OutputError
 from zqfp_convert.parallel import World
@@ -133,8 +134,18 @@ def test_experts(tmp_path: Path) -> None:
         as_good(source, out, tmp_path / "one")
 
 
-def test_a_whole_model_tuned(tiny_model: Maker, tmp_path: Path) -> None:
-    choices = {**FEW, "recipe": "max", "rank": 2, "tune": 2, "tune_samples": 9}
+def test_only_one_has_memory_to_keep_inputs_in(
+    tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares of the text differ in size."""
+    monkeypatch.setattr(Passage, "_room", lambda self, *rest: self.world.leads)
+    together(2, tiny_model(), tmp_path / "out", **FEW)
+    assert (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("tune_samples", [8, 9])  # of 8 windows the last is one process's alone
+def test_a_whole_model_tuned(tune_samples: int, tiny_model: Maker, tmp_path: Path) -> None:
+    choices = {**FEW, "recipe": "max", "rank": 2, "tune": 2, "tune_samples": tune_samples}
     together(2, tiny_model(), tmp_path / "out", **choices)
     convert(tiny_model(), tmp_path / "one", **choices)
     as_good(tiny_model(), tmp_path / "out", tmp_path / "one")

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from zqfp_convert.numerics.kernels.norm import Form
 
 FORMS: tuple[Form, ...] = ("twice", "once", "once, one more")
-DIFFER = 0.01  # of the elements may, by their last bit: sums are made in another order
-LAST = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}  # bit of a number, relative to it
+DIFFER = 0.01  # of the elements may: sums are made in another order
+DTYPES = (torch.bfloat16, torch.float16)
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 
 
@@ -46,16 +46,18 @@ def find_forms(block: nn.Module, call: Call, hidden: Tensor) -> dict[str, Form |
         hidden: a batch of the block's hidden states.
     """
     norms = _norms(block)
-    if not norms or hidden.dtype not in LAST or not kernels.take(hidden):
+    if not norms or hidden.dtype not in DTYPES or not kernels.take(hidden):
         return dict.fromkeys(kinds(block))
     found: dict[str, set[Form | None]] = {kind: set() for kind in kinds(block)}
 
-    def compare(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        plain = len(args) == 1 and isinstance(output, torch.Tensor)
+    def compare(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
+    ) -> None:
+        plain = len(args) == 1 and not kwargs and isinstance(output, torch.Tensor)
         form = _form(module, args[0], output) if plain else None  # type: ignore[arg-type]
         found[_kind(module)].add(form)
 
-    handles = [module.register_forward_hook(compare) for module in norms.values()]
+    handles = [module.register_forward_hook(compare, with_kwargs=True) for module in norms.values()]
     try:
         call.run(block, hidden)
     finally:
@@ -97,17 +99,23 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def _form(module: nn.Module, given: Tensor, output: Tensor) -> Form | None:
-    """The form that makes this of that, but for the last bit of few elements."""
+    """The form that makes this of that, but for the last bits of few elements.
+
+    What is rounded twice may be two units of the last place apart: a number that is rounded to the
+    one beside it is times a weight of up to two.
+    """
     from zqfp_convert.numerics.kernels.norm import WIDEST, rms_norm
 
     weight, epsilon = module.get_parameter("weight"), _epsilon(module)
-    same = given.shape == output.shape and given.dtype == output.dtype
+    same = given.shape == output.shape and given.dtype == output.dtype and given.dtype in DTYPES
     if not same or given.shape[-1:] != weight.shape or len(weight) > WIDEST:
         return None
     assert epsilon is not None
+    about = torch.finfo(output.dtype)
+    near = output.float().abs().clamp_min(about.tiny).mul_(2 * about.eps)
     for form in FORMS:
         apart = (rms_norm(given, weight, epsilon, form).float() - output.float()).abs()
-        close = bool((apart <= LAST[given.dtype] * output.float().abs()).all())
+        close = bool((apart <= near).all())
         if close and float((apart > 0).float().mean()) <= DIFFER:
             return form
     return None

@@ -33,17 +33,18 @@ class Passage:
     _by: Shortcut | None = None
     _there: bool = False
 
-    def moves(self, done: list[str], stage: list[str], *, last: bool) -> Moves:
+    def moves(self, done: list[str], stage: list[str], *, last: bool, again: bool) -> Moves:
         """How states move with the statistics of a stage.
 
         Args:
             done: the linears of this stage and of those before it.
             stage: those of this one that share their input.
             last: whether it is the last one of the block.
+            again: whether there will be statistics of a later one, experts aside.
         """
         place, by, found = (None if self._there else self._way), self._by, None
         if self._way is None and not last:
-            self._way, self._by = found, _ = self._find(done, stage)
+            self._way, self._by = found, _ = self._find(done, stage, again=again)
         ahead = None if self.teacher is None else found
         keep = self._by.inputs if found is not None and self._by is not None else None
         if place is not None or ahead is not None:
@@ -58,15 +59,21 @@ class Passage:
         if moves.ahead is not None and self.teacher is not None:
             moves.ahead.leave(self.teacher)
 
-    def _find(self, done: list[str], stage: list[str]) -> tuple[Halfway | None, Shortcut | None]:
-        """A place behind linears that are done, if there is one, and a shortcut to it."""
-        if not self.states.alike:
+    def _find(
+        self, done: list[str], stage: list[str], *, again: bool
+    ) -> tuple[Halfway | None, Shortcut | None]:
+        """A place behind linears that are done, if there is one, and a shortcut to it.
+
+        Processes, which have shares of the text that differ in size, all find the same.
+        """
+        if not self.world.every(lambda: self.states.alike):
             return None, None
         block = self.student if self.teacher is None else self.teacher
         call, hidden = self.calls(0), self.states.student.hidden[0]
         left = [name for name in self.layers if name not in done]
         place = self.world.agree(lambda: halfway(block, done, left, call, hidden))
-        if place is None or not self._room(hidden, [self.layers[name] for name in stage]):
+        here = [self.layers[name] for name in stage]
+        if place is None or not again or not self.world.every(lambda: self._room(hidden, here)):
             return place, None
         return place, self.world.agree(lambda: shortcut(place, block, stage, call, hidden))
 

@@ -50,9 +50,8 @@ def _run_all(plan: Plan) -> None:
             small = torch.eye(16, device=device)
             torch.linalg.cholesky_ex(small)
             torch.linalg.cholesky_ex(small.double())
-            torch.linalg.solve_triangular(small, small, upper=True)
+            torch.linalg.solve_triangular(small.double(), small.double(), upper=True)
             divide(noise, torch.eye(COLUMNS, device=device))
-            torch.linalg.eigh(small)
         cuda.current_stream(device).synchronize()
 
 

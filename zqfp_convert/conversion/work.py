@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 START = ".tuning_start"  # of the places that tuning starts from, beside a layer's packed tensors
 BATCH = "batch"  # in the journal: how many windows go through a block at once, from it on
+NORMS = "norms"  # likewise: what classes of norms compute
 
 
 @dataclass
@@ -325,15 +326,30 @@ class Work:
             head.check(states.student.hidden[0][:1], window.to(plan.device))
         calls = states.calls(index)
         balanced, changes = fold(plan, index, block, states.student, calls, self.world)
-        if not self.norms.keys() >= kinds(block):
-            first = states.student.hidden[0]
-            self.norms |= self.world.agree(lambda: find_forms(block, calls(0), first))
-        fuse_norms(block, self.norms)
+        self._fuse_norms(block, calls)
         disk = {layer.place: layer.disk for layer in plan.layers[index]}
         self.layers.columns |= {
             disk[place]: one.columns for one in balanced for place in one.linears
         }
         return block, calls, balanced, changes
+
+    def _fuse_norms(self, block: nn.Module, calls: Callable[[int], Call]) -> None:
+        """Put fused norms into a block.
+
+        What a class computes is tried out once, as another batch might speak for something else: a
+        run that goes on with this one may have smaller ones from here on.
+        """
+        wanted = kinds(block)
+        for noted in [] if self.norms.keys() >= wanted else self.partial.noted(NORMS):
+            self.norms |= noted
+        if not self.norms.keys() >= wanted:
+            assert self.states is not None
+            first = self.states.student.hidden[0]
+            found = self.world.agree(lambda: find_forms(block, calls(0), first))
+            new = {kind: form for kind, form in found.items() if kind not in self.norms}
+            self.partial.note(NORMS, new)
+            self.norms |= new
+        fuse_norms(block, self.norms)
 
     def _calibrated(
         self, index: int, tensors: dict[str, Tensor]
@@ -377,7 +393,9 @@ class Work:
             if linears:
                 last = stage is stages[-1]
                 done = [place for each in stages[: number + 1] for place in each]
-                moves = passage.moves(done, linears, last=last)
+                later = {place for each in stages[number + 1 :] for place in each}
+                again = not later <= set(experts)
+                moves = passage.moves(done, linears, last=last, again=again)
                 shared_input = statistics(
                     linears,
                     student,

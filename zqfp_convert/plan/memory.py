@@ -150,10 +150,14 @@ def _host(plan: Plan) -> int:
     passing = max((one + other for one, other in pairwise(others)), default=0)
     on_cpu = plan.device.type == "cpu"
     rounding = int(ROUNDED * largest) if on_cpu and not plan.recipe.needs_calibration else 0
-    return ALWAYS + (0 if on_cpu else LIBRARIES) + max(
-        ahead * max(blocks) + max(packed) + max(written, others[-1]) + rounding,
-        passing,
-        _checked(plan),
+    return (
+        ALWAYS
+        + (0 if on_cpu else LIBRARIES)
+        + max(
+            ahead * max(blocks) + max(packed) + max(written, others[-1]) + rounding,
+            passing,
+            _checked(plan),
+        )
     )
 
 
