@@ -60,16 +60,18 @@ def test_other_norms_stay(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _Half(nn.Module):
-    """Not a norm of any form, as it is for a class where one module differs."""
+    """A share of a norm, which shows among its attributes as a plain number, or does not."""
 
-    def __init__(self, size: int, share: float) -> None:
+    def __init__(self, size: int, share: float, *, shows: bool = False) -> None:
         super().__init__()
-        self.weight, self.eps, self.share = nn.Parameter(torch.ones(size)), 1e-6, share
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), 1e-6
+        self.share = share if shows else (share,)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (self.share * wide).to(x.dtype) * self.weight.to(x.dtype)
+        share = self.share if isinstance(self.share, float) else self.share[0]
+        return (share * wide).to(x.dtype) * self.weight.to(x.dtype)
 
 
 @torch.no_grad()
@@ -80,6 +82,8 @@ def test_a_class_of_which_one_differs_stays(monkeypatch: pytest.MonkeyPatch) -> 
     assert set(find_forms(alike, call, hidden).values()) == {"twice"}
     other = nn.Sequential(_Half(64, 1.0), _Half(64, 0.5)).to(DEVICE)
     assert set(find_forms(other, call, hidden).values()) == {None}
+    told = nn.Sequential(_Half(64, 1.0, shows=True), _Half(64, 0.5, shows=True)).to(DEVICE)
+    assert list(find_forms(told, call, hidden).values()) in (["twice", None], [None, "twice"])
 
 
 @torch.no_grad()

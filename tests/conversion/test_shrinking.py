@@ -11,7 +11,9 @@ from architectures import QUICK, Maker
 from transformers import GenerationMixin, PreTrainedModel
 
 import zqfp_convert
-from zqfp_convert.conversion import rehearsal, windows
+from zqfp_convert.calibration.halfway import Moves
+from zqfp_convert.calibration.stages import statistics
+from zqfp_convert.conversion import passage, rehearsal, windows, work
 
 
 def test_fewer_windows_are_written_at_once(
@@ -51,3 +53,20 @@ def test_a_rehearsal_with_fewer_windows_at_once(
     assert tried[:2] == [4, 2]
     assert set(tried[2:]) == {1}
     assert made.plan.rotation is not None
+
+
+def test_inputs_are_not_kept_once_memory_has_run_out(
+    tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+
+    def limited(*args: Any, moves: Moves, **how: Any) -> Any:
+        if moves.keep is not None:
+            kept.append(moves)
+            raise torch.OutOfMemoryError("no room for inputs")
+        return statistics(*args, moves=moves, **how)
+
+    monkeypatch.setattr(work, "statistics", limited)
+    monkeypatch.setattr(passage, "spare_bytes", lambda *args: 1 << 40)
+    zqfp_convert.convert(tiny_model(), tmp_path / "out", **QUICK)
+    assert len(kept) == 1

@@ -85,7 +85,10 @@ def _norms(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def _kind(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    """Its class, and what it was made with."""
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
+    given = ", ".join(f"{name}={plain[name]}" for name in sorted(plain) if name != "training")
+    return f"{type(module).__module__}.{type(module).__qualname__}({given})"
 
 
 def _may_be(module: nn.Module) -> bool:

@@ -29,6 +29,7 @@ class Passage:
     teacher: nn.Module | None
     layers: dict[str, PlannedLayer]
     calls: Callable[[int], Call]
+    spare: bool  # whether inputs may be kept: not once memory has run out
     _way: Halfway | None = None
     _by: Shortcut | None = None
     _there: bool = False
@@ -81,4 +82,5 @@ class Passage:
         """Whether there is room for all inputs of a stage, beside what solving it takes."""
         tokens = len(self.states.student.hidden) * hidden[..., 0].numel()
         inputs = tokens * stage[0].columns * hidden.element_size()
-        return self.plan.states == "device" and inputs <= spare_bytes(self.plan, stage)
+        there = self.spare and self.plan.states == "device"
+        return there and inputs <= spare_bytes(self.plan, stage)

@@ -374,7 +374,8 @@ class Work:
         stages = self.world.agree(
             lambda: trace(student, traced, calls(0), states.student.hidden[0]) if traced else []
         )
-        passage = Passage(plan, self.world, states, student, teacher, planned, calls)
+        spare = len(self.partial.noted(BATCH)) == 1
+        passage = Passage(plan, self.world, states, student, teacher, planned, calls, spare)
         for number, stage in enumerate(stages):
             for path in [place for place in stage if place in experts]:
                 with self.world.attempt():
