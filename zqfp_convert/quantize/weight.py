@@ -22,7 +22,7 @@ from zqfp_convert.quantize.lorc import Factors
 from zqfp_convert.quantize.tensor_cores import tensor_cores
 from zqfp_convert.recipe import Recipe
 
-SWEEPS_PER_ROUND = 2  # of coordinate descent after each fit of the low-rank factors
+SWEEPS_PER_ROUND = 1  # of coordinate descent after each fit of the low-rank factors
 IN_THE_CACHE = 1 << 16  # weights that the CPU rounds at a time where rows do not meet
 
 
