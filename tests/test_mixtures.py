@@ -65,7 +65,7 @@ def assert_same(have: Tensor, want: Tensor) -> None:
     Those behind it in its window, which look back at it, go with it.
     """
     error = (have - want).norm(dim=-1) / want.norm(dim=-1)
-    assert float(error.flatten().quantile(0.75)) < 1e-5
+    assert float(error.flatten().quantile(0.9)) < 1e-5
     assert float(error.max()) < 0.5
 
 
@@ -73,7 +73,7 @@ def assert_same(have: Tensor, want: Tensor) -> None:
 def test_the_whole_way(arch: str, made: Made, tmp_path: Path) -> None:
     """One test for an architecture: what it needs is made once, wherever it runs."""
     source = made.source(arch)
-    error = {}
+    error, ids = {}, token_ids(32)  # so many that a window or two with another rounding are few
     for recipe in RECIPES:
         packed = made.packed(arch, recipe)
         check_names(arch, source, packed)
@@ -81,9 +81,9 @@ def test_the_whole_way(arch: str, made: Made, tmp_path: Path) -> None:
         model = zqfp_convert.load(packed, device="cpu")
         check_routers(model)
         with torch.no_grad():
-            have = model(token_ids(8)).logits
-            want = original(source)(token_ids(8)).logits
-        assert_same(have, reference(source, packed, tmp_path / recipe)(token_ids(8)))
+            have = model(ids).logits
+            want = original(source)(ids).logits
+        assert_same(have, reference(source, packed, tmp_path / recipe)(ids))
         error[recipe] = relative(have - want, want)
     assert 0 < error["best"] < 0.9 * error["fast"], error
     assert not coverage(manifest(made.packed(arch, "fast"))["layers"])
