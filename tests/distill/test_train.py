@@ -6,6 +6,7 @@ import dataclasses
 from importlib.resources import as_file, files
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,11 +23,13 @@ from zqfp_convert.checkpoint.output.series import Series
 from zqfp_convert.conversion import pipeline
 from zqfp_convert.conversion.tuning import Tuned
 from zqfp_convert.conversion.work import Work
-from zqfp_convert.distill import train
+from zqfp_convert.distill import train, tunable
 from zqfp_convert.distill.train import HELD_BACK
 from zqfp_convert.errors import SourceError
 from zqfp_convert.model import device
+from zqfp_convert.numerics import fp8
 from zqfp_convert.plan import Plan, make_plan, memory
+from zqfp_convert.runtime import reference
 from zqfp_convert.verify import verify
 
 MODEL = files("zqfp_convert.demo") / "model"
@@ -41,11 +44,11 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> zqfp_convert.Conversion:
         return zqfp_convert.convert(model, out, samples=SAMPLES, tune=160, **CHOICES)
 
 
-def divergence(packed: Path) -> float:
+def divergence(packed: Path, samples: int = SAMPLES) -> float:
     """Mean token KL on the windows held back, of whole models."""
     with as_file(MODEL) as model:
         original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    ids = text.generate(original, SAMPLES, SEQ_LEN, 0)[-(SAMPLES // HELD_BACK) :]
+    ids = text.generate(original, samples, SEQ_LEN, 0)[-(samples // HELD_BACK) :]
     loaded = zqfp_convert.load(packed, device="cpu", dtype=torch.float32)
     with torch.no_grad():
         p, q = (m(ids).logits.double().log_softmax(-1) for m in (original, loaded))
@@ -67,6 +70,20 @@ def test_what_was_measured_is_what_was_written(tuned: zqfp_convert.Conversion) -
     assert set(changed.values()) == {"norm_changed"}
     assert any(name.startswith("model.norm") for name in changed)  # outside of the blocks
     assert all(entry["output_error"] is None for entry in tuned.layers.values())
+
+
+def test_where_no_roundings_of_activations_flip_it_is_the_same_to_a_ten_thousandth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = {"simulate": lambda x: x, "quantize": lambda x: (x, 1.0), "decode": lambda x: x}
+    plain = SimpleNamespace(**{**vars(fp8), **exact})
+    monkeypatch.setattr(tunable, "fp8", plain)
+    monkeypatch.setattr(reference, "fp8", plain)
+    with as_file(MODEL) as model:
+        made = zqfp_convert.convert(model, tmp_path / "out", samples=48, tune=40, **CHOICES)
+    assert made.tuning is not None
+    assert made.tuning.kept
+    assert divergence(made.out, 48) == pytest.approx(made.tuning.kl_after, rel=1e-4)
 
 
 def test_the_checkpoint_keeps_all_rules(tuned: zqfp_convert.Conversion) -> None:
