@@ -11,7 +11,8 @@ from mixtures import EXPERTS, random_mixture
 from torch import Tensor, nn
 
 from zqfp_convert.calibration import experts as statistics
-from zqfp_convert.calibration.experts import Moments, arrivals, moments, pool, sums_bytes, together
+from zqfp_convert.calibration.experts import arrivals, moments, pool, sums_bytes, together
+from zqfp_convert.calibration.stages import Moments
 from zqfp_convert.calibration.stream import Call, Stream
 from zqfp_convert.conversion.experts import quantize_experts
 from zqfp_convert.errors import SourceError

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from zqfp_convert.calibration import stages
 from zqfp_convert.calibration.halfway import Moves, halfway
 from zqfp_convert.calibration.stages import statistics, trace
-from zqfp_convert.calibration.stream import Call, Entrance, Stream
+from zqfp_convert.calibration.stream import Call, Entrance, Stream, outputs_of
 from zqfp_convert.errors import SourceError
-from zqfp_convert.model.blocks import Blocks, find_blocks, linears
+from zqfp_convert.model.blocks import Blocks, find_blocks, get_linear, linears, weight_matrix
 
 LIKE_LLAMA = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 LIKE_NEOX = [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]
@@ -91,9 +91,9 @@ def test_statistics(arch: str) -> None:
         return torch.cat(found)
 
     for stage in stages:
-        hessian, cross, rounding = statistics(
-            stage, student, student_stream, teacher, teacher_stream, calls
-        )
+        found = statistics(stage, student, student_stream, teacher, teacher_stream, calls)
+        hessian, cross, rounding = found.hessian, found.cross, found.rounding
+        assert found.outputs is None
         for name in stage:
             exact = inputs(student, student_stream, name).double()
             x = seen(exact.float()).double()
@@ -102,15 +102,56 @@ def test_statistics(arch: str) -> None:
             assert float(want.max()) > 0
             torch.testing.assert_close(rounding.double(), want, rtol=1e-4, atol=1e-9)
             original = inputs(teacher, teacher_stream, name).double()
-            assert len(x) == 3 * 24
+            assert found.tokens == len(x) == 3 * 24
             torch.testing.assert_close(hessian.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
             assert cross is not None
             want = original.T @ x / len(x)
             torch.testing.assert_close(cross.double(), want, rtol=1e-4, atol=1e-6)
             assert not torch.allclose(cross, hessian, rtol=1e-3, atol=1e-6)
-        alone, nothing, _ = statistics(stage, student, student_stream, None, None, calls)
-        assert torch.equal(alone, hessian)
-        assert nothing is None
+        alone = statistics(stage, student, student_stream, None, None, calls)
+        assert torch.equal(alone.hessian, hessian)
+        assert alone.cross is None
+    place = stages[-1][0]
+    weight, rows = weight_matrix(get_linear(teacher, place)), len(x)
+    outputs = torch.cat(
+        [outputs_in(teacher, place, calls(i), h) for i, h in enumerate(teacher_stream.hidden)]
+    )
+    streams = (student_stream, teacher, teacher_stream)
+    moved = statistics(stages[-1], student, *streams, calls, last=True)
+    assert torch.equal(moved.hessian, hessian)
+    if arch != "gpt2":  # of which this linear has a bias
+        assert moved.cross is None
+        assert moved.outputs is not None
+        have = moved.outputs.double()
+        torch.testing.assert_close(have, outputs.double().T @ x / rows, rtol=1e-4, atol=1e-6)
+        want = weight.double() @ cross.double()
+        torch.testing.assert_close(have, want, rtol=1e-3, atol=1e-6)
+    else:
+        assert moved.outputs is None
+        assert torch.equal(moved.cross, cross)
+
+
+def outputs_in(block: nn.Module, name: str, call: Call, hidden: Tensor) -> Tensor:
+    made: dict[str, Tensor] = {}
+    with outputs_of({name: block.get_submodule(name)}, made):
+        call.run(block, hidden)
+    return made[name].flatten(0, -2)
+
+
+@torch.no_grad()
+def test_outputs_are_kept_as_they_were_made() -> None:
+    class Adding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(x)
+            y += x
+            return y
+
+    block, x = Adding(), torch.randn(2, 4, 3)
+    assert torch.equal(outputs_in(block, "linear", Call((), {}), x), block.linear(x).flatten(0, 1))
 
 
 @torch.no_grad()
@@ -161,7 +202,10 @@ def test_the_original_moves_on_behind_a_stage_and_gives_the_same() -> None:
     behind = statistics(order[2], *streams[:2], copy.deepcopy(block), Stream(list(ids)), calls)
     ahead.leave(teacher)
     moved = statistics(order[2], *streams, calls)
-    for one, other in zip((*want, *behind), (*have, *moved), strict=True):
-        assert torch.equal(one, other)
+    for one, other in ((want, have), (behind, moved)):
+        assert torch.equal(one.hessian, other.hessian)
+        assert one.cross is not None
+        assert torch.equal(one.cross, other.cross)
+        assert torch.equal(one.rounding, other.rounding)
     assert not any(torch.equal(a, b) for a, b in zip(original.hidden, ids, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(stream.hidden, ids, strict=True))

@@ -241,6 +241,36 @@ def test_asymmetry_1_is_least_squares() -> None:
     assert close(aim_at_original(weight, curvature, 0.5), halfway.double(), 1e-6)
 
 
+def test_outputs_of_the_weight_do_what_the_inputs_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`W C` in the place of C, for a weight and for some of its rows."""
+    monkeypatch.setattr("zqfp_convert.quantize.hessian.SLICE", 7)
+    original = correlated(400, 24)
+    seen = original + 0.3 * correlated(400, 24, seed=7)
+    weight = normal(10, 24, seed=3)
+    by_inputs = HessianSum(24, cross=True, device="cpu")
+    by_outputs = HessianSum(24, cross=True, device="cpu", outputs=10)
+    for part in (slice(0, 150), slice(150, 400)):
+        by_inputs.add(seen[part], original[part])
+        by_outputs.add(seen[part], original[part] @ weight.t())
+    hessian, cross = by_inputs.mean()
+    same, outputs = by_outputs.mean()
+    assert outputs is not None
+    assert torch.equal(same, hessian)
+    assert outputs.shape == (10, 24)
+    how = {"damping": 0.01, "activation_order": True}
+    want = aim_at_original(weight, prepare(hessian.clone(), cross, **how), 1.0)
+    curvature = prepare(hessian, None, outputs=outputs, **how)
+    have = aim_at_original(weight, curvature, 1.0)
+    assert close(have - weight, (want - weight).double(), 1e-4)
+    assert not close(have, weight.double(), 0.05)
+    rows = slice(3, 8)
+    some = aim_at_original(weight[rows], curvature, 1.0, rows)
+    assert close(some, have[rows].double(), 1e-6)
+    assert torch.equal(aim_at_original(weight, curvature, 0.0), weight)
+    curvature.forget_original()
+    assert torch.equal(aim_at_original(weight, curvature, 1.0), weight)
+
+
 def test_relative_error() -> None:
     error, weight = normal(6, 12), normal(6, 12, seed=1) * 3
     hessian = hessian_of(correlated(50, 12))

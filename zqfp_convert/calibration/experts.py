@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zqfp_convert.calibration.stages import Calls, check_finite
+from zqfp_convert.calibration.stages import Calls, Moments, check_finite
 from zqfp_convert.calibration.stream import Call, Stream, inputs_of, stop_at
 from zqfp_convert.model.experts import DOWN, GATE, UP, Experts, mixtures
 from zqfp_convert.numerics import fp8
@@ -36,16 +36,6 @@ class Arrivals:
     hidden: Tensor
     original: Tensor | None
     rows: list[Tensor]
-
-
-@dataclass
-class Moments:
-    """Second moments of an input, as `stages.statistics` has them, and of how many tokens."""
-
-    hessian: Tensor
-    cross: Tensor | None
-    rounding: Tensor
-    tokens: int
 
 
 def arrivals(

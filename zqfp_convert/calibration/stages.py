@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from zqfp_convert.calibration.halfway import NOWHERE, Halfway, Moves
-from zqfp_convert.calibration.stream import Call, Stream, inputs_of, stop_at
+from zqfp_convert.calibration.stream import Call, Stream, inputs_of, outputs_of, stop_at
 from zqfp_convert.errors import SourceError
+from zqfp_convert.model.blocks import bias_of, get_linear, weight_matrix
 from zqfp_convert.numerics import fp8
 from zqfp_convert.parallel import ALONE, World
 from zqfp_convert.quantize.hessian import HessianSum
 
 Calls = Callable[[int], Call]
+
+
+@dataclass
+class Moments:
+    """Second moments of an input, over some tokens.
+
+    Attributes:
+        hessian: H, float32 `[K, K]`.
+        cross: C, `[K, K]`, or None.
+        rounding: what FP8 costs each feature, `E[(x - x^)^2]` of an input x that is quantized to
+            x^, float32 `[K]`.
+        tokens: how many there were.
+        outputs: `W C`, `[N, K]`, of the one weight W that gets this input; it is there instead of C
+            where it has fewer rows.
+    """
+
+    hessian: Tensor
+    cross: Tensor | None
+    rounding: Tensor
+    tokens: int
+    outputs: Tensor | None = None
 
 
 def trace(block: nn.Module, names: Iterable[str], call: Call, hidden: Tensor) -> list[list[str]]:
@@ -43,21 +66,21 @@ def statistics(
     last: bool = False,
     moves: Moves = NOWHERE,
     world: World = ALONE,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """H and C of the input that the linears of a stage share, and what FP8 costs each feature.
+) -> Moments:
+    """The moments of the input that the linears of a stage share.
 
-    That is `E[(x - x^)^2]`, float32 `[K]`, for the input x that is quantized to x^. The student is
-    the block with all earlier stages quantized, on hidden states that came through the quantized
-    blocks before; the teacher the original block on the original's hidden states. Without a teacher
-    there is no C. With the `last` stage of a block the teacher's batches move through the block,
-    which is run anyway; where both move within the block, `moves` says. Processes of a `world` have
-    batches of their own, and get what all have seen.
+    The student is the block with all earlier stages quantized, on hidden states that came through
+    the quantized blocks before; the teacher the original block on the original's hidden states.
+    Without a teacher there is no C. With the `last` stage of a block the teacher's batches move
+    through the block, which is run anyway; where both move within the block, `moves` says.
+    Processes of a `world` have batches of their own, and get what all have seen.
 
     Raises:
         SourceError: the activations hold NaN or infinity.
     """
     name = stage[0]
     features = student.get_submodule(name).get_parameter("weight")
+    outputs = _rows_of_outputs(student, stage) if last else None
     total: HessianSum | None = None
     rounding = torch.zeros(1, device=features.device)
     with world.attempt():
@@ -75,18 +98,32 @@ def statistics(
             original = None
             if teacher is not None and teacher_stream is not None:
                 at = (teacher, name, call, teacher_stream, index)
-                original = _original(*at, last=last, ahead=moves.ahead)
+                made = outputs is not None
+                original = _original(*at, last=last, ahead=moves.ahead, outputs=made)
             if total is None:
-                cross = teacher is not None
-                total = HessianSum(seen.shape[-1], cross=cross, device=features.device)
+                cross, device = teacher is not None, features.device
+                total = HessianSum(seen.shape[-1], cross=cross, device=device, outputs=outputs)
             total.add(seen, original)
             del seen, original  # and these while the next batch is
     assert total is not None
     total.sum_over(world)
     rounding = world.sum_(rounding)
-    hessian, cross_moment = total.mean()
-    check_finite(name, hessian, cross_moment)
-    return hessian, cross_moment, rounding / total.tokens
+    hessian, crossed = total.mean()
+    check_finite(name, hessian, crossed)
+    of_inputs, of_outputs = (crossed, None) if outputs is None else (None, crossed)
+    return Moments(hessian, of_inputs, rounding / total.tokens, total.tokens, of_outputs)
+
+
+def _rows_of_outputs(block: nn.Module, stage: list[str]) -> int | None:
+    """N of the one linear of a stage, if it is known by its outputs with less work; else None.
+
+    A bias would have to be taken from these, and what was rounded with it would be missing.
+    """
+    linear = get_linear(block, stage[0])
+    if len(stage) > 1 or bias_of(linear) is not None:
+        return None
+    rows, columns = weight_matrix(linear).shape
+    return rows if rows < columns else None
 
 
 def check_finite(name: str, hessian: Tensor, cross: Tensor | None) -> None:
@@ -118,11 +155,14 @@ def _original(
     *,
     last: bool,
     ahead: Halfway | None,
+    outputs: bool,
 ) -> Tensor:
+    """What a linear of the original is given, or makes of it if `outputs`."""
     if not last and ahead is None:
         return _input(teacher, name, call, stream.hidden[index])
     seen: dict[str, Tensor] = {}
-    with inputs_of({name: teacher.get_submodule(name)}, seen):
+    passing = outputs_of if outputs else inputs_of
+    with passing({name: teacher.get_submodule(name)}, seen):
         if ahead is None:
             assert stream.moved == index
             stream.move(teacher, call)

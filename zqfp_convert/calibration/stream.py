@@ -302,6 +302,27 @@ def inputs_of(modules: dict[str, nn.Module], seen: dict[str, Tensor]) -> Iterato
 
 
 @contextmanager
+def outputs_of(modules: dict[str, nn.Module], made: dict[str, Tensor]) -> Iterator[None]:
+    """While this context is open, copies of the modules' outputs are put into `made` by name.
+
+    Copies, as a model may add its hidden states to an output where that lies.
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            made[name] = output.clone()
+
+        return record
+
+    handles = [m.register_forward_hook(hook(name)) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def stop_at(module: nn.Module) -> Iterator[None]:
     """Runs the body until it calls `module`; nothing behind that call is computed."""
 

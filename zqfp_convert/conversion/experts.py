@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from zqfp_convert.calibration.experts import STAGES, Arrivals, Moments, moments, pool
+from zqfp_convert.calibration.experts import STAGES, Arrivals, moments, pool
+from zqfp_convert.calibration.stages import Moments
 from zqfp_convert.model.experts import Experts
 from zqfp_convert.parallel import ALONE, World
 

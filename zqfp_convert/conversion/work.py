@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zqfp_convert.calibration.balancing import Balanced
-from zqfp_convert.calibration.experts import Moments, arrivals
+from zqfp_convert.calibration.experts import arrivals
 from zqfp_convert.calibration.folding import Change
 from zqfp_convert.calibration.norms import find_forms, fuse_norms, kinds
 from zqfp_convert.calibration.stages import statistics, trace
@@ -397,7 +397,7 @@ class Work:
                 later = {place for each in stages[number + 1 :] for place in each}
                 again = not later <= set(experts)
                 moves = passage.moves(done, linears, last=last, again=again)
-                shared_input = statistics(
+                moments = statistics(
                     linears,
                     student,
                     states.student,
@@ -409,8 +409,6 @@ class Work:
                     world=self.world,
                 )
                 passage.leave(moves)
-                moments = Moments(*shared_input, 0)
-                del shared_input  # two of the largest matrices there are
                 self.layers.solve_stages(
                     index, student, planned, quantized, self.world, [linears], moments
                 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zqfp_convert.parallel import ALONE, World
 from zqfp_convert.quantize.substitution import divide
-from zqfp_convert.quantize.tensor_cores import tensor_cores
+from zqfp_convert.quantize.tensor_cores import float32_product, tensor_cores
 
 PANELS, PANEL = 8, 1024  # how many H is summed up in at most, and the fewest rows of one
 SLICE = 2048  # rows of H that are put in order at a time, to bound the memory
@@ -23,18 +23,27 @@ class HessianSum:
     """Accumulates `H = E[x^ x^T]` over the inputs `x^` that a layer will really see.
 
     With `cross`, also `C = E[x x^T]` with the inputs `x` that the same layer has in the original
-    model, for the same tokens. Sums are float32 on the device of the inputs. On a GPU inputs of 16
-    bits go to the tensor cores as they are, whose products are exact and whose sums are float32;
-    of H only what lies below or on the diagonal is summed up, panel by panel.
+    model, for the same tokens; with `outputs`, `W C = E[(W x) x^T]` instead, for a weight W of so
+    many rows. Sums are float32 on the device of the inputs. On a GPU what has 16 bits goes to the
+    tensor cores as it is, whose products are exact and whose sums are float32; of H only what lies
+    below or on the diagonal is summed up, panel by panel.
     """
 
-    def __init__(self, features: int, *, cross: bool, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        features: int,
+        *,
+        cross: bool,
+        device: torch.device | str,
+        outputs: int | None = None,
+    ) -> None:
         self.tokens = 0
         self._hessian = torch.zeros(features, features, device=device)
-        self._cross = torch.zeros_like(self._hessian) if cross else None
+        width = features if outputs is None else outputs
+        self._cross = torch.zeros(width, features, device=device) if cross else None
 
     def add(self, seen: Tensor, original: Tensor | None = None) -> None:
-        """Add tokens: `seen` and `original` are `[..., K]`, `original` given if `cross`."""
+        """Add tokens: `seen` is `[..., K]`, `original`, given if `cross`, x or `W x` for these."""
         seen = seen.reshape(-1, seen.shape[-1])  # [tokens, K]
         self.tokens += seen.shape[0]
         for panel in self._panels():
@@ -51,7 +60,7 @@ class HessianSum:
         self.tokens = round(world.total(self.tokens))
 
     def mean(self) -> tuple[Tensor, Tensor | None]:
-        """H and C (or None), each float32 `[K, K]`; the sums are given up."""
+        """H, float32 `[K, K]`, and C or W C (or None), `[., K]`; the sums are given up."""
         count = max(self.tokens, 1)
         cross = None if self._cross is None else self._cross.div_(count)
         hessian = self._hessian.div_(count)
@@ -84,6 +93,7 @@ class Curvature:
         factor: L, float32 `[K, K]`, lower triangular: `L L^T` is the damped Hessian, its columns in
             the reverse of that order.
         mismatch: `C - H`, `[K, K]`, or None without C.
+        outputs: `W C`, `[N, K]`, where it is known of the one weight W of this input instead of C.
         damping: the share of the mean diagonal that was added, after any retries.
         retries: how often the factorization had to be retried with ten times the damping.
     """
@@ -94,6 +104,24 @@ class Curvature:
     mismatch: Tensor | None
     damping: float
     retries: int
+    outputs: Tensor | None = None
+
+    def pull(self, weight: Tensor, rows: slice) -> Tensor | None:
+        """`W (C - H)`, `[n, K]`, for some rows of a weight, `[n, K]`; None where C is not known."""
+        if self.mismatch is not None:
+            return weight @ self.mismatch
+        if self.outputs is None:
+            return None
+        # A small difference of two large matrices, so the product has to be one of float32.
+        pull = self.outputs[rows].clone()
+        for at in range(0, len(self.hessian), SLICE):
+            columns = slice(at, at + SLICE)
+            pull[:, columns] -= float32_product(weight, self.hessian[:, columns])
+        return pull
+
+    def forget_original(self) -> None:
+        """Give up what is known of the original's inputs; it takes as much memory as H."""
+        self.mismatch = self.outputs = None
 
     def feedback(self, start: int, end: int) -> Tensor:
         """Columns of R, upper triangular, `R R^T` the damped Hessian in the order of solving.
@@ -109,12 +137,18 @@ class Curvature:
 
 
 def prepare(
-    hessian: Tensor, cross: Tensor | None, *, damping: float, activation_order: bool
+    hessian: Tensor,
+    cross: Tensor | None,
+    *,
+    damping: float,
+    activation_order: bool,
+    outputs: Tensor | None = None,
 ) -> Curvature:
     """Factorize a Hessian `[K, K]` for the solvers; `cross` becomes the mismatch, in place.
 
-    A factorization that fails is retried with ten times the damping. All of it happens in one
-    matrix.
+    `outputs` is `W C`, `[N, K]`, of the one weight that will be solved, where that is known instead
+    of `cross`. A factorization that fails is retried with ten times the damping. All of it happens
+    in one matrix.
     """
     diagonal = hessian.diagonal()
     if activation_order:
@@ -123,7 +157,7 @@ def prepare(
         order = torch.arange(len(diagonal), device=hessian.device)
     factor, used, retries = _damped_cholesky(hessian, order.flip(0), damping)
     mismatch = None if cross is None else cross.sub_(hessian)
-    return Curvature(hessian, order, factor, mismatch, used, retries)
+    return Curvature(hessian, order, factor, mismatch, used, retries, outputs)
 
 
 def _damped_cholesky(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float, int]:
@@ -151,16 +185,20 @@ def _ordered(hessian: Tensor, order: Tensor) -> Tensor:
     return matrix
 
 
-def aim_at_original(weight: Tensor, curvature: Curvature, asymmetry: float) -> Tensor:
+def aim_at_original(
+    weight: Tensor, curvature: Curvature, asymmetry: float, rows: slice = slice(None)
+) -> Tensor:
     """The target `W* = W + beta W (C - H)(H + damping I)^-1`, `[N, K]`; W itself without C.
 
     With beta = 1 it is the weight whose outputs on the inputs at hand come nearest, in the least
-    squares sense, to what the original weight gives on the original inputs.
+    squares sense, to what the original weight gives on the original inputs. `rows` says which ones
+    of the weight these are.
     """
-    if curvature.mismatch is None or asymmetry == 0:
+    pull = None if asymmetry == 0 else curvature.pull(weight, rows)
+    if pull is None:
         return weight
     order = curvature.order.flip(0)
-    pull = (weight @ curvature.mismatch).index_select(1, order)
+    pull = pull.index_select(1, order)
     divide(pull, curvature.factor)
     pull = pull.index_select(1, torch.argsort(order))
     return pull.mul_(asymmetry).add_(weight)

@@ -77,8 +77,7 @@ def quantize_together(
             nearest, and LoRC falls back to the plain decomposition).
         world: processes that all have these; each takes some rows of each weight, for rows meet in
             the low-rank factors alone.
-        spend: the curvature's mismatch is given up once the targets are known; it takes as much
-            memory as the Hessian.
+        spend: what the curvature knows of the original is given up once the targets are known.
     """
     apart = curvature is None and recipe.rank == 0 and recipe.tune == 0 and world.size == 1
     if apart and all(weight.device.type == "cpu" for weight in weights):
@@ -88,8 +87,11 @@ def quantize_together(
         weights = [weight[share.here] for weight, share in zip(weights, shares, strict=True)]
         target = _below([weight.float() for weight in weights])
         if curvature is not None:
-            target = aim_at_original(target, curvature, recipe.asymmetry)
-            curvature.mismatch = None if spend else curvature.mismatch
+            assert curvature.outputs is None or len(weights) == 1
+            alone = shares[0].here if len(weights) == 1 else slice(None)
+            target = aim_at_original(target, curvature, recipe.asymmetry, alone)
+            if spend:
+                curvature.forget_original()
         return _compensate(_encode(weights, target, shares, curvature, recipe), curvature, recipe)
 
 
