@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zqfp_convert.calibration.experts import Moments
 from zqfp_convert.calibration.simulated import SimulatedExpertLinear, SimulatedLinear
+from zqfp_convert.calibration.stages import Moments
 from zqfp_convert.checkpoint import layout
 from zqfp_convert.checkpoint.packed import PackedLayer, pack, unpack
 from zqfp_convert.conversion import host
@@ -29,6 +29,8 @@ from zqfp_convert.plan import TOGETHER, Plan, PlannedLayer
 from zqfp_convert.quantize.hessian import Curvature, activation_error, prepare
 from zqfp_convert.quantize.lorc import Factors
 from zqfp_convert.quantize.weight import QuantizedWeight, quantize_together
+from zqfp_convert.runtime import resident
+from zqfp_convert.runtime.resident import ResidentLinear
 
 
 @dataclass
@@ -78,8 +80,9 @@ class Layers:
             moments.cross,
             damping=recipe.damping,
             activation_order=recipe.activation_order,
+            outputs=moments.outputs,
         )
-        moments.cross = None  # the mismatch now, which is given up as soon as it can be
+        moments.cross = moments.outputs = None  # the curvature gives it up as soon as it can be
         if recipe.rank != "auto":  # a part takes less memory, but finds no rank for all
             stages = [part for stage in stages for part in _parts(stage, layers)]
         for together in stages:
@@ -229,6 +232,9 @@ class Layers:
         here, bias = packed.to(self.plan.device), bias_of(linear)
         if isinstance(linear, ExpertLinear):
             replace_linear(student, layer.place, SimulatedExpertLinear(here, bias))
+            return
+        if resident.takes(here, linear.weight.dtype):
+            replace_linear(student, layer.place, ResidentLinear(here, bias))
             return
         weight = here.approximation().to(linear.weight.dtype)
         replace_linear(student, layer.place, SimulatedLinear(weight, bias))

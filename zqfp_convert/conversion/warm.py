@@ -13,8 +13,10 @@ from zqfp_convert.numerics import codebook, fp8, kernels, scales
 from zqfp_convert.plan import Plan
 from zqfp_convert.quantize.columns import BLOCK, FEW_ROWS, settle
 from zqfp_convert.quantize.substitution import divide
+from zqfp_convert.runtime import expanded
 
 ROWS, COLUMNS = 256, 512  # multiples of 16, as those of most models are: that is compiled for
+TOKENS = 8192  # as in a batch of calibration; kernels differ for few
 
 
 def warm(plan: Plan) -> Callable[[], None]:
@@ -39,7 +41,7 @@ def _run_all(plan: Plan) -> None:
         size = COLUMNS if recipe.group_size == "row" else recipe.group_size
         chosen = scales.choose(noise, recipe.scales, recipe.scale_rounding, size, None, books)
         if recipe.needs_calibration:
-            fp8.simulate(noise.bfloat16())
+            _activations(plan)
             _norm(plan)
             marks = chosen.marks(torch.arange(COLUMNS, device=device))
             coupling, step = noise[:BLOCK, :BLOCK], noise[0, :BLOCK]
@@ -53,6 +55,21 @@ def _run_all(plan: Plan) -> None:
             torch.linalg.solve_triangular(small.double(), small.double(), upper=True)
             divide(noise, torch.eye(COLUMNS, device=device))
         cuda.current_stream(device).synchronize()
+
+
+def _activations(plan: Plan) -> None:
+    """Their quantization at the widths of this model, for its own sake and before products."""
+    from zqfp_convert.runtime.kernels.portable.quantize import quantize
+
+    recipe = plan.recipe
+    rank = recipe.rank if isinstance(recipe.rank, int) else 0
+    multiplied = recipe.scales != "free" and expanded.available(plan.device)
+    for columns in sorted({layer.columns for block in plan.layers for layer in block}):
+        noise = torch.full((TOKENS, columns), 0.01, device=plan.device, dtype=torch.bfloat16)
+        fp8.simulate(noise)
+        if multiplied:
+            A = noise[:rank].to(fp8.DTYPE)
+            quantize(noise, None, (A, noise[:rank, 0].float()) if rank else None)
 
 
 def _norm(plan: Plan) -> None:
