@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,21 @@ def test_states_lie_anywhere(model: Path, tmp_path: Path) -> None:
     assert len(want) == 4
     assert convert(model, tmp_path / "host", "host") == want
     assert convert(model, tmp_path / "file", "file") == want
+
+
+def test_weights_come_as_close_as_on_the_cpu(model: Path, tmp_path: Path) -> None:
+    """What GPUs have kernels of their own for; the CPU has plain torch in float32."""
+    how = {"calibration": model.parent / "text.txt", "samples": 16, "seq_len": 64, "rank": 4}
+    found = []
+    for device in (DEVICE, "cpu"):
+        out = tmp_path / f"on {device}"
+        zqfp_convert.convert(model, out, recipe="best", device=device, **how)
+        layers = json.loads((out / "zqfp_manifest.json").read_text())["layers"]
+        found.append({name: entry["output_error"] for name, entry in layers.items()})
+    here, there = found
+    assert len(here) == 21
+    assert all(here[name] < 1.1 * there[name] for name in there)
+    assert sum(here.values()) < 1.02 * sum(there.values())
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(model: Path, tmp_path: Path) -> None:

@@ -48,19 +48,21 @@ def test_simulated_activations_of_a_view_and_nan() -> None:
 
 @pytest.mark.parametrize("books", BOOKS)
 @pytest.mark.parametrize(("group_size", "columns"), [(32, 96), (32, 80), (128, 130), (70, 70)])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", ["", "vector", "diagonal"])
 def test_searched_scales_are_the_same(
     books: tuple[codebook.Codebook, ...],
     group_size: int,
     columns: int,
-    weighted: bool,
+    weighted: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weight = torch.randn(9, columns, device=DEVICE) * torch.exp(torch.randn(9, 1, device=DEVICE))
     weight[3] = 0
     weight[4, :32] = 0
     weight[5] *= 2.0**-110
-    importance = torch.rand(columns, device=DEVICE) if weighted else None
+    hessian = torch.rand(columns, columns, device=DEVICE)
+    importance = hessian.diagonal() if weighted == "diagonal" else hessian[0]
+    importance = importance if weighted else None
     plain(monkeypatch)
     wanted = scales.choose(weight, "m2", "search", group_size, importance, books)
     monkeypatch.setattr(kernels, "take", lambda tensor: True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from waits import Waits
 
-from zqfp_convert.numerics import codebook, scales
+from zqfp_convert.numerics import codebook, kernels, scales
 from zqfp_convert.quantize import lorc
 from zqfp_convert.quantize.gptq import gptq
 from zqfp_convert.quantize.hessian import Curvature, HessianSum, aim_at_original, energy, prepare
@@ -20,6 +20,7 @@ from zqfp_convert.recipe import GROUP_SIZES, GroupSize, Recipe, ScaleKind
 
 KINDS: tuple[ScaleKind, ...] = ("free", "m1", "m2")
 RECIPES = ("fast", "paper", "best")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -283,6 +284,26 @@ def test_asymmetry_brings_outputs_nearer_to_the_original() -> None:
         for asymmetry in (0.0, 0.5, 1.0)
     ]
     assert distances[2] < distances[1] < distances[0]
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no Triton")
+def test_with_kernels_it_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the method, for what its parts hand to their kernels."""
+    weight, (hessian, cross) = weight_of(20, 64), statistics(64, 0, drifted=True)
+    recipe = Recipe.named("best", rank=4, group_size=32, low_rank_rounds=1)
+    found = []
+    for taken in (False, True):
+        monkeypatch.setattr(kernels, "take", lambda tensor, taken=taken: taken)
+        assert cross is not None
+        moments = hessian.to(DEVICE), cross.to(DEVICE, copy=True)
+        curvature = prepare(*moments, damping=0.01, activation_order=True)
+        found.append(quantize_weight(weight.to(DEVICE), curvature, recipe))
+    plain, fused = found
+    same = plain.scales.exponent == fused.scales.exponent
+    assert same.float().mean() > 0.99
+    assert torch.equal(plain.scales.factor, fused.scales.factor)
+    assert plain.output_error is not None
+    assert fused.output_error == pytest.approx(plain.output_error, rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -40,7 +40,7 @@ def costs(
     with on(groups):
         _costs[(triton.cdiv(rows * count, at_once),)](
             groups,
-            importance,
+            importance.contiguous(),  # it may be the diagonal of a matrix
             mantissas,
             cost,
             exponent,
