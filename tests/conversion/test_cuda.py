@@ -65,8 +65,7 @@ def test_weights_come_as_close_as_on_the_cpu(model: Path, tmp_path: Path) -> Non
     """What GPUs have kernels of their own for; the CPU has plain torch in float32."""
     how = {"calibration": model.parent / "text.txt", "samples": 16, "seq_len": 64, "rank": 4}
     found = []
-    for device in (DEVICE, "cpu"):
-        out = tmp_path / f"on {device}"
+    for out, device in ((tmp_path / "here", DEVICE), (tmp_path / "there", "cpu")):
         zqfp_convert.convert(model, out, recipe="best", device=device, **how)
         layers = json.loads((out / "zqfp_manifest.json").read_text())["layers"]
         found.append({name: entry["output_error"] for name, entry in layers.items()})
