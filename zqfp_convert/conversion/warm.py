@@ -68,8 +68,8 @@ def _activations(plan: Plan) -> None:
         noise = torch.full((TOKENS, columns), 0.01, device=plan.device, dtype=torch.bfloat16)
         fp8.simulate(noise)
         if multiplied:
-            A = noise[:rank].to(fp8.DTYPE)
-            quantize(noise, None, (A, noise[:rank, 0].float()) if rank else None)
+            factors = (noise[:rank].to(fp8.DTYPE), noise[:rank, 0].float()) if rank else None
+            quantize(noise, None, factors, parts=True)
 
 
 def _norm(plan: Plan) -> None:

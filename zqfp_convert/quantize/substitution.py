@@ -5,10 +5,12 @@ Most of the work is products, which may go over tensor cores; see `tensor_cores`
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from zqfp_convert.quantize.tensor_cores import float32_product, kept
+from zqfp_convert.quantize.tensor_cores import Parts, kept, product_of_parts, split
 
 BLOCK = 512  # columns that are solved for at a time
 LEAF = 64  # columns of blocks that are inverted as they are, not by halves
@@ -25,34 +27,36 @@ def divide(rows: Tensor, lower: Tensor) -> None:
         rows: float32 `[N, K]`.
         lower: L, float32 `[K, K]`, lower triangular.
     """
-    inverses = _inverses(lower)
-    blocks = [slice(at, min(at + BLOCK, len(lower))) for at in range(0, len(lower), BLOCK)]
+    size = len(lower)
+    blocks = [slice(at, min(at + BLOCK, size)) for at in range(0, size, BLOCK)]
+    inverses = _inverses(lower, blocks)
     for here, inverse in zip(blocks, inverses, strict=True):
         block = rows[:, here]
         block.addmm_(rows[:, : here.start], lower[here, : here.start].t(), alpha=-1)
-        block.copy_(kept(float32_product(block, inverse.t())))
+        block.copy_(kept(product_of_parts(split(block), inverse.like(torch.t))))
     for here, inverse in zip(reversed(blocks), reversed(inverses), strict=True):
         block = rows[:, here]
         block.addmm_(rows[:, here.stop :], lower[here.stop :, here], alpha=-1)
-        block.copy_(kept(float32_product(block, inverse)))
+        block.copy_(kept(product_of_parts(split(block), inverse)))
 
 
-def _inverses(lower: Tensor) -> list[Tensor]:
+def _inverses(lower: Tensor, blocks: list[slice]) -> list[Parts]:
     """Inverses of the blocks on its diagonal, float32.
 
     They are made in float64, which tensor cores do not round and which costs little here.
     """
-    size = len(lower)
-    width = min(BLOCK, size)
+    width = blocks[0].stop
     unit = torch.eye(width, dtype=torch.float64, device=lower.device)
-    blocks = unit.repeat(-(-size // width), 1, 1)  # what fills up the last one stays as it is
-    for block, start in zip(blocks, range(0, size, width), strict=True):
-        corner = lower[start : start + width, start : start + width]
-        block[: len(corner), : len(corner)] = corner
-    inverses = list(_inverse(blocks).float())
-    last = size - width * (len(inverses) - 1)
-    inverses[-1] = inverses[-1][:last, :last]
-    return inverses
+    corners = unit.repeat(len(blocks), 1, 1)  # what fills up the last one stays as it is
+    for index, here in enumerate(blocks):
+        _corner(blocks, index, corners).copy_(lower[here, here])
+    every = split(_inverse(corners).float())  # of all at once, as it takes many small steps
+    return [every.like(partial(_corner, blocks, index)) for index in range(len(blocks))]
+
+
+def _corner(blocks: list[slice], index: int, stack: Tensor) -> Tensor:
+    size = blocks[index].stop - blocks[index].start
+    return stack[index, :size, :size]
 
 
 def _inverse(lower: Tensor) -> Tensor:

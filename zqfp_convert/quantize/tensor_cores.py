@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,12 +47,38 @@ def rounded(matrix: Tensor) -> Tensor:
     return scaled - (scaled - matrix)
 
 
-def float32_product(left: Tensor, right: Tensor) -> Tensor:
-    """A product of matrices `[N, S]`, `[S, M]` in which tensor cores round next to nothing.
+class Parts(NamedTuple):
+    """A float32 matrix in two parts, or several matrices `[..., N, S]`.
 
-    Of what is rounded off each factor they get the rest, too, in products of its own.
+    Attributes:
+        kept: what tensor cores keep of it.
+        rest: the rest; None on the CPU, where there is none.
     """
-    if not on_tensor_cores(left):
-        return left @ right
-    a, b = rounded(left), rounded(right)
-    return (a @ b).addmm_(left - a, b).addmm_(a, right - b)
+
+    kept: Tensor
+    rest: Tensor | None
+
+    def like(self, view: Callable[[Tensor], Tensor]) -> Parts:
+        """Those of a view of the matrix."""
+        return Parts(view(self.kept), None if self.rest is None else view(self.rest))
+
+
+def split(matrix: Tensor) -> Parts:
+    """The parts of a float32 matrix."""
+    if not on_tensor_cores(matrix):
+        return Parts(matrix, None)
+    high = rounded(matrix)
+    return Parts(high, matrix - high)
+
+
+def float32_product(left: Tensor, right: Tensor) -> Tensor:
+    """A product of matrices `[N, S]`, `[S, M]` in which tensor cores round next to nothing."""
+    return product_of_parts(split(left), split(right))
+
+
+def product_of_parts(left: Parts, right: Parts) -> Tensor:
+    """`float32_product` of two that are `split`: the rests go into products of their own."""
+    product = left.kept @ right.kept
+    if left.rest is not None and right.rest is not None:
+        product.addmm_(left.rest, right.kept).addmm_(left.kept, right.rest)
+    return product

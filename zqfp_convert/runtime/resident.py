@@ -35,6 +35,7 @@ class ResidentLinear(nn.Module):
     lorc_A: Tensor | None
     lorc_B: Tensor | None
     lorc_scale: Tensor | None
+    outer: Tensor | None
     input_offset: Tensor | None
     bias: Tensor | None
 
@@ -48,12 +49,15 @@ class ResidentLinear(nn.Module):
         expanded.expand(*about, matrix, layer.books, layer.choice)
         factor = expanded.row_factor(layer.scale, layer.row_scale)
         factor = nn.functional.pad(factor, (0, shape[0] - layer.rows), value=1.0)
+        B = layer.lorc_B
         buffers = {
             "matrix": matrix,
             "factor": factor,
             "lorc_A": layer.lorc_A,
-            "lorc_B": layer.lorc_B,
+            "lorc_B": B,
             "lorc_scale": layer.lorc_scale,
+            # for both parts of z
+            "outer": None if B is None else torch.cat([B.bfloat16().t()] * 2).contiguous(),
             "input_offset": layer.input_offset,
             "bias": bias,
         }
@@ -61,14 +65,19 @@ class ResidentLinear(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., K]` to `[..., N]` in the dtype of x."""
+        """`[..., K]` to `[..., N]`, bfloat16."""
         from zqfp_convert.runtime.kernels.portable.quantize import quantize
 
+        tokens = x.reshape(-1, self.columns)
         lorc = None if self.lorc_A is None else (self.lorc_A, self.lorc_scale)
-        codes, scale, z = quantize(x.reshape(-1, self.columns), self.input_offset, lorc)
+        alone = self.bias is None  # then no column of ones has to come beside the parts of z
+        codes, scale, z = quantize(tokens, self.input_offset, lorc, parts=alone)
         matrix = self.matrix.view(fp8.DTYPE)
         y = expanded.product(codes, scale[:, None], matrix, self.factor, self.rows)
-        y = expanded.finish(y, z, self.lorc_B, self.bias, x.dtype)
+        if not alone:
+            y = expanded.finish(y, z, self.lorc_B, self.bias, x.dtype)
+        elif z is not None and self.outer is not None:
+            y.addmm_(z, self.outer)
         return y.reshape(*x.shape[:-1], self.rows)
 
     @property

@@ -168,6 +168,23 @@ def test_many_tokens_with_factors(device: torch.device) -> None:
     torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("rank", "tokens"), [(1, 1), (8, 5), (20, 70)])
+def test_both_parts_of_a_product(rank: int, tokens: int, device: torch.device) -> None:
+    A, scale = random_lorc(rank, 300, torch.float8_e4m3fn, True)
+    assert scale is not None
+    x = torch.randn(tokens, 300).bfloat16().to(device)
+    lorc = A.to(device), scale.to(device)
+    parts = quantize.quantize(x, None, lorc, parts=True).z
+    whole = quantize.quantize_twin(x, None, lorc).z
+    assert whole is not None
+    assert parts is not None
+    assert parts.dtype == torch.bfloat16
+    high, low = parts[:, :rank], parts[:, rank:]
+    assert float((high.float() - whole).abs().max()) > 0
+    assert bool(((high.float() - whole).abs() <= 2.0**-8 * whole.abs()).all())
+    torch.testing.assert_close(high.float() + low.float(), whole, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 def test_no_tokens(rank: int, device: torch.device) -> None:
     lorc = random_lorc(rank, 45, torch.bfloat16, False) if rank else None

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zqfp_convert.numerics import fp8
-from zqfp_convert.numerics.kernels.casts import INTERPRETED, decode_e4m3, encode_e4m3, on
+from zqfp_convert.numerics.kernels.casts import INTERPRETED, decode_e4m3, encode_e4m3, narrow, on
 from zqfp_convert.runtime.kernels.portable import layout
 
 LARGEST_TILE = 16384  # columns of a token that one program holds in registers
@@ -26,7 +26,8 @@ class Quantized(NamedTuple):
     Attributes:
         codes: float8_e4m3fn `[M, K']`, zeros beyond K.
         scale: float32 `[M]`.
-        z: float32 `[M, r]`, `s * (A x^)`, or None without factors.
+        z: float32 `[M, r]`, `s * (A x^)`, or None without factors. In parts: bfloat16 `[M, 2r]`,
+            what bfloat16 keeps of it and then, with 8 bits more, what that leaves.
     """
 
     codes: Tensor
@@ -38,6 +39,8 @@ def quantize(
     x: Tensor,
     input_offset: Tensor | None = None,
     lorc: tuple[Tensor, Tensor | None] | None = None,
+    *,
+    parts: bool = False,
 ) -> Quantized:
     """Quantize activations; `scale = max(absmax, 2^-100) / 448`, `codes = E4M3(x / scale)`.
 
@@ -45,6 +48,7 @@ def quantize(
         x: `[M, K]`, bfloat16, float16 or float32.
         input_offset: `[K]`, any of these dtypes, subtracted from x in float32 first.
         lorc: `A [r, K]`, float8_e4m3fn or bfloat16, and its scales s, float32 `[r]`, or None.
+        parts: whether z comes as two parts, which the tensor cores can multiply on with.
     """
     tokens, columns = x.shape
     width = layout.padded(columns)
@@ -53,8 +57,11 @@ def quantize(
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     A, A_scale = (None, None) if lorc is None else lorc
     rank = 0 if A is None else A.shape[0]
-    z = torch.empty(tokens, rank, dtype=torch.float32, device=x.device)
-    by_token = 0 < tokens * rank <= BY_TOKEN
+    if parts:
+        z = torch.empty(tokens, 2 * rank, dtype=torch.bfloat16, device=x.device)
+    else:
+        z = torch.empty(tokens, rank, dtype=torch.float32, device=x.device)
+    by_token = 0 < tokens * rank <= BY_TOKEN and not parts
     if tokens:
         tile = min(triton.next_power_of_2(width), LARGEST_TILE)
         with on(x):
@@ -91,6 +98,7 @@ def quantize(
                     TOKENS=tile_tokens,
                     RANK=max(triton.next_power_of_2(rank), 16),
                     SCALED=A_scale is not None,
+                    PARTS=parts,
                     num_warps=4,
                     num_stages=4,
                 )
@@ -221,6 +229,7 @@ def _project(
     TOKENS: tl.constexpr,
     RANK: tl.constexpr,
     SCALED: tl.constexpr,
+    PARTS: tl.constexpr,
 ) -> None:
     """A program computes z for a tile of tokens, in bfloat16, which holds codes and A exactly."""
     m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -242,4 +251,10 @@ def _project(
     total *= tl.load(scales + m)[:, None]
     if SCALED:
         total *= tl.load(A_scale + r, mask=r < rank, other=0.0)[None, :]
-    tl.store(z + m[:, None].to(tl.int64) * rank + r[None, :], total, mask=kept)
+    if PARTS:
+        z += m[:, None].to(tl.int64) * (2 * rank) + r[None, :]
+        high = narrow(total, tl.bfloat16)
+        tl.store(z, high, mask=kept)
+        tl.store(z + rank, narrow(total - high.to(tl.float32), tl.bfloat16), mask=kept)
+    else:
+        tl.store(z + m[:, None].to(tl.int64) * rank + r[None, :], total, mask=kept)
