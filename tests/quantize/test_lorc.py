@@ -52,6 +52,26 @@ def test_the_factors_are_the_best(shape: tuple[int, int], rank: int, metric: str
     assert torch.allclose(B.t() @ B, torch.eye(rank), atol=1e-4)
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("metric", ["none", "hessian"])
+@pytest.mark.parametrize("low", [False, True])
+def test_a_stack_is_as_good_as_each_alone(metric: str, again: bool, low: bool) -> None:
+    errors = torch.stack([rounding_error(48, 64, seed) for seed in (0, 7, 9)])
+    if low:  # of one of them, so that columns of its basis depend on one another
+        errors[1] = errors[1, :, :3] @ normal(3, 64)
+    hessian = correlated_hessian(64, decades=2.0) if metric == "hessian" else None
+    start = torch.stack([normal(48, 4, seed=seed) for seed in range(3)]) if again else None
+    B, A = lorc.fit(errors, hessian, 4, start=start)
+    assert B.shape == (3, 48, 4)
+    assert A.shape == (3, 4, 64)
+    for error, here, there in zip(errors, B, A, strict=True):
+        best = least_energy(error, hessian, 4)
+        whole = energy(error, hessian)
+        assert (
+            energy(error - here @ there, hessian) <= best * (1.1 if again else 1.01) + 1e-9 * whole
+        )
+
+
 def test_the_metric_matters() -> None:
     error, hessian = rounding_error(64, 96), correlated_hessian(96, decades=2.0)
     B, A = lorc.fit(error, hessian, 8)

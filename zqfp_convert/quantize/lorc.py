@@ -61,13 +61,15 @@ def fit(
 
     With a `share` the error is its rows; every process gets all of B and A. `start` is what B was
     (`[n, r]`, the share's rows) for an error much like this one. A GPU is waited for once, or twice
-    where columns of a basis depend on one another, as with an error of low rank.
+    where columns of a basis depend on one another, as with an error of low rank. Where a process is
+    alone, errors of one shape may be a stack, `[..., N, K]`, and so are their factors then.
     """
-    share = share or ALONE.share(len(error))
-    width = min(rank + OVERSAMPLING, share.total, error.shape[1])
+    share = share or ALONE.share(error.shape[-2])
+    width = min(rank + OVERSAMPLING, share.total, error.shape[-1])
     at_first = _random(share.total, width, error.device)[share.here].to(error.dtype)
+    at_first = at_first.expand(*error.shape[:-2], -1, -1)
     if start is not None:
-        at_first = torch.cat([start.to(at_first), at_first[:, start.shape[1] :]], dim=1)
+        at_first = torch.cat([start.to(at_first), at_first[..., start.shape[-1] :]], dim=-1)
     iterations = ITERATIONS if start is None else ITERATIONS_AGAIN
 
     cholesky = _Cholesky(share)
@@ -79,10 +81,10 @@ def fit(
         basis, inner, gram = _leading(error, hessian, share, at_first, iterations, householder)
         gram = gram.cpu()
     # So small a matrix is the CPU's. Those of other hosts may find other signs, so one decides.
-    gram = (gram + gram.t()).double() / 2
-    leading = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank].to(error)  # of the largest
+    gram = (gram + gram.mT).double() / 2
+    leading = torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :rank].to(error)  # of the largest
     leading = share.world.send_(leading.contiguous(), 0)
-    return share.gather(basis @ leading), leading.t() @ inner
+    return share.gather(basis @ leading), leading.mT @ inner
 
 
 @lru_cache(maxsize=8)
@@ -103,11 +105,11 @@ def _leading(
     """An orthonormal basis Q `[n, w]` of where E H E^T is large, `Q^T E` and `Q^T E H E^T Q`."""
     sum_ = share.world.sum_
     for _ in range(iterations):
-        back = sum_(error.t() @ orthonormal(basis))  # [K, w]
+        back = sum_(error.mT @ orthonormal(basis))  # [K, w]
         basis = error @ (back if hessian is None else hessian @ back)
     basis = orthonormal(orthonormal(basis))  # to the last bit now
-    inner = sum_(basis.t() @ error)  # [w, K]
-    return basis, inner, (inner if hessian is None else inner @ hessian) @ inner.t()
+    inner = sum_(basis.mT @ error)  # [w, K]
+    return basis, inner, (inner if hessian is None else inner @ hessian) @ inner.mT
 
 
 class _Cholesky:
@@ -129,12 +131,13 @@ class _Cholesky:
     def __call__(self, basis: Tensor) -> Tensor:
         """A basis `[n, w]` of what the columns of a float32 matrix `[n, w]`, w << N, span."""
         wide = basis.double()
-        gram = self._share.world.sum_(wide.t() @ wide)
+        gram = self._share.world.sum_(wide.mT @ wide)
         lower, failed = torch.linalg.cholesky_ex(gram)
-        self._sizes.append(gram.diagonal())  # the squares of what the columns measure
-        self._kept.append(lower.diagonal())
+        # The squares of what the columns measure, and what is left of that.
+        self._sizes.append(gram.diagonal(dim1=-2, dim2=-1))
+        self._kept.append(lower.diagonal(dim1=-2, dim2=-1))
         self._failed.append(failed)
-        found: Tensor = torch.linalg.solve_triangular(lower.t(), wide, upper=True, left=False)
+        found: Tensor = torch.linalg.solve_triangular(lower.mT, wide, upper=True, left=False)
         return found.to(basis.dtype)
 
     def held(self) -> Tensor:
@@ -145,7 +148,7 @@ class _Cholesky:
 
 def _householder(basis: Tensor, share: Share) -> Tensor:
     """An orthonormal basis `[n, w]` that spans a matrix's columns, however they depend."""
-    found: Tensor = torch.linalg.qr(share.gather(basis)).Q[share.here]
+    found: Tensor = torch.linalg.qr(share.gather(basis)).Q[..., share.here, :]
     return found
 
 

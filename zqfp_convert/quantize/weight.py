@@ -5,8 +5,9 @@ This is the file to read first. It knows nothing of models and files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -188,11 +189,18 @@ def _compensate(
         rank = ranks.worthwhile(errors, metric, recipe.factors, shares)
 
     def fitted(error: Tensor, before: Sequence[Factors] | None = None) -> list[Factors]:
-        found = []
-        for at, (E, share) in enumerate(zip(coded.each(error), shares, strict=True)):
-            most = min(rank, share.total, E.shape[1])
-            start = before[at].B[share.here] if before else None
-            found.append(lorc.encode(*lorc.fit(E, metric, most, share, start), recipe.factors))
+        found: list[Factors] = []
+        for run, rows in _alike(coded):
+            share, stack = shares[run[0]], (len(run),) if len(run) > 1 else ()
+            most = min(rank, share.total, error.shape[1])
+            start = None
+            if before:
+                start = _below([before[at].B[share.here].float() for at in run])
+                start = start.reshape(*stack, -1, most)
+            E = error[rows].reshape(*stack, -1, error.shape[1])
+            B, A = lorc.fit(E, metric, most, share, start)
+            pairs = zip(B.reshape(len(run), -1, most), A.reshape(len(run), most, -1), strict=True)
+            found += [lorc.encode(*pair, recipe.factors) for pair in pairs]
         return found
 
     def uncompensated(weights: Tensor, factors: Sequence[Factors]) -> Tensor:
@@ -222,6 +230,20 @@ def _compensate(
             coded.weights, shares, coded.scales, parts, strict=True
         )
     ]
+
+
+def _alike(coded: _Coded) -> Iterator[tuple[list[int], slice]]:
+    """Which weights, one below the other, have as many rows as one another, and those rows.
+
+    Their factors are found at once, as that takes many small steps; not by several processes.
+    """
+    shares, row = coded.shares, 0
+    alone = shares[0].world.size == 1
+    for _, group in groupby(range(len(shares)), lambda at: shares[at].total if alone else -at):
+        run = list(group)
+        rows = sum(len(coded.weights[at]) for at in run)
+        yield run, slice(row, row + rows)
+        row += rows
 
 
 def _finished(
