@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import zqfp_convert
 from zqfp_convert.calibration.text import generate
+from zqfp_convert.conversion.probe import estimate
 from zqfp_convert.evaluate.divergence import compare
 from zqfp_convert.runtime.linear import PATH_VARIABLE, QuantizedLinear
 
@@ -150,6 +151,7 @@ def convert(given: argparse.Namespace) -> None:
         progress=mark,
     )
     end()
+    seconds = time.monotonic() - began
     found = {
         "machine": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
@@ -157,7 +159,8 @@ def convert(given: argparse.Namespace) -> None:
         "recipe": given.recipe,
         "samples": given.samples,
         "seq_len": given.seq_len,
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(seconds, 1),
+        "estimated_seconds": round(estimate(made.plan).seconds, 1),
         "gpu_peak_gb": round(max(peak for _, peak in steps.values()), 2),
         "gpu_planned_gb": round(made.plan.device_memory / 1e9, 2),
         "host_peak_gb": round((made.host_peak or 0) / 1e9, 2),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from architectures import Maker, write_model, write_tokenizer
 
 from zqfp_convert.calibration.text import reading_bytes
@@ -57,6 +59,22 @@ def test_comparing_a_rotated_model_takes_the_logits_of_both(tmp_path: Path, text
     still, turned = (planned(model, text, "best", way) for way in ("none", "auto"))
     assert turned.host_memory - still.host_memory > 3 * 4 * 4 * 32 * 40_000
     assert turned.host_memory > 5 * 4 * 4 * 32 * 40_000
+
+
+def test_a_batch_takes_what_something_else_takes(tmp_path: Path, text: Path) -> None:
+    """On a GPU: what solving does, or what turning a large embedding does before."""
+    model = write_model(tmp_path / "model", "llama", torch.bfloat16, vocab_size=40_000)
+    write_tokenizer(model)
+    still, turned = (
+        replace(planned(model, text, "best", way), device=torch.device("cuda"))
+        for way in ("none", "auto")
+    )
+    still = replace(still, device_memory=memory.peaks(still)[1])
+    turned = replace(turned, device_memory=memory.peaks(turned)[1])
+    assert memory.batch_bytes(still) == memory.solving_bytes(still)
+    more = turned.device_memory - still.device_memory
+    assert more > 0
+    assert memory.batch_bytes(turned) == memory.batch_bytes(still) + more
 
 
 def test_windows_take_memory() -> None:

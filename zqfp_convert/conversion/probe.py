@@ -24,6 +24,7 @@ from zqfp_convert.distill.train import WINDOWS_AT_ONCE
 from zqfp_convert.model.configured import configured
 from zqfp_convert.model.device import compute_dtype
 from zqfp_convert.model.experts import mixtures
+from zqfp_convert.numerics import fp8
 from zqfp_convert.plan import Plan, PlannedLayer
 from zqfp_convert.quantize.hessian import HessianSum, prepare
 from zqfp_convert.quantize.tensor_cores import tensor_cores
@@ -35,8 +36,9 @@ TOKENS = {"cpu": 1024, "cuda": 16384}
 ROUNDED = {"cpu": 1 << 21, "cuda": 1 << 24}  # weights that are rounded
 MOMENT = 0.3  # seconds that they are rounded for, again and again
 READ = 32 << 20  # bytes, at most
-PASSES = 4.5  # of all tokens through a block: those before its stages end on the way
+PASSES = 2.6  # of all tokens through a block, of both streams: most stages end or begin halfway
 REST = 1.5  # a block's forward pass over the products of its linears
+SIMULATED = 2  # times that a linear's inputs are quantized
 BACKWARD = 4  # a step of tuning over a forward pass: forward, again, and two products back
 PRODUCTS = 4.5  # of a weight and a matrix of its columns, in solving, beside those of sweeps
 REHEARSED = 4  # streams of a rehearsal
@@ -104,6 +106,7 @@ def _calibrating(plan: Plan) -> list[float]:
     matrix = weight.to(batch.dtype)
     product = _seconds(plan, lambda: batch @ matrix.t()) / (len(batch) * weight.numel())
     step = _seconds(plan, lambda: batch[:GENERATED_AT_ONCE] @ matrix.t()) / weight.numel()
+    simulating = _seconds(plan, lambda: fp8.simulate(batch)) / batch.numel()
     total = HessianSum(columns, cross=streams == 2, device=plan.device)
     original = batch if streams == 2 else None
     adding = _seconds(plan, lambda: total.add(batch, original)) / (len(batch) * columns**2)
@@ -129,21 +132,25 @@ def _calibrating(plan: Plan) -> list[float]:
     by_weight = max(0.0, many - few) / ((rows - rows // 4) * columns)
     by_column = max(0.0, few / columns - by_weight * (rows // 4))
 
-    passes = moments = factors = solved = 0.0
+    passes = inputs = moments = factors = solved = 0.0
     for index, layers in enumerate(plan.layers):
         shares, stages = _shares(plan, index, layers), set()
         for layer in layers:
             share, parent = shares[layer.place], layer.place.rpartition(".")[0]
             passes += share * layer.weights
+            inputs += share * layer.columns
             settled = by_column + layer.rows * (by_weight + crossing * layer.columns)
             solved += layer.columns * settled
             stage = (parent, layer.columns, layer.rows if layer.rows > layer.columns else 0)
             if stage not in stages:
                 stages.add(stage)
-                moments += share * layer.columns**2
+                # Of one with fewer rows than columns the original's outputs do.
+                less = min(1.0, layer.rows / layer.columns) if streams == 2 else 1.0
+                moments += share * layer.columns**2 * (1 + 2 * less) / 3
                 factors += layer.columns**3
     found = [
         PASSES * REST * streams / 2 * tokens * passes * product,
+        SIMULATED * tokens * inputs * simulating,
         tokens * moments * adding,
         factors * factorizing,
         solved,

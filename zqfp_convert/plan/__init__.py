@@ -1,6 +1,6 @@
 """What a conversion is going to do, take and leave alone, worked out before any work begins."""
 
-from zqfp_convert.plan.memory import TOGETHER, TOKENS_AT_ONCE, solving_bytes, spare_bytes
+from zqfp_convert.plan.memory import TOGETHER, TOKENS_AT_ONCE, batch_bytes, spare_bytes
 from zqfp_convert.plan.plan import (
     Place,
     Plan,
@@ -17,10 +17,10 @@ __all__ = [
     "Place",
     "Plan",
     "PlannedLayer",
+    "batch_bytes",
     "check_fit",
     "make_plan",
     "positions",
     "rotated",
-    "solving_bytes",
     "spare_bytes",
 ]

@@ -182,59 +182,85 @@ def _handed_on(plan: Plan) -> int:
     return total
 
 
+def batch_bytes(plan: Plan) -> int:
+    """What a batch that goes through a block on a GPU may take, with statistics collected of it.
+
+    As much as solving takes later; more where something before takes more than all of calibration.
+    """
+    return max(solving_bytes(plan), plan.device_memory - _standing(plan))
+
+
+def _standing(plan: Plan) -> int:
+    """What is there while a block is calibrated, beside what batches or solving take."""
+    recipe, on_cpu = plan.recipe, plan.device.type == "cpu"
+    width = compute_dtype(plan.device, plan.dtype).itemsize
+    widest = max(layer.columns for block in plan.layers for layer in block)
+    # A block, what its linears are replaced with, and on a GPU the next one, read ahead.
+    standing = (2 if on_cpu else 3) * max(_numbers(plan)) * width
+    # Without tuning there are no embeddings once hidden states have entered, and no head.
+    standing += _outside(plan) - (0 if recipe.tune > 0 else _embeddings(plan.model) * width)
+    standing += states_bytes(plan) if plan.states == "device" else 0
+    standing += 2 * 4 * widest**2 + _experts(plan)
+    if recipe.tune > 0:
+        shapes = [(layer.rows, layer.columns) for block in plan.layers for layer in block]
+        standing += tuning_memory.waiting(shapes, recipe, roundings=plan.tunes_roundings)
+    return standing
+
+
 def _calibrating(plan: Plan) -> int:
     """The largest of calibrating, tuning and having the model write text, on the device."""
-    shards, model, recipe = plan.source.shards.tensors, plan.model, plan.recipe
+    model, recipe = plan.model, plan.recipe
     width = compute_dtype(plan.device, plan.dtype).itemsize
-    on_cpu = plan.device.type == "cpu"
-    numbers = [
-        sum(_count(shards[name].shape) for name in plan.block_tensors(index))
-        for index in range(len(plan.layers))
-    ]
-    every = [layer for block in plan.layers for layer in block]
-    widest = max(layer.columns for layer in every)
-    outside = sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
-    experts = max(
-        sums_bytes(block, plan.device, cross=recipe.asymmetry > 0) for block in plan.blocks.modules
-    )
     solving = solving_bytes(plan)
     if recipe.rank == "auto":  # layers of one input wait for one another
         solving += 4 * 3 * max(sum(layer.weights for layer in block) for block in plan.layers)
-    batch = 0
-    if on_cpu:  # on a GPU `windows_at_once` sees to it that they fit
+    if plan.device.type == "cpu":  # on a GPU `windows_at_once` sees to it that they fit
         tokens = min(max(TOKENS_AT_ONCE["cpu"], recipe.seq_len), recipe.samples * recipe.seq_len)
-        batch = INPUTS * tokens * widest * 4
-        solving = max(solving, batch)  # one after the other
-    # A block, what its linears are replaced with, and on a GPU the next one, read ahead.
-    work = (2 if on_cpu else 3) * max(numbers) * width
-    # Without tuning there are no embeddings once hidden states have entered, and no head.
-    work += outside if recipe.tune > 0 else outside - _embeddings(model) * width
-    work += states_bytes(plan) if plan.states == "device" else 0
-    work += 2 * 4 * widest**2 + experts + solving
-    whole = 0
-    if recipe.rotation != "none" and not experts:  # two models; then one is turned, in float32
+        widest = max(layer.columns for block in plan.layers for layer in block)
+        solving = max(solving, INPUTS * tokens * widest * 4)  # one after the other
+    most = _standing(plan) + solving
+    outside, blocks = _outside(plan), sum(_numbers(plan))
+    if recipe.rotation != "none" and not _experts(plan):  # two models; one is turned, in float32
+        shards = plan.source.shards.tensors
         turning = 3 * 4 * max(_count(info.shape) for info in shards.values())
         compared = min(COMPARED_AT_ONCE, recipe.samples * recipe.seq_len)
         comparing = COMPARED * 4 * compared * (configured(model, "vocab_size") or 0)
-        whole = 2 * outside + max(turning, comparing)
+        most = max(most, 2 * outside + max(turning, comparing))
     if plan.text is None or (recipe.tune > 0 and recipe.tune_samples > 0):  # may be written
-        everything = int(1.2 * (sum(numbers) * width + outside))
-        whole = max(whole, everything + _cache_bytes(plan, width))
+        everything = int(1.2 * (blocks * width + outside))
+        most = max(most, everything + _cache_bytes(plan, width))
     if recipe.tune > 0:
-        shapes = [[(layer.rows, layer.columns) for layer in block] for block in plan.layers]
-        solved = [shape for block in shapes for shape in block]
-        work += tuning_memory.waiting(solved, recipe, roundings=plan.tunes_roundings)
         tuning = tuning_memory.tuning(
-            shapes,
+            [[(layer.rows, layer.columns) for layer in block] for block in plan.layers],
             recipe,
             roundings=plan.tunes_roundings,
             hidden=configured(model, "hidden_size") or 0,
             vocabulary=configured(model, "vocab_size") or 0,
             width=width,
-            rest=outside + (sum(numbers) - plan.weights) * width,
+            rest=outside + (blocks - plan.weights) * width,
         )
-        work = max(work, tuning)
-    return max(work, whole)
+        most = max(most, tuning)
+    return most
+
+
+def _numbers(plan: Plan) -> list[int]:
+    """How many numbers each block has."""
+    shards = plan.source.shards.tensors
+    blocks = (plan.block_tensors(index) for index in range(len(plan.layers)))
+    return [sum(_count(shards[name].shape) for name in names) for names in blocks]
+
+
+def _outside(plan: Plan) -> int:
+    """What is in no block, as it is computed with."""
+    shards = plan.source.shards.tensors
+    width = compute_dtype(plan.device, plan.dtype).itemsize
+    return sum(_count(shards[n].shape) for part in plan.other_shards for n in part) * width
+
+
+def _experts(plan: Plan) -> int:
+    """The most that the sums of a block's experts take."""
+    cross = plan.recipe.asymmetry > 0
+    return max(sums_bytes(block, plan.device, cross=cross) for block in plan.blocks.modules)
 
 
 def _embeddings(model: PreTrainedModel) -> int:
