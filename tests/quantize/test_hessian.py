@@ -243,12 +243,12 @@ def test_asymmetry_1_is_least_squares() -> None:
 
 def test_outputs_of_the_weight_do_what_the_inputs_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """`W C` in the place of C, for a weight and for some of its rows."""
-    monkeypatch.setattr("zqfp_convert.quantize.hessian.SLICE", 7)
+    monkeypatch.setattr("zqfp_convert.quantize.hessian.COLUMNS", 7)
     original = correlated(400, 24)
     seen = original + 0.3 * correlated(400, 24, seed=7)
     weight = normal(10, 24, seed=3)
     by_inputs = HessianSum(24, cross=True, device="cpu")
-    by_outputs = HessianSum(24, cross=True, device="cpu", outputs=10)
+    by_outputs = HessianSum(24, cross=True, device="cpu", rows=10)
     for part in (slice(0, 150), slice(150, 400)):
         by_inputs.add(seen[part], original[part])
         by_outputs.add(seen[part], original[part] @ weight.t())

@@ -105,8 +105,7 @@ def test_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def multiply(layer: PackedLayer, x: Tensor, bias: Tensor | None, offset: Tensor | None) -> Tensor:
-    factor = expanded.row_factor(layer.scale, layer.row_scale)
-    factor = torch.nn.functional.pad(factor, (0, -layer.rows % 16), value=1.0)
+    factor = expanded.matrix_factor(layer.scale, layer.row_scale)
     lorc = None
     if layer.lorc_A is not None and layer.lorc_B is not None:
         lorc = (layer.lorc_A, layer.lorc_B, layer.lorc_scale)

@@ -9,9 +9,9 @@ from packed_layers import random_layer
 from torch import Tensor
 
 from zqfp_convert.checkpoint.packed import PackedLayer
-from zqfp_convert.numerics import codebook, kernels
+from zqfp_convert.numerics import codebook
 from zqfp_convert.numerics.scales import Kind
-from zqfp_convert.runtime import expanded, resident
+from zqfp_convert.runtime import resident
 from zqfp_convert.runtime.resident import ResidentLinear
 
 ON = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,9 +71,7 @@ def test_weight(rank: int) -> None:
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = random_layer("m2", rank=4)
     assert not resident.takes(layer, torch.bfloat16)  # on the CPU
-    monkeypatch.setattr(kernels, "take", lambda tensor: True)
-    assert not resident.takes(layer, torch.bfloat16)  # without FP8 tensor cores
-    monkeypatch.setattr(expanded, "available", lambda device: True)
+    monkeypatch.setattr(resident, "available", lambda device: True)
     assert resident.takes(layer, torch.bfloat16)
     assert not resident.takes(layer, torch.float16)
     assert not resident.takes(layer, torch.float32)

@@ -1,4 +1,7 @@
-"""What a quantized linear will do, at full speed: dense weights, quantized activations."""
+"""What a quantized linear will do, on any device: dense weights, quantized activations.
+
+Where FP8 tensor cores can do just that, `runtime.resident` stands in for quantized linears instead.
+"""
 
 from __future__ import annotations
 

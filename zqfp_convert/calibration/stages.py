@@ -80,7 +80,7 @@ def statistics(
     """
     name = stage[0]
     features = student.get_submodule(name).get_parameter("weight")
-    outputs = _rows_of_outputs(student, stage) if last else None
+    rows = _rows_of_outputs(student, stage) if last else None
     total: HessianSum | None = None
     rounding = torch.zeros(1, device=features.device)
     with world.attempt():
@@ -98,11 +98,11 @@ def statistics(
             original = None
             if teacher is not None and teacher_stream is not None:
                 at = (teacher, name, call, teacher_stream, index)
-                made = outputs is not None
-                original = _original(*at, last=last, ahead=moves.ahead, outputs=made)
+                made = rows is not None
+                original = _original(*at, last=last, ahead=moves.ahead, made=made)
             if total is None:
                 cross, device = teacher is not None, features.device
-                total = HessianSum(seen.shape[-1], cross=cross, device=device, outputs=outputs)
+                total = HessianSum(seen.shape[-1], cross=cross, device=device, rows=rows)
             total.add(seen, original)
             del seen, original  # and these while the next batch is
     assert total is not None
@@ -110,7 +110,7 @@ def statistics(
     rounding = world.sum_(rounding)
     hessian, crossed = total.mean()
     check_finite(name, hessian, crossed)
-    of_inputs, of_outputs = (crossed, None) if outputs is None else (None, crossed)
+    of_inputs, of_outputs = (crossed, None) if rows is None else (None, crossed)
     return Moments(hessian, of_inputs, rounding / total.tokens, total.tokens, of_outputs)
 
 
@@ -155,13 +155,13 @@ def _original(
     *,
     last: bool,
     ahead: Halfway | None,
-    outputs: bool,
+    made: bool,
 ) -> Tensor:
-    """What a linear of the original is given, or makes of it if `outputs`."""
+    """What a linear of the original is given, or what it has `made` of that."""
     if not last and ahead is None:
         return _input(teacher, name, call, stream.hidden[index])
     seen: dict[str, Tensor] = {}
-    passing = outputs_of if outputs else inputs_of
+    passing = outputs_of if made else inputs_of
     with passing({name: teacher.get_submodule(name)}, seen):
         if ahead is None:
             assert stream.moved == index

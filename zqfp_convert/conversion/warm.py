@@ -13,10 +13,10 @@ from zqfp_convert.numerics import codebook, fp8, kernels, scales
 from zqfp_convert.plan import Plan
 from zqfp_convert.quantize.columns import BLOCK, FEW_ROWS, settle
 from zqfp_convert.quantize.substitution import divide
-from zqfp_convert.runtime import expanded
+from zqfp_convert.runtime import resident
 
 ROWS, COLUMNS = 256, 512  # multiples of 16, as those of most models are: that is compiled for
-TOKENS = 8192  # as in a batch of calibration; kernels differ for few
+TOKENS = 4096 + 16  # kernels differ for fewer
 
 
 def warm(plan: Plan) -> Callable[[], None]:
@@ -63,11 +63,10 @@ def _activations(plan: Plan) -> None:
 
     recipe = plan.recipe
     rank = recipe.rank if isinstance(recipe.rank, int) else 0
-    multiplied = recipe.scales != "free" and expanded.available(plan.device)
     for columns in sorted({layer.columns for block in plan.layers for layer in block}):
         noise = torch.full((TOKENS, columns), 0.01, device=plan.device, dtype=torch.bfloat16)
-        fp8.simulate(noise)
-        if multiplied:
+        fp8.simulate(noise[:ROWS])
+        if recipe.scales != "free" and resident.available(plan.device):
             factors = (noise[:rank].to(fp8.DTYPE), noise[:rank, 0].float()) if rank else None
             quantize(noise, None, factors, parts=True)
 

@@ -412,6 +412,7 @@ class Work:
                 self.layers.solve_stages(
                     index, student, planned, quantized, self.world, [linears], moments
                 )
+                del moments  # one of the largest matrices there are
         for place in [place for place in planned if place not in quantized]:  # no token went there
             weight = weight_matrix(get_linear(block, place))
             (solved,) = self.layers.solve(index, [planned[place]], [weight], None, self.world)

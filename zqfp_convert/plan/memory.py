@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TOGETHER = 1 << 27  # weights of one input, at most, that are solved at once
 SOLVERS_COPIES = 7  # of a weight: target, values, errors, and what each step makes of them
-TARGETS_COPIES = 3  # of a weight, while its target is found
+TARGETS_COPIES = 5  # of a weight, while its target is found: itself, both its parts, the move
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # of a calibration batch
 INPUTS = 6  # float32 copies of a batch at the widest linear: as it is, quantized, what that loses
 ROUNDED = 3.5  # bytes a weight that codes take while a layer is packed and checked

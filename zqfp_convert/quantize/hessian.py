@@ -13,18 +13,19 @@ from torch import Tensor
 
 from zqfp_convert.parallel import ALONE, World
 from zqfp_convert.quantize.substitution import divide
-from zqfp_convert.quantize.tensor_cores import float32_product, tensor_cores
+from zqfp_convert.quantize.tensor_cores import product_of_parts, split, tensor_cores
 
 PANELS, PANEL = 8, 1024  # how many H is summed up in at most, and the fewest rows of one
 SLICE = 2048  # rows of H that are put in order at a time, to bound the memory
+COLUMNS = 512  # of H that are multiplied with at a time in float32, likewise
 
 
 class HessianSum:
     """Accumulates `H = E[x^ x^T]` over the inputs `x^` that a layer will really see.
 
     With `cross`, also `C = E[x x^T]` with the inputs `x` that the same layer has in the original
-    model, for the same tokens; with `outputs`, `W C = E[(W x) x^T]` instead, for a weight W of so
-    many rows. Sums are float32 on the device of the inputs. On a GPU what has 16 bits goes to the
+    model, for the same tokens; with `rows`, `W C = E[(W x) x^T]` instead, for a weight W of so many
+    rows. Sums are float32 on the device of the inputs. On a GPU what has 16 bits goes to the
     tensor cores as it is, whose products are exact and whose sums are float32; of H only what lies
     below or on the diagonal is summed up, panel by panel.
     """
@@ -35,11 +36,11 @@ class HessianSum:
         *,
         cross: bool,
         device: torch.device | str,
-        outputs: int | None = None,
+        rows: int | None = None,
     ) -> None:
         self.tokens = 0
         self._hessian = torch.zeros(features, features, device=device)
-        width = features if outputs is None else outputs
+        width = features if rows is None else rows
         self._cross = torch.zeros(width, features, device=device) if cross else None
 
     def add(self, seen: Tensor, original: Tensor | None = None) -> None:
@@ -113,14 +114,14 @@ class Curvature:
         if self.outputs is None:
             return None
         # A small difference of two large matrices, so the product has to be one of float32.
-        pull = self.outputs[rows].clone()
-        for at in range(0, len(self.hessian), SLICE):
-            columns = slice(at, at + SLICE)
-            pull[:, columns] -= float32_product(weight, self.hessian[:, columns])
+        pull, parts = self.outputs[rows].clone(), split(weight)
+        for at in range(0, len(self.hessian), COLUMNS):
+            columns = slice(at, at + COLUMNS)
+            pull[:, columns] -= product_of_parts(parts, split(self.hessian[:, columns]))
         return pull
 
     def forget_original(self) -> None:
-        """Give up what is known of the original's inputs; it takes as much memory as H."""
+        """Give up what is known of the original's inputs; C takes as much memory as H."""
         self.mismatch = self.outputs = None
 
     def feedback(self, start: int, end: int) -> Tensor:

@@ -78,6 +78,12 @@ def row_factor(exponents: Tensor, row_scale: Tensor | None) -> Tensor:
     return left if row_scale is None else left * row_scale.float()
 
 
+def matrix_factor(exponents: Tensor, row_scale: Tensor | None) -> Tensor:
+    """`row_factor` for the rows of the FP8 matrix, ones beyond N: float32 `[N']`."""
+    factor = row_factor(exponents, row_scale)
+    return torch.nn.functional.pad(factor, (0, -len(factor) % ALIGNMENT), value=1.0)
+
+
 def matrix_shape(rows: int, columns: int) -> tuple[int, int]:
     """The extents `[N', K']` of the FP8 matrix of a layer `[N, K]` in a model's scratch buffer."""
     return rows + -rows % ALIGNMENT, columns + -columns % COLUMNS
@@ -98,7 +104,7 @@ def linear(
         x: `[..., K]`, bfloat16 or float16.
         matrix: float8_e4m3fn `[N', K']` from `expand`.
         rows: N.
-        factor: float32 `[N']`, `row_factor` filled up with ones.
+        factor: float32 `[N']`, from `matrix_factor`.
         lorc: `A [r, K]` and `B [N, r]` as in the file, and the scales `[r]` or None.
         bias, input_offset: as in `reference.linear`.
 
@@ -204,8 +210,7 @@ def _work(
     """
     matrix = scratch_of(scratch).matrix(*matrix_shape(rows, x.shape[1]), x.device)
     expand(packed, exponents, group_size, matrix, codebook.split(magnitudes), choice)
-    factor = row_factor(exponents, row_scale)
-    factor = torch.nn.functional.pad(factor, (0, matrix.shape[0] - rows), value=1.0)
+    factor = matrix_factor(exponents, row_scale)
     lorc = None if lorc_A is None or lorc_B is None else (lorc_A, lorc_B, lorc_scale)
     return linear(x, matrix.view(fp8.DTYPE), rows, factor, lorc, bias, input_offset)
 

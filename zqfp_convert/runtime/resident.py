@@ -14,6 +14,16 @@ from zqfp_convert.checkpoint.packed import PackedLayer
 from zqfp_convert.numerics import fp8, kernels
 from zqfp_convert.runtime import expanded
 from zqfp_convert.runtime.kernels.portable import layout
+from zqfp_convert.runtime.paths import HOPPER
+
+
+def available(device: torch.device) -> bool:
+    """Whether a device has such linears: those that it was measured on."""
+    return (
+        device.type == "cuda"
+        and kernels.available()
+        and torch.cuda.get_device_capability(device) == HOPPER
+    )
 
 
 def takes(layer: PackedLayer, dtype: torch.dtype) -> bool:
@@ -22,8 +32,7 @@ def takes(layer: PackedLayer, dtype: torch.dtype) -> bool:
         layer.kind != "free"
         and layer.rank <= layout.MOST_RANKS
         and dtype == torch.bfloat16
-        and kernels.take(layer.packed)
-        and expanded.available(layer.packed.device)
+        and available(layer.packed.device)
     )
 
 
@@ -43,24 +52,22 @@ class ResidentLinear(nn.Module):
         """`bias` is `[N]`."""
         super().__init__()
         self.rows, self.columns = layer.rows, layer.columns
-        shape = expanded.matrix_shape(layer.rows, layer.columns)
-        matrix = layer.packed.new_empty(shape)
+        matrix = layer.packed.new_empty(expanded.matrix_shape(layer.rows, layer.columns))
         about = layer.packed, layer.scale, layer.group_size
         expanded.expand(*about, matrix, layer.books, layer.choice)
-        factor = expanded.row_factor(layer.scale, layer.row_scale)
-        factor = nn.functional.pad(factor, (0, shape[0] - layer.rows), value=1.0)
         B = layer.lorc_B
         buffers = {
             "matrix": matrix,
-            "factor": factor,
+            "factor": expanded.matrix_factor(layer.scale, layer.row_scale),
             "lorc_A": layer.lorc_A,
             "lorc_B": B,
             "lorc_scale": layer.lorc_scale,
-            # for both parts of z
-            "outer": None if B is None else torch.cat([B.bfloat16().t()] * 2).contiguous(),
+            "outer": None,
             "input_offset": layer.input_offset,
             "bias": bias,
         }
+        if B is not None and bias is None:  # for both parts of z
+            buffers["outer"] = torch.cat([B.bfloat16().t()] * 2).contiguous()
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
 

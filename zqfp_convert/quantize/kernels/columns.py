@@ -27,6 +27,7 @@ def settle(
     """As `columns.settle`, on a grid of codebooks; the rows of all matrices are contiguous."""
     rows, width = block.shape
     assert block.stride(1) == moves.stride(1) == coupling.stride(1) == marks.stride(1) == 1
+    assert step.stride(0) == 1
     above, rises = bounds(grid.books)
     few = rows <= FEW_ROWS  # there is room for warps that share a program's products
     with on(block):

@@ -109,6 +109,8 @@ def quantize_twin(
     x: Tensor,
     input_offset: Tensor | None = None,
     lorc: tuple[Tensor, Tensor | None] | None = None,
+    *,
+    parts: bool = False,
 ) -> Quantized:
     """`quantize` in plain torch; z sums in another order."""
     seen = x.float() if input_offset is None else x.float() - input_offset.float()
@@ -118,6 +120,9 @@ def quantize_twin(
         A, A_scale = lorc
         z = fp8.decode(codes) @ A.float().t() * scale
         z = z if A_scale is None else z * A_scale
+        if parts:
+            high = z.bfloat16()
+            z = torch.cat([high, (z - high.float()).bfloat16()], 1)
     missing = layout.padded(x.shape[1]) - x.shape[1]
     codes = torch.nn.functional.pad(codes.view(torch.uint8), (0, missing)).view(fp8.DTYPE)
     return Quantized(codes, scale[:, 0], z)
