@@ -1,4 +1,4 @@
-"""A conversion whose quantized blocks multiply as on FP8 tensor cores, on a CPU as if it had them."""
+"""Conversions whose quantized blocks multiply as FP8 tensor cores do, on a CPU."""
 
 from __future__ import annotations
 
