@@ -9,10 +9,12 @@ from packed_layers import random_layer
 from torch import Tensor
 
 from zqfp_convert.checkpoint.packed import PackedLayer
-from zqfp_convert.numerics import codebook
+from zqfp_convert.numerics import codebook, kernels
 from zqfp_convert.numerics.scales import Kind
 from zqfp_convert.runtime import resident
 from zqfp_convert.runtime.resident import ResidentLinear
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="no Triton")
 
 ON = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
