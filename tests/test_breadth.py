@@ -19,6 +19,7 @@ CHOSEN = (
     "gpt_bigcode",
     "openai-gpt",  # blocks return a list
     "pegasus",  # half of an encoder and decoder, without a token to begin with
+    "prophetnet",  # a linear is called twice in a block
     "rwkv",  # blocks return a state too
     "jamba",  # blocks of two classes, experts in some
     "recurrent_gemma",  # matrices in no linear; it cannot write in this size

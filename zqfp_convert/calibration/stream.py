@@ -285,11 +285,14 @@ def _said(error: Exception) -> str:
 
 @contextmanager
 def inputs_of(modules: dict[str, nn.Module], seen: dict[str, Tensor]) -> Iterator[None]:
-    """While this context is open, the inputs of the modules are put into `seen` by name."""
+    """While this context is open, the inputs of the modules are put into `seen` by name.
+
+    Of modules that are called more than once those of the first call, before which others stop.
+    """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[name] = args[0]
+            seen.setdefault(name, args[0])
 
         return record
 
@@ -305,12 +308,13 @@ def inputs_of(modules: dict[str, nn.Module], seen: dict[str, Tensor]) -> Iterato
 def outputs_of(modules: dict[str, nn.Module], made: dict[str, Tensor]) -> Iterator[None]:
     """While this context is open, copies of the modules' outputs are put into `made` by name.
 
-    Copies, as a model may add its hidden states to an output where that lies.
+    Of the first call, too; copies, as a model may add its hidden states to an output where that lies.
     """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            made[name] = output.clone()
+            if name not in made:
+                made[name] = output.clone()
 
         return record
 
