@@ -308,7 +308,8 @@ def inputs_of(modules: dict[str, nn.Module], seen: dict[str, Tensor]) -> Iterato
 def outputs_of(modules: dict[str, nn.Module], made: dict[str, Tensor]) -> Iterator[None]:
     """While this context is open, copies of the modules' outputs are put into `made` by name.
 
-    Of the first call, too; copies, as a model may add its hidden states to an output where that lies.
+    Of the first call, too. Copies, as a model may add its hidden states to an output where that
+    lies.
     """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-MMAP_THRESHOLD = -3  # malloc.h of glibc
+MMAP_THRESHOLD, ARENA_MAX = -3, -8  # malloc.h of glibc
 LARGE = 1 << 20  # bytes from which on a tensor has pages of its own
+HEAPS = 2  # the main thread's, and one for all others
 PROCESS = Path("/proc/self")
 RESET_PEAK = "5"  # proc(5), clear_refs
 
@@ -23,11 +24,13 @@ def given_back() -> Iterator[None]:
 
     By itself glibc raises the size up to which it keeps tensors in heaps, one for each thread, to
     that of the largest one that was ever freed; heaps with holes then grow with every block. From
-    here on large ones have pages of their own. Nothing happens with other libraries.
+    here on large ones have pages of their own, and threads that come share a heap, for holes in
+    many of them add up. Nothing happens with other libraries.
 
     Objects that are there now are not looked at by `tidy`, which would take a tenth of a second.
     """
     _call("mallopt", MMAP_THRESHOLD, LARGE)
+    _call("mallopt", ARENA_MAX, HEAPS)
     gc.collect()
     gc.freeze()
     try:
