@@ -66,10 +66,8 @@ def test_a_stack_is_as_good_as_each_alone(metric: str, again: bool, low: bool) -
     assert A.shape == (3, 4, 64)
     for error, here, there in zip(errors, B, A, strict=True):
         best = least_energy(error, hessian, 4)
-        whole = energy(error, hessian)
-        assert (
-            energy(error - here @ there, hessian) <= best * (1.1 if again else 1.01) + 1e-9 * whole
-        )
+        limit = best * (1.1 if again else 1.01) + 1e-9 * energy(error, hessian)
+        assert energy(error - here @ there, hessian) <= limit
 
 
 def test_the_metric_matters() -> None:

@@ -7,7 +7,7 @@ to learn with which arguments it calls that block (masks, positions, rotary tabl
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from zqfp_convert.calibration.beside import Beside
 from zqfp_convert.calibration.shelf import Shelf
@@ -290,18 +291,13 @@ def inputs_of(modules: dict[str, nn.Module], seen: dict[str, Tensor]) -> Iterato
     Of modules that are called more than once those of the first call, before which others stop.
     """
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.setdefault(name, args[0])
+    def record(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.setdefault(name, args[0])
 
-        return record
-
-    handles = [m.register_forward_pre_hook(hook(name)) for name, m in modules.items()]
-    try:
+    with _hooked(
+        module.register_forward_pre_hook(partial(record, name)) for name, module in modules.items()
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -312,14 +308,20 @@ def outputs_of(modules: dict[str, nn.Module], made: dict[str, Tensor]) -> Iterat
     lies.
     """
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if name not in made:
-                made[name] = output.clone()
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if name not in made:
+            made[name] = output.clone()
 
-        return record
+    with _hooked(
+        module.register_forward_hook(partial(record, name)) for name, module in modules.items()
+    ):
+        yield
 
-    handles = [m.register_forward_hook(hook(name)) for name, m in modules.items()]
+
+@contextmanager
+def _hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Removes hooks in the end."""
+    handles = list(hooks)
     try:
         yield
     finally:
