@@ -59,9 +59,8 @@ def test_what_was_measured_is_what_was_written(tuned: zqfp_convert.Conversion) -
     assert tuned.tuning is not None
     assert tuned.tuning.kept
     assert tuned.tuning.kl_after < 0.97 * tuned.tuning.kl_before
-    # The order of additions differs, and with it some roundings of activations: embeddings that
-    # differ in their last bit move it by up to 2 %.
-    assert divergence(tuned.out) == pytest.approx(tuned.tuning.kl_after, rel=4e-2)
+    # The order of additions differs, and with it some roundings of activations.
+    assert divergence(tuned.out) == pytest.approx(tuned.tuning.kl_after, rel=2e-2)
     told = tuned.to_json()["tuning"]
     assert told["kl_after"] == tuned.tuning.kl_after
     assert told["roundings"] is True
