@@ -48,5 +48,6 @@ def test_read(shards: MergedShards) -> None:
     assert found["ab"].tolist() == [[0, 1, 2], [3, 4, 5], [7, 7, 7]]
     assert found["second"].tolist() == [[4, 5], [6, 7]]
     assert found["second"].is_contiguous()
+    assert [piece.tolist() for piece in shards.pieces("ab", 24)] == [[0, 1, 2, 3, 4, 5], [7, 7, 7]]
     assert shards.read_at("ab", 2).tolist() == [7, 7, 7]
     assert shards.read_at("other", 2) == 1

@@ -30,6 +30,10 @@ def test_every_dtype_comes_as_it_was_written(tmp_path: Path) -> None:
         assert as_bytes(read[name]) == as_bytes(tensor)
         if len(tensor.shape) == 2 and len(tensor):
             assert as_bytes(shards.read_at(name, 2)) == as_bytes(tensor[2])
+        for size in (16, 1 << 20):
+            pieces = [(piece.dtype, as_bytes(piece)) for piece in shards.pieces(name, size)]
+            assert b"".join(read for _, read in pieces) == as_bytes(tensor)
+            assert all(dtype == tensor.dtype and len(read) <= size for dtype, read in pieces)
 
 
 def test_a_file_that_was_cut_off_after_it_was_opened(tmp_path: Path) -> None:
@@ -39,3 +43,5 @@ def test_a_file_that_was_cut_off_after_it_was_opened(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="ends within it") as caught:
         shards.read(["a"])
     assert caught.value.rule == "bad-shard"
+    with pytest.raises(CheckpointError, match="ends within it"):
+        list(shards.pieces("a", 64))

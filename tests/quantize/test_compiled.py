@@ -22,6 +22,8 @@ from zqfp_convert.numerics.kernels.books import bounds
 from zqfp_convert.numerics.kernels.search import _costs
 from zqfp_convert.numerics.kernels.simulate import _simulate
 from zqfp_convert.quantize.kernels.columns import EARLIER, ROWS, STEPS, _settle
+from zqfp_convert.quantize.eigen import WIDEST
+from zqfp_convert.quantize.kernels.eigen import DONE, SWEEPS, _leading
 
 def assembly(function, pointers, constants, warps):
     names = [name for name in function.arg_names if name not in constants]
@@ -45,6 +47,10 @@ pointers |= {"exponents": "*i32", "seconds": "*u8"}
 found["costs"] = assembly(_costs, pointers, {"GROUPS": 16, "WIDTH": 128, **books}, 4)
 pointers = {"x": "*bf16", "out": "*bf16"}
 found["simulate"] = assembly(_simulate, pointers, {"TILE": 4096}, 8)
+pointers = dict.fromkeys(["matrices", "found"], "*fp32")
+for size in (16, WIDEST):
+    constants = {"SIZE": size, "SWEEPS": SWEEPS, "DONE": DONE}
+    found[f"leading {size}"] = assembly(_leading, pointers, constants, 1)
 print(json.dumps(found))
 """
 

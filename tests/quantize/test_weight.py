@@ -436,13 +436,46 @@ def test_layers_of_one_input_find_one_rank() -> None:
     assert alone.factors is None
 
 
-def test_a_gpu_is_waited_for_seldom() -> None:
-    """Once for each fit of factors, and once for the errors."""
-    weight, curvature = weight_of(64, 160), curvature_for(160)
-    recipe = Recipe.named("best", low_rank_rounds=4)
-    quantized = quantize_weight(weight, curvature, recipe)  # now tables are made
+@pytest.mark.skipif(not kernels.available(), reason="no Triton")
+def test_a_gpu_is_waited_for_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all fits of factors, and once for the errors, however many weights there are."""
+    monkeypatch.setattr(kernels, "take", lambda tensor: True)
+    weights = [weight_of(rows, 64).to(DEVICE) for rows in (16, 16, 24)]
+    hessian, _ = statistics(64, 0, drifted=False)
+    curvature = prepare(hessian.to(DEVICE), None, damping=0.01, activation_order=True)
+    recipe = Recipe.named("best", rank=4, group_size=32, low_rank_rounds=2)
+    quantized = quantize_together(weights, curvature, recipe)  # now tables are made
     with Waits() as waits:
-        quantize_weight(weight, curvature, recipe)
-    fits = 5  # of each the CPU gets a small matrix, and looks at it
-    assert sorted(waits.calls) == sorted([*["cpu", "__bool__"] * fits, "tolist"])
-    assert quantized.output_energy == pytest.approx(energy(weight, curvature.hessian))
+        quantize_together(weights, curvature, recipe)
+    assert waits.calls == ["__bool__", "tolist"]
+    for weight, found in zip(weights, quantized, strict=True):
+        assert found.output_energy == pytest.approx(energy(weight, curvature.hessian))
+
+
+def test_fits_that_fail_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all of an input's weights: as if each fit had been asked at once whether it held."""
+    few = torch.zeros(24, 96)
+    few[:2] = weight_of(2, 96)  # no error in the others, so one of low rank
+    weights, curvature = [weight_of(24, 96), few], curvature_for(96)
+    recipe = Recipe.named("best", rank=4, group_size=32, low_rank_rounds=2, asymmetry=0.0)
+    asked: list[bool] = []
+    real = lorc.fit
+
+    def fit(*given: Any) -> tuple[Tensor, Tensor]:
+        asked.append(given[5] is None)
+        if not careful:
+            return real(*given)
+        given[5].append(torch.tensor(True))
+        return real(*given[:5])
+
+    monkeypatch.setattr(lorc, "fit", fit)
+    found = []
+    for careful in (False, True):
+        found.append(quantize_together(weights, curvature, recipe))
+        assert asked == [False] * 3 + [True] * 3 * (not careful)
+        asked.clear()
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.dequantize(), other.dequantize())
+        assert one.factors is not None
+        assert one.factors.product().any()

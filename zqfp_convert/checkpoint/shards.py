@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -52,14 +52,14 @@ PIECES = 4
 class TensorInfo:
     """What a shard's header says of a tensor: its file's name, dtype as spelled there, shape.
 
-    `start` is where its bytes begin in the file.
+    `start` is where its bytes begin in the file; None where it is made of what lies there.
     """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     bytes: int
-    start: int = 0
+    start: int | None = None
 
 
 class Shards:
@@ -117,9 +117,28 @@ class Shards:
                     result[name] = _read(shard, name, self.tensors[name], device)
         return result
 
+    def pieces(self, name: str, size: int) -> Iterator[Tensor]:
+        """The numbers of a tensor, at most so many bytes of them at a time, on the CPU.
+
+        Each piece is there until the next one is asked for, as all are read into the same memory.
+        """
+        info = self.tensors[name]
+        if info.start is None:
+            flat = self.read([name])[name].reshape(-1)
+            yield from torch.split(flat, max(1, size // flat.itemsize))
+            return
+        memory = torch.empty(size, dtype=torch.uint8)
+        with (self.folder / info.file).open("rb", buffering=0) as shard:
+            shard.seek(info.start)
+            for done in range(0, info.bytes, size):
+                piece = memory[: info.bytes - done]
+                _fill(shard, piece, name, info)
+                yield piece.view(_dtype(name, info))
+
     def read_at(self, name: str, index: int) -> Tensor:
         """What lies at an index along the first dimension of the named tensor; no more is read."""
         info = self.tensors[name]
+        assert info.start is not None
         size = info.bytes // info.shape[0]
         part = replace(info, shape=info.shape[1:], bytes=size, start=info.start + index * size)
         with (self.folder / info.file).open("rb", buffering=0) as shard:
@@ -132,17 +151,22 @@ def _read(file: FileIO, name: str, info: TensorInfo, device: torch.device | str 
     Raises:
         CheckpointError: `bad-shard`, for a dtype that is not known, or a file that is shorter now.
     """
-    if info.dtype not in DTYPES:
-        found, needed = f"dtype {info.dtype}", f"one of {', '.join(DTYPES)}"
-        raise CheckpointError("bad-shard", f"{name} in {info.file}", found, needed=needed, do=AGAIN)
+    assert info.start is not None
     device = torch.device(device)
     here = device if device.type == "cuda" else "cpu"
-    tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype], device=here)
+    tensor = torch.empty(info.shape, dtype=_dtype(name, info), device=here)
     whole = tensor.reshape(-1).view(torch.uint8)
     file.seek(info.start)
     fill = _copy if whole.is_cuda else _fill
     fill(file, whole, name, info)
     return tensor.to(device)
+
+
+def _dtype(name: str, info: TensorInfo) -> torch.dtype:
+    if info.dtype not in DTYPES:
+        found, needed = f"dtype {info.dtype}", f"one of {', '.join(DTYPES)}"
+        raise CheckpointError("bad-shard", f"{name} in {info.file}", found, needed=needed, do=AGAIN)
+    return DTYPES[info.dtype]
 
 
 def _copy(file: FileIO, target: Tensor, name: str, info: TensorInfo) -> None:
@@ -151,6 +175,8 @@ def _copy(file: FileIO, target: Tensor, name: str, info: TensorInfo) -> None:
     Some threads fill them; one copies no more than 3 GB/s out of the system's cache.
     """
     cuda: Any = torch.cuda
+    start = info.start
+    assert start is not None
     parts = torch.split(target, PIECE)
     count = min(PIECES, len(parts))
     with cuda.device(target.device), ThreadPoolExecutor(count, "fill") as pool:  # of its stream
@@ -162,7 +188,7 @@ def _copy(file: FileIO, target: Tensor, name: str, info: TensorInfo) -> None:
             copied[number % count].synchronize()
             piece = pieces[number % count][: len(parts[number])]
             with Path(file.name).open("rb", buffering=0) as own:  # it has a place of its own
-                own.seek(info.start + number * PIECE)
+                own.seek(start + number * PIECE)
                 _fill(own, piece, name, info)
             return piece
 

@@ -27,8 +27,9 @@ from zqfp_convert.model.experts import mixtures
 from zqfp_convert.numerics import fp8
 from zqfp_convert.plan import Plan, PlannedLayer
 from zqfp_convert.quantize.hessian import HessianSum, prepare
+from zqfp_convert.quantize.refinement import SWEEPS_PER_ROUND
 from zqfp_convert.quantize.tensor_cores import tensor_cores
-from zqfp_convert.quantize.weight import SWEEPS_PER_ROUND, quantize_weight
+from zqfp_convert.quantize.weight import quantize_weight
 
 ROWS = {"cpu": 512, "cuda": 4096}  # of the weight that is solved, and a quarter of them
 COLUMNS = {"cpu": 256, "cuda": 4096}

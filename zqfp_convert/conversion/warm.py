@@ -11,7 +11,9 @@ import torch
 from zqfp_convert.model.configured import configured
 from zqfp_convert.numerics import codebook, fp8, kernels, scales
 from zqfp_convert.plan import Plan
+from zqfp_convert.quantize import eigen, ranks
 from zqfp_convert.quantize.columns import BLOCK, FEW_ROWS, settle
+from zqfp_convert.quantize.lorc import OVERSAMPLING
 from zqfp_convert.quantize.substitution import divide
 from zqfp_convert.runtime import resident
 
@@ -49,7 +51,9 @@ def _run_all(plan: Plan) -> None:
                 block = noise.new_zeros(rows, BLOCK)
                 grid_marks = marks[:1, :BLOCK].expand(rows, -1).contiguous()
                 settle(block, block.clone(), coupling, grid_marks, chosen, step)
-            small = torch.eye(16, device=device)
+            rank = recipe.rank if isinstance(recipe.rank, int) else ranks.MOST
+            small = torch.eye(max(1, rank) + OVERSAMPLING, device=device)
+            eigen.leading(small, max(1, rank))
             torch.linalg.cholesky_ex(small)
             torch.linalg.cholesky_ex(small.double())
             torch.linalg.solve_triangular(small.double(), small.double(), upper=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zqfp_convert.numerics import fp8
 from zqfp_convert.parallel import ALONE, Share
+from zqfp_convert.quantize import eigen
 from zqfp_convert.recipe import FactorFormat
 
 OVERSAMPLING = 8
@@ -51,6 +52,7 @@ def fit(
     rank: int,
     share: Share | None = None,
     start: Tensor | None = None,
+    later: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The factors `B [N, r]`, `A [r, K]` that minimise `|(E - B A) H^(1/2)|` (Frobenius norm).
 
@@ -60,9 +62,13 @@ def fit(
     iteration with a fixed seed (Halko et al., arXiv:0909.4061, algorithm 4.4).
 
     With a `share` the error is its rows; every process gets all of B and A. `start` is what B was
-    (`[n, r]`, the share's rows) for an error much like this one. A GPU is waited for once, or twice
-    where columns of a basis depend on one another, as with an error of low rank. Where a process is
-    alone, errors of one shape may be a stack, `[..., N, K]`, and so are their factors then.
+    (`[n, r]`, the share's rows) for an error much like this one. Errors of one shape may be a
+    stack, `[..., N, K]`, and so are their factors then.
+
+    Columns of a basis that depend on one another, as with an error of low rank, are seen at the
+    end, and all is done anew with more care. A GPU has to be waited for to know. With a list
+    `later` it is not: whether there were none, bool `[]`, is appended, and if not the factors are
+    zeros.
     """
     share = share or ALONE.share(error.shape[-2])
     width = min(rank + OVERSAMPLING, share.total, error.shape[-1])
@@ -74,17 +80,22 @@ def fit(
 
     cholesky = _Cholesky(share)
     basis, inner, gram = _leading(error, hessian, share, at_first, iterations, cholesky)
-    gram = torch.where(cholesky.held(), gram, torch.nan).cpu()  # here a GPU is waited for
-    # All processes go one way: what is factorized are sums over them, the same bits in each.
-    if not bool(gram.isfinite().all()):
+    held = cholesky.held() & gram.isfinite().all()
+    if later is not None:
+        later.append(held)
+        basis, inner, gram = (torch.where(held, found, 0.0) for found in (basis, inner, gram))
+    elif not bool(held):
+        # All processes go one way: what is factorized are sums over them, the same bits in each.
         householder = partial(_householder, share=share)
         basis, inner, gram = _leading(error, hessian, share, at_first, iterations, householder)
-        gram = gram.cpu()
-    # So small a matrix is the CPU's. Those of other hosts may find other signs, so one decides.
-    gram = (gram + gram.mT).double() / 2
-    leading = torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :rank].to(error)  # of the largest
-    leading = share.world.send_(leading.contiguous(), 0)
-    return share.gather(basis @ leading), leading.mT @ inner
+    # Those of other hosts may find other signs, so one decides.
+    leading = share.world.send_(eigen.leading(gram, rank).contiguous(), 0)
+    return _whole(basis @ leading, share), leading.mT @ inner
+
+
+def _whole(rows: Tensor, share: Share) -> Tensor:
+    """A matrix, or a stack `[..., N, w]`, of which each process has its rows."""
+    return share.gather(rows.movedim(-2, 0)).movedim(0, -2)
 
 
 @lru_cache(maxsize=8)
@@ -148,7 +159,7 @@ class _Cholesky:
 
 def _householder(basis: Tensor, share: Share) -> Tensor:
     """An orthonormal basis `[n, w]` that spans a matrix's columns, however they depend."""
-    found: Tensor = torch.linalg.qr(share.gather(basis)).Q[..., share.here, :]
+    found: Tensor = torch.linalg.qr(_whole(basis, share)).Q[..., share.here, :]
     return found
 
 

@@ -5,9 +5,8 @@ This is the file to read first. It knows nothing of models and files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -15,15 +14,15 @@ from torch import Tensor
 from zqfp_convert.numerics import codebook, scales
 from zqfp_convert.numerics.scales import Scales
 from zqfp_convert.parallel import ALONE, Share, World
-from zqfp_convert.quantize import lorc, ranks
+from zqfp_convert.quantize import ranks
 from zqfp_convert.quantize.descent import descend, optimum
 from zqfp_convert.quantize.gptq import gptq
 from zqfp_convert.quantize.hessian import Curvature, aim_at_original, energy_here, relative
 from zqfp_convert.quantize.lorc import Factors
+from zqfp_convert.quantize.refinement import Coded, apart, below, refine
 from zqfp_convert.quantize.tensor_cores import tensor_cores
 from zqfp_convert.recipe import Recipe
 
-SWEEPS_PER_ROUND = 1  # of coordinate descent after each fit of the low-rank factors
 IN_THE_CACHE = 1 << 16  # weights that the CPU rounds at a time where rows do not meet
 
 
@@ -86,7 +85,7 @@ def quantize_together(
     with tensor_cores():
         shares = [world.share(len(weight)) for weight in weights]
         weights = [weight[share.here] for weight, share in zip(weights, shares, strict=True)]
-        target = _below([weight.float() for weight in weights])
+        target = below([weight.float() for weight in weights])
         if curvature is not None:
             assert curvature.outputs is None or len(weights) == 1
             alone = shares[0].here if len(weights) == 1 else slice(None)
@@ -120,49 +119,20 @@ def _energy(rows: Tensor) -> float:
     return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
 
 
-@dataclass(frozen=True)
-class _Coded:
-    """Weights on their way, one below the other, or the rows of a share of each: `[n, K]`.
-
-    `target` is what to aim at, `quantized` the values of its codes under `grid`, which puts the
-    `scales` of the weights together; `codes` are there where nothing is going to change them.
-    """
-
-    weights: Sequence[Tensor]
-    shares: Sequence[Share]
-    scales: Sequence[Scales]
-    grid: Scales
-    target: Tensor
-    quantized: Tensor
-    codes: Tensor | None
-
-    def each(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        """The rows of each weight."""
-        return _apart(matrix, self.weights)
-
-
-def _apart(matrix: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return torch.split(matrix, [len(part) for part in like])
-
-
-def _below(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
 def _encode(
     weights: Sequence[Tensor],
     target: Tensor,
     shares: Sequence[Share],
     curvature: Curvature | None,
     recipe: Recipe,
-) -> _Coded:
+) -> Coded:
     H = None if curvature is None else curvature.hessian
     group_size = target.shape[1] if recipe.group_size == "row" else recipe.group_size
     importance = None if H is None else H.diagonal()
     books = codebook.PAIR if recipe.codebooks == "pair" else (codebook.E2M1,)
     chosen = [
         scales.choose(W, recipe.scales, recipe.scale_rounding, group_size, importance, books)
-        for W in _apart(target, weights)
+        for W in apart(target, weights)
     ]
     grid = scales.stack(chosen)
 
@@ -174,12 +144,10 @@ def _encode(
         Q = scales.dequantize(codes, grid)
     if H is not None:
         Q, codes = descend(target, Q, H, grid, recipe.sweeps), None
-    return _Coded(weights, shares, chosen, grid, target, Q, codes)
+    return Coded(weights, shares, chosen, grid, target, Q, codes)
 
 
-def _compensate(
-    coded: _Coded, curvature: Curvature | None, recipe: Recipe
-) -> list[QuantizedWeight]:
+def _compensate(coded: Coded, curvature: Curvature | None, recipe: Recipe) -> list[QuantizedWeight]:
     target, Q, shares = coded.target, coded.quantized, coded.shares
     H = None if curvature is None else curvature.hessian
     metric = None if recipe.low_rank == "svd" else H
@@ -187,93 +155,56 @@ def _compensate(
     if rank == "auto":
         errors = zip(coded.each(target - Q), map(Tensor.float, coded.weights), strict=True)
         rank = ranks.worthwhile(errors, metric, recipe.factors, shares)
-
-    def fitted(error: Tensor, before: Sequence[Factors] | None = None) -> list[Factors]:
-        found: list[Factors] = []
-        for run, rows in _alike(coded):
-            share, stack = shares[run[0]], (len(run),) if len(run) > 1 else ()
-            most = min(rank, share.total, error.shape[1])
-            start = None
-            if before:
-                start = _below([before[at].B[share.here].float() for at in run])
-                start = start.reshape(*stack, -1, most)
-            E = error[rows].reshape(*stack, -1, error.shape[1])
-            B, A = lorc.fit(E, metric, most, share, start)
-            pairs = zip(B.reshape(len(run), -1, most), A.reshape(len(run), most, -1), strict=True)
-            found += [lorc.encode(*pair, recipe.factors) for pair in pairs]
-        return found
-
-    def uncompensated(weights: Tensor, factors: Sequence[Factors]) -> Tensor:
-        found = zip(coded.each(weights), factors, shares, strict=True)
-        return _below([W - one.product(share.here) for W, one, share in found])
-
     factors: Sequence[Factors] | None = None
     if rank > 0:
-        factors = fitted(target - Q)
-        for _ in range(0 if metric is None else recipe.low_rank_rounds):
-            assert metric is not None
-            rest = uncompensated(target, factors)
-            Q = descend(rest, Q, metric, coded.grid, SWEEPS_PER_ROUND)
-            del rest
-            factors = fitted(target - Q, factors)
+        Q, factors = refine(coded, metric, rank, recipe)
 
     doubts: Sequence[Tensor | None] = [None] * len(shares)
     if recipe.tune > 0:
-        rest = target if factors is None else uncompensated(target, factors)
+        rest = target if factors is None else coded.without(factors)
         doubts = coded.each(rest if H is None else optimum(rest, Q, H))
     codes = scales.quantize(Q, coded.grid) if coded.codes is None else coded.codes
-    compensated: Sequence[Factors | None] = factors or [None] * len(shares)
-    parts = zip(coded.each(Q), coded.each(codes), compensated, doubts, strict=True)
-    return [
-        _finished(weight, share, chosen, *part, H)
-        for weight, share, chosen, part in zip(
-            coded.weights, shares, coded.scales, parts, strict=True
-        )
-    ]
-
-
-def _alike(coded: _Coded) -> Iterator[tuple[list[int], slice]]:
-    """Which weights, one below the other, have as many rows as one another, and those rows.
-
-    Their factors are found at once, as that takes many small steps; not by several processes.
-    """
-    shares, row = coded.shares, 0
-    alone = shares[0].world.size == 1
-    for _, group in groupby(range(len(shares)), lambda at: shares[at].total if alone else -at):
-        run = list(group)
-        rows = sum(len(coded.weights[at]) for at in run)
-        yield run, slice(row, row + rows)
-        row += rows
+    return _finished(coded, Q, coded.each(codes), factors or [None] * len(shares), doubts, H)
 
 
 def _finished(
-    weight: Tensor,
-    share: Share,
-    chosen: Scales,
+    coded: Coded,
     quantized: Tensor,
-    codes: Tensor,
-    factors: Factors | None,
-    doubt: Tensor | None,
+    codes: Sequence[Tensor],
+    factors: Sequence[Factors | None],
+    doubts: Sequence[Tensor | None],
     hessian: Tensor | None,
-) -> QuantizedWeight:
-    W = weight.float()
-    error = W - quantized
-    if factors is not None:
-        error -= factors.product(share.here)
+) -> list[QuantizedWeight]:
     metrics = [None] if hessian is None else [None, hessian]
-    numbers = [energy_here(matrix, metric) for metric in metrics for matrix in (error, W)]
-    numbers.append(torch.zeros_like(numbers[0]) + chosen.raised)
+    measured = []
+    parts = zip(coded.weights, coded.each(quantized), factors, strict=True)
+    for (weight, near, compensation), chosen, share in zip(
+        parts, coded.scales, coded.shares, strict=True
+    ):
+        W = weight.float()
+        error = W - near
+        if compensation is not None:
+            error -= compensation.product(share.here)
+        numbers = [energy_here(matrix, metric) for metric in metrics for matrix in (error, W)]
+        numbers.append(torch.zeros_like(numbers[0]) + chosen.raised)
+        measured.append(share.world.sum_(torch.stack(numbers)))
+        del W, error  # before those of the next weight are there
+    found = []
     # All that is asked of a GPU at once, as it stands idle while somebody who has waited goes on.
-    lost, whole, *of_outputs, raised = share.world.sum_(torch.stack(numbers)).tolist()
-    return QuantizedWeight(
-        share.gather(codes),
-        _whole(scales.canonical(codes, chosen), round(raised), share),
-        factors,
-        relative(lost, whole),
-        relative(*of_outputs) if of_outputs else None,
-        None if doubt is None else share.gather(doubt),
-        of_outputs[1] if of_outputs else None,
-    )
+    for at, (lost, whole, *of_outputs, raised) in enumerate(torch.stack(measured).tolist()):
+        share, own, doubt = coded.shares[at], codes[at], doubts[at]
+        found.append(
+            QuantizedWeight(
+                share.gather(own),
+                _whole(scales.canonical(own, coded.scales[at]), round(raised), share),
+                factors[at],
+                relative(lost, whole),
+                relative(*of_outputs) if of_outputs else None,
+                None if doubt is None else share.gather(doubt),
+                of_outputs[1] if of_outputs else None,
+            )
+        )
+    return found
 
 
 def _whole(chosen: Scales, raised: int, share: Share) -> Scales:

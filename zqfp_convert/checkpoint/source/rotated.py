@@ -9,7 +9,7 @@ the weight W that reads `gain * n(h) + bias` gives the same for `n(Q h) + Q (bia
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -92,9 +92,9 @@ class RotatedShards(Shards):
     """
 
     def __init__(self, base: Shards, rotation: Rotation) -> None:
-        tensors = dict(base.tensors)
+        tensors = {name: replace(info, start=None) for name, info in base.tensors.items()}
         if rotation.tied_to is not None:
-            tensors[rotation.head] = base.tensors[rotation.tied_to]
+            tensors[rotation.head] = tensors[rotation.tied_to]
         super().__init__(base.folder, tensors)
         self._base, self._rotation = base, rotation
         self._norm_of = {bias: norm for norm, bias in rotation.norms.items() if bias is not None}

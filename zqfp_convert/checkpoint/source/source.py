@@ -33,6 +33,7 @@ OTHER_WEIGHTS = (
     ".ot",
 )
 ADAPTER = "adapter_config.json"  # of peft
+PIECE = 1 << 18  # bytes of a tensor that are read at a time
 CHUNK = 1 << 17  # numbers looked at together, so that they stay in the cache
 EXPONENTS = {  # all bits of it are set in infinity and NaN alone (IEEE 754, section 3.4)
     torch.bfloat16: (torch.int16, 0x7F80),
@@ -94,13 +95,12 @@ class Source:
         def finite(name: str) -> tuple[bool, int]:
             if stopped is not None and stopped.is_set():
                 return True, 0
-            flat = self.shards.read([name])[name].reshape(-1)
             checksum = 0
-            for start in range(0, len(flat), CHUNK):
-                part = flat[start : start + CHUNK]
-                if not _is_finite(part):
-                    return False, 0
-                checksum = zlib.crc32(part.view(torch.uint8).numpy().data, checksum)
+            for piece in self.shards.pieces(name, PIECE):
+                for part in torch.split(piece, CHUNK):
+                    if not _is_finite(part):
+                        return False, 0
+                    checksum = zlib.crc32(part.view(torch.uint8).numpy().data, checksum)
             return True, checksum
 
         names = sorted(self.shards.tensors) if names is None else list(names)
