@@ -46,6 +46,8 @@ def test_streamed_states_are_those_of_the_whole_model(model_type: str, tmp_path:
             assert dimension == (1 if model_type == "gemma3n_text" else 0)
             entrance.split(1)
             stream.split(1, dimension)
+        trial = entrance.trial(index, stream.hidden[0])[1]
+        assert (trial is stream.hidden[0]) is entrance.hands_on
         stream.advance(block, entrance.calls(index))
     assert entrance.hands_on is (model_type not in ("zamba", "llama"))
     single = [one for states in want for one in torch.split(states, 1, dimension)]

@@ -56,6 +56,11 @@ def test_streamed_states_are_those_of_the_whole_model(arch: str) -> None:
     for index, block in enumerate(real):
         for have, states in zip(stream.hidden, want, strict=True):
             assert torch.equal(have, states[index])
+        call, window = entrance.trial(index, stream.hidden[0])
+        assert len(window) == 1
+        torch.testing.assert_close(
+            call.run(block, window), want[0][index + 1][:1], rtol=1e-4, atol=1e-5
+        )
         stream.advance(block, entrance.calls(index))
     for have, states in zip(stream.hidden, want, strict=True):
         assert torch.equal(have, states[-1])

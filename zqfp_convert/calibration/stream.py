@@ -190,6 +190,17 @@ class Entrance:
 
         return call
 
+    def trial(self, block: int, hidden: Tensor) -> tuple[Call, Tensor]:
+        """A call of a block for the first window of the first batch alone, and its hidden states.
+
+        They are taken out of the batch's. Where blocks give later ones more than hidden states it
+        is the whole batch.
+        """
+        if self.hands_on:
+            return self._record(block, 0)[0], hidden
+        window = hidden.narrow(self.dimension(hidden), 0, 1)
+        return self._record(block, 0, self._batches[0][:1])[0], window
+
     def try_block(self, index: int, block: nn.Module) -> None:
         """Run a block of a kind that is new once, so that stubs return what it does.
 
@@ -227,7 +238,8 @@ class Entrance:
         if self._beside.handed_on and isinstance(output, (tuple, list)):
             self._beside.outputs[batch] = tuple(output[1:])
 
-    def _record(self, wanted: int, batch: int) -> tuple[Call, Tensor]:
+    def _record(self, wanted: int, batch: int, ids: Tensor | None = None) -> tuple[Call, Tensor]:
+        """How a block is called for a batch, or for other token ids, and what enters the first."""
         found: list[tuple[Call, Tensor]] = []
         passed: list[Tensor] = []
         beside = self._beside.outputs.get(batch, ())
@@ -257,7 +269,8 @@ class Entrance:
         for module, forward in stubs.items():
             module.forward = forward
         try:
-            self._blocks.decoder(input_ids=self._batches[batch], use_cache=False)
+            windows = self._batches[batch] if ids is None else ids
+            self._blocks.decoder(input_ids=windows, use_cache=False)
         except _Reached as reached:
             _forget(reached)
         except (torch.OutOfMemoryError, SourceError):

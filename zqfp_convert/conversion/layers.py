@@ -26,7 +26,7 @@ from zqfp_convert.model.experts import ExpertLinear
 from zqfp_convert.numerics import codebook
 from zqfp_convert.parallel import World
 from zqfp_convert.plan import TOGETHER, Plan, PlannedLayer
-from zqfp_convert.quantize.hessian import Curvature, activation_error, prepare
+from zqfp_convert.quantize.hessian import Curvature, activation_energy, prepare, relative
 from zqfp_convert.quantize.lorc import Factors
 from zqfp_convert.quantize.weight import QuantizedWeight, quantize_together
 from zqfp_convert.runtime import resident
@@ -87,15 +87,16 @@ class Layers:
             stages = [part for stage in stages for part in _parts(stage, layers)]
         for together in stages:
             members = [layers[place] for place in together]
-            linears = [get_linear(student, place) for place in together]
-            weights = [weight_matrix(linear) for linear in linears]
+            weights = [weight_matrix(get_linear(student, place)) for place in together]
             spend = together is stages[-1]
+            lost = [activation_energy(weight, moments.rounding) for weight in weights]
             found = self.solve(index, members, weights, curvature, world, spend=spend)
-            for place, linear, solved in zip(together, linears, found, strict=True):
-                weight, whole = weight_matrix(linear), solved.output_energy
-                assert whole is not None
-                lost = activation_error(weight, moments.rounding, whole, world)
-                self.entries[layers[place].disk]["activation_error"] = lost
+            for place, solved, energy in zip(
+                together, found, torch.stack(lost).tolist(), strict=True
+            ):
+                assert solved.output_energy is not None
+                entry = self.entries[layers[place].disk]
+                entry["activation_error"] = relative(energy, solved.output_energy)
                 quantized[place] = self.put(student, layers[place], solved)
 
     def share(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -19,7 +18,8 @@ class Passage:
     """The way of both streams through one block.
 
     The original's states move to a place within it with the statistics of the last linear before
-    that, the student's with those of the next stage, once that linear is solved.
+    that, the student's with those of the next stage, once that linear is solved. Where they can
+    move is tried out on one window, as `States.trial` has it.
     """
 
     plan: Plan
@@ -28,7 +28,7 @@ class Passage:
     student: nn.Module
     teacher: nn.Module | None
     layers: dict[str, PlannedLayer]
-    calls: Callable[[int], Call]
+    trial: tuple[Call, Tensor]
     spare: bool  # whether inputs may be kept: not once memory has run out
     _way: Halfway | None = None
     _by: Shortcut | None = None
@@ -70,16 +70,17 @@ class Passage:
         if not self.world.every(lambda: self.states.alike):
             return None, None
         block = self.student if self.teacher is None else self.teacher
-        call, hidden = self.calls(0), self.states.student.hidden[0]
+        call, hidden = self.trial
         left = [name for name in self.layers if name not in done]
         place = self.world.agree(lambda: halfway(block, done, left, call, hidden))
         here = [self.layers[name] for name in stage]
-        if place is None or not again or not self.world.every(lambda: self._room(hidden, here)):
+        if place is None or not again or not self.world.every(lambda: self._room(here)):
             return place, None
         return place, self.world.agree(lambda: shortcut(place, block, stage, call, hidden))
 
-    def _room(self, hidden: Tensor, stage: list[PlannedLayer]) -> bool:
+    def _room(self, stage: list[PlannedLayer]) -> bool:
         """Whether there is room for all inputs of a stage, beside what solving it takes."""
+        hidden = self.states.student.hidden[0]
         tokens = len(self.states.student.hidden) * hidden[..., 0].numel()
         inputs = tokens * stage[0].columns * hidden.element_size()
         there = self.spare and self.plan.states == "device"

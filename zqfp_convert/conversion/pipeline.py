@@ -160,8 +160,10 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
             writer.add_shard(tensors if tuned is None else tuned.of(tensors), waiting=1)
             del tensors  # else they are here while all blocks are computed
         if not tunes:
+            waiting = 1  # what lies outside the blocks is large, and takes long to write
             for block, about in work.blocks(writer.shards, others):
-                writer.add_shard(block, about)
+                writer.add_shard(block, about, waiting=waiting)
+                waiting = 0
                 del block  # else it is still here when the next but one is computed
         else:
             for block in [{}] * len(plan.layers) if tuned is None else tuned.blocks():

@@ -79,6 +79,10 @@ class States:
         """The arguments of a block's call, by the batch's index."""
         return self.entrance.calls(block)
 
+    def trial(self, block: int) -> tuple[Call, Tensor]:
+        """A call of a block for one window, and the student's hidden states of that."""
+        return self.entrance.trial(block, self.student.hidden[0])
+
     def advance(self, student: nn.Module, teacher: nn.Module, calls: Callable[[int], Call]) -> None:
         """Move through a block, quantized and original."""
         self._between |= self._world.size > 1  # others may get to the end of it

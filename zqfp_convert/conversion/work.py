@@ -371,11 +371,11 @@ class Work:
             place for place in planned if not place.startswith(tuple(f"{e}." for e in experts))
         ]
         traced = [*plain, *experts] if planned else []
-        stages = self.world.agree(
-            lambda: trace(student, traced, calls(0), states.student.hidden[0]) if traced else []
-        )
+        with self.world.attempt():
+            trial = states.trial(index)
+        stages = self.world.agree(lambda: trace(student, traced, *trial) if traced else [])
         spare = len(self.partial.noted(BATCH)) == 1
-        passage = Passage(plan, self.world, states, student, teacher, planned, calls, spare)
+        passage = Passage(plan, self.world, states, student, teacher, planned, trial, spare)
         for number, stage in enumerate(stages):
             for path in [place for place in stage if place in experts]:
                 with self.world.attempt():

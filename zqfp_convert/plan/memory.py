@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from zqfp_convert.calibration.experts import sums_bytes
 from zqfp_convert.calibration.text import GENERATED_AT_ONCE, reading_bytes
+from zqfp_convert.checkpoint.source.source import PIECE
 from zqfp_convert.distill import memory as tuning_memory
 from zqfp_convert.distill.train import TOKENS_AT_ONCE as COMPARED_AT_ONCE
 from zqfp_convert.model.configured import configured
@@ -135,7 +136,8 @@ def _block_bytes(plan: Plan, index: int) -> int:
 def _host(plan: Plan) -> int:
     """Files that are read and written, beside what is computed with.
 
-    The next block is read and the last one written while one is quantized.
+    The next block is read and the last one written while one is quantized; the first of them waits
+    until what lies outside the blocks is written.
     """
     held = plan.source.shards.tensors
     blocks = [_block_bytes(plan, index) for index in range(len(plan.layers))]
@@ -154,7 +156,7 @@ def _host(plan: Plan) -> int:
         ALWAYS
         + (0 if on_cpu else LIBRARIES)
         + max(
-            ahead * max(blocks) + max(packed) + max(written, others[-1]) + rounding,
+            ahead * max(blocks) + max(packed) + written + others[-1] + rounding,
             passing,
             _checked(plan),
         )
@@ -162,9 +164,10 @@ def _host(plan: Plan) -> int:
 
 
 def _checked(plan: Plan) -> int:
-    """Tensors that are looked at for NaN at once."""
-    sizes = sorted((info.bytes for info in plan.source.shards.tensors.values()), reverse=True)
-    return sum(sizes[:CHECKED_AT_ONCE])
+    """Tensors that are looked at for NaN at once: in pieces, but for those that are made."""
+    held = plan.source.shards.tensors.values()
+    at_once = (i.bytes if i.start is None else min(i.bytes, PIECE) for i in held)
+    return sum(sorted(at_once, reverse=True)[:CHECKED_AT_ONCE])
 
 
 def _handed_on(plan: Plan) -> int:

@@ -211,22 +211,19 @@ def relative_error(error: Tensor, weight: Tensor, hessian: Tensor | None) -> flo
     return relative(*energies.tolist())
 
 
-def activation_error(weight: Tensor, rounding: Tensor, whole: float, world: World = ALONE) -> float:
-    """What quantizing the activations alone costs the outputs, relative like `relative_error`.
+def activation_energy(weight: Tensor, rounding: Tensor) -> Tensor:
+    """What quantizing the activations alone costs the outputs, to be set beside `tr(W H W^T)`.
 
-    `sqrt(sum_k E[(x_k - x^_k)^2] |w_k|^2 / tr(W H W^T))`: roundings of different features are taken
-    as uncorrelated.
+    `sum_k E[(x_k - x^_k)^2] |w_k|^2`: roundings of different features are taken as uncorrelated.
 
     Args:
         weight: `[N, K]`.
         rounding: `E[(x - x^)^2]`, `[K]`.
-        whole: `tr(W H W^T)`, the energy of the weight.
-        world: processes that all have these; each takes some rows of the weight.
+
+    Returns:
+        float64 `[]`.
     """
-    share = world.share(len(weight))
-    weight = weight[share.here].float()
-    lost = float((weight.square().sum(0) * rounding).sum(dtype=torch.float64))
-    return relative(share.world.total(lost), whole)
+    return (weight.float().square().sum(0) * rounding).sum(dtype=torch.float64)
 
 
 def energy(matrix: Tensor, hessian: Tensor | None, world: World = ALONE) -> float:
