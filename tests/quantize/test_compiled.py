@@ -23,7 +23,7 @@ from zqfp_convert.numerics.kernels.search import _costs
 from zqfp_convert.numerics.kernels.simulate import _simulate
 from zqfp_convert.quantize.kernels.columns import EARLIER, ROWS, STEPS, _settle
 from zqfp_convert.quantize.eigen import WIDEST
-from zqfp_convert.quantize.kernels.eigen import DONE, SWEEPS, _leading
+from zqfp_convert.quantize.kernels.eigen import DONE, SWEEPS, WARPS, _leading
 
 def assembly(function, pointers, constants, warps):
     names = [name for name in function.arg_names if name not in constants]
@@ -50,7 +50,7 @@ found["simulate"] = assembly(_simulate, pointers, {"TILE": 4096}, 8)
 pointers = dict.fromkeys(["matrices", "found"], "*fp32")
 for size in (16, WIDEST):
     constants = {"SIZE": size, "SWEEPS": SWEEPS, "DONE": DONE}
-    found[f"leading {size}"] = assembly(_leading, pointers, constants, 1)
+    found[f"leading {size}"] = assembly(_leading, pointers, constants, WARPS)
 print(json.dumps(found))
 """
 
