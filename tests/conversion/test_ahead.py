@@ -9,7 +9,6 @@ import torch
 
 from zqfp_convert.checkpoint.shards import Shards
 from zqfp_convert.conversion.ahead import read_ahead
-from zqfp_convert.conversion.host import together
 
 CPU = torch.device("cpu")
 
@@ -52,27 +51,6 @@ def test_the_next_one_is_read_meanwhile() -> None:
 def test_groups_of_all_kinds() -> None:
     for groups in ([], [["a", "b"]], [["a"], [], ["empty", "c"]]):
         assert ahead(Spy(), groups) == groups
-
-
-def test_small_tensors_lie_together() -> None:
-    """One that is as large as to have pages of its own stays where it is."""
-    tensors = {
-        "odd": torch.arange(7, dtype=torch.uint8),
-        "large": torch.zeros(1 << 18),
-        "turned": torch.arange(6.0).view(2, 3).t(),
-        "empty": torch.empty(0, 3),
-        "number": torch.tensor(3.5, dtype=torch.bfloat16),
-    }
-    found = together(tensors)
-    assert list(found) == list(tensors)
-    for name, tensor in tensors.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
-        assert torch.equal(found[name], tensor)
-        assert found[name].data_ptr() % 64 == 0
-    assert found["large"] is tensors["large"]
-    moved = [found[name] for name in ("odd", "turned", "number")]
-    assert len({one.untyped_storage().data_ptr() for one in moved}) == 1
-    assert len({one.data_ptr() for one in moved}) == 3
 
 
 def test_an_error_is_raised_where_it_was_needed() -> None:

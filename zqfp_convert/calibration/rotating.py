@@ -33,25 +33,29 @@ SMALLEST_BLOCK = 16  # of the rotation: smaller ones hardly mix anything
 
 
 def find_rotation(
-    model: PreTrainedModel, blocks: Blocks, names: NameMap, call: Call, hidden: Tensor
+    model: PreTrainedModel,
+    blocks: Blocks,
+    names: NameMap,
+    block: nn.Module,
+    call: Call,
+    hidden: Tensor,
 ) -> Rotation | None:
     """What to change, or None where the model is not known to allow it.
 
     Args:
-        model: its first block has its weights.
-        call, hidden: what its first block is called with, `[batch, tokens, width]`.
+        block: the model's first one, with its weights.
+        call, hidden: what that is called with, `[batch, tokens, width]`.
     """
     width = hidden.shape[-1]
     kinds = {tuple((n, type(m)) for n, m in block.named_modules()) for block in blocks.modules}
     if len(kinds) > 1:  # what holds for the first block says nothing of the others
         return None
-    if mixtures(blocks.modules[0]):  # experts and routers get copies of what a norm gives
+    if mixtures(block):  # experts and routers get copies of what a norm gives
         return None
     around = _around(model, blocks, names, width)
     if around is None or hadamard.block_of(width) < SMALLEST_BLOCK:
         return None
     embeddings, last_norm, head, tied_to = around
-    block = blocks.modules[0]
     every = dict(linears(block))
     norms = _norms(block, width)
     read = consumers(block, norms, set(every), call, hidden)

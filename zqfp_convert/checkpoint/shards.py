@@ -120,7 +120,8 @@ class Shards:
     def pieces(self, name: str, size: int) -> Iterator[Tensor]:
         """The numbers of a tensor, at most so many bytes of them at a time, on the CPU.
 
-        Each piece is there until the next one is asked for, as all are read into the same memory.
+        Each piece may be changed, and is there until the next one is asked for: all are read into
+        the same memory.
         """
         info = self.tensors[name]
         if info.start is None:

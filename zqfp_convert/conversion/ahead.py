@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zqfp_convert.checkpoint.shards import Shards
-from zqfp_convert.conversion.host import give_back, together
+from zqfp_convert.conversion.host import give_back
 from zqfp_convert.parallel import lacking
 
 
@@ -53,7 +53,7 @@ def _read(shards: Shards, device: torch.device, stream: Any, names: list[str]) -
     """On a stream of its own, as copies on the usual one wait for what it still has to compute."""
     with lacking():
         if stream is None:
-            return together(shards.read(names, device))
+            return shards.read(names, device)
         with torch.no_grad(), torch.cuda.stream(stream):
             tensors = shards.read(names, device)
         stream.synchronize()

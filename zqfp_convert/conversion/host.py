@@ -10,11 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 MMAP_THRESHOLD, ARENA_MAX = -3, -8  # malloc.h of glibc
 LARGE = 1 << 20  # bytes from which on a tensor has pages of its own
-ALIGNMENT = 64  # bytes, as all tensors have it
 HEAPS = 2  # the main thread's, and one for all others
 PROCESS = Path("/proc/self")
 RESET_PEAK = "5"  # proc(5), clear_refs
@@ -39,22 +37,6 @@ def given_back() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, the small ones that lie on the CPU in one piece of memory.
-
-    That is for what stays while a block is computed: in a heap it would leave holes, other ones for
-    each block, and glibc (before 2.38) does not find a hole that an aligned tensor would just fill.
-    """
-    small = {n: t for n, t in tensors.items() if not t.is_cuda and 0 < t.nbytes < LARGE}
-    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in small.values()]
-    whole = torch.empty(max(sum(sizes), LARGE), dtype=torch.uint8)  # pages not used are none
-    places = torch.split(whole[: sum(sizes)], sizes)
-    moved = {}
-    for (name, tensor), place in zip(small.items(), places, strict=True):
-        moved[name] = place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-    return tensors | moved
 
 
 def tidy() -> None:

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zqfp_convert.calibration.rotating import find_rotation
 from zqfp_convert.calibration.simulated import SimulatedLinear
@@ -53,15 +53,21 @@ class _Rehearsal:
         batches = batches_of(windows, size * windows.shape[1], plan.device)
         self._first = batches[0][:1]
         self._entrance = Entrance(plan.blocks, batches)
+        self._block: nn.Module | None = None
         self.original = Stream(self._entrance.first())
         self.quantized = Stream(list(self.original.hidden))
 
     def fill(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Give a block its weights, by their names on disk."""
+        """Give a block its weights, by their names on disk.
+
+        That is a copy of the plan's, which stays as it is: what would be put into its place each
+        time, small as it is, would lie among large tensors and leave holes in the heap.
+        """
         plan = self._plan
-        block, prefix = plan.blocks.modules[index], plan.blocks.name(index) + "."
-        fill(plan, block, prefix, plan.block_tensors(index), tensors)
-        self._entrance.try_block(index, block)
+        self._block = copy.deepcopy(plan.blocks.modules[index])
+        prefix = plan.blocks.name(index) + "."
+        fill(plan, self._block, prefix, plan.block_tensors(index), tensors)
+        self._entrance.try_block(index, self._block)
 
     def find_rotation(self) -> Rotation | None:
         """That of the residual stream which the model allows, by the first block."""
@@ -72,12 +78,14 @@ class _Rehearsal:
             self.head().check(self.original.hidden[0][:1], self._first)
         except SourceError:
             return None
-        proof = self._entrance.calls(0)(0), self.original.hidden[0]
+        assert self._block is not None
+        proof = self._block, self._entrance.calls(0)(0), self.original.hidden[0]
         return find_rotation(plan.model, plan.blocks, plan.names, *proof)
 
     def step(self, index: int) -> None:
-        """Move both streams through a block, which is empty then."""
-        plan, block = self._plan, self._plan.blocks.modules[index]
+        """Move both streams through the block that has been filled."""
+        plan, block = self._plan, self._block
+        assert block is not None
         calls = self._entrance.calls(index)
         self.original.advance(block, calls)
         quantized = copy.deepcopy(block)
@@ -89,7 +97,7 @@ class _Rehearsal:
             simulated = (weight + LEFT * error).to(weight.dtype)
             put(quantized, layer.place, SimulatedLinear(simulated, bias_of(linear)))
         self.quantized.advance(quantized, calls)
-        skeleton.empty(block)
+        self._block = None
 
     def head(self) -> Head:
         """What makes logits of the streams behind the last block."""

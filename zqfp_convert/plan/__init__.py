@@ -1,6 +1,6 @@
 """What a conversion is going to do, take and leave alone, worked out before any work begins."""
 
-from zqfp_convert.plan.memory import TOGETHER, TOKENS_AT_ONCE, batch_bytes, spare_bytes
+from zqfp_convert.plan.memory import TOGETHER, TOKENS_AT_ONCE, WAITING, batch_bytes, spare_bytes
 from zqfp_convert.plan.plan import (
     Place,
     Plan,
@@ -14,6 +14,7 @@ from zqfp_convert.plan.plan import (
 __all__ = [
     "TOGETHER",
     "TOKENS_AT_ONCE",
+    "WAITING",
     "Place",
     "Plan",
     "PlannedLayer",

@@ -21,6 +21,7 @@ from zqfp_convert.quantize.hessian import SLICE
 if TYPE_CHECKING:
     from zqfp_convert.plan.plan import Plan, PlannedLayer
 
+WAITING = 2  # of the first blocks: what lies outside of them is large, and takes long to write
 TOGETHER = 1 << 27  # weights of one input, at most, that are solved at once
 SOLVERS_COPIES = 7  # of a weight: target, values, errors, and what each step makes of them
 TARGETS_COPIES = 5  # of a weight, while its target is found: itself, both its parts, the move
@@ -136,7 +137,7 @@ def _block_bytes(plan: Plan, index: int) -> int:
 def _host(plan: Plan) -> int:
     """Files that are read and written, beside what is computed with.
 
-    The next block is read and the last one written while one is quantized; the first of them waits
+    The next block is read and the last one written while one is quantized; the first ones wait
     until what lies outside the blocks is written.
     """
     held = plan.source.shards.tensors
@@ -147,7 +148,7 @@ def _host(plan: Plan) -> int:
     ]
     ahead = 2 if len(blocks) > 1 else 1
     others = [sum(held[name].bytes for name in names) for names in plan.other_shards] or [0]
-    written = max(packed) if len(blocks) > 1 else 0
+    waiting = min(WAITING, len(blocks) - 1) * max(packed)
     largest = max(layer.weights for block in plan.layers for layer in block)
     passing = max((one + other for one, other in pairwise(others)), default=0)
     on_cpu = plan.device.type == "cpu"
@@ -156,7 +157,7 @@ def _host(plan: Plan) -> int:
         ALWAYS
         + (0 if on_cpu else LIBRARIES)
         + max(
-            ahead * max(blocks) + max(packed) + written + others[-1] + rounding,
+            ahead * max(blocks) + max(packed) + waiting + others[-1] + rounding,
             passing,
             _checked(plan),
         )
