@@ -6,9 +6,9 @@ Method: a Llama with 8 B-like layers and random weights (as in `hopper.py`), con
 `best` by process 0 of each number of processes, by turns, after a first conversion that compiles
 kernels. The others are imagined: sums are multiplied, the rows of others are copies of its own. So
 nothing waits for anybody and nothing is sent, and what comes out is no model; time and launches are
-those of such a process. Prints the median seconds of a block from the third on (the first ones wait
-for what lies outside the blocks to be written), and what would be exchanged in it, as a table and a
-JSON line.
+those of such a process. Prints the median seconds of a block from the fourth on (one of those
+before waits for what lies outside the blocks to be written), and what would be exchanged in the
+fourth, as a table and a JSON line.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def complete_(share: Share, whole: Tensor) -> Tensor:
 
 
 def converted(model: Path, out: Path, processes: int, given: argparse.Namespace) -> dict[str, Any]:
-    """A conversion by one of so many processes: seconds of each block, exchanges of the third."""
+    """A conversion by one of so many processes: seconds of each block, exchanges of the fourth."""
     world = ALONE if processes == 1 else Imagined(0, processes, 0, processes, given.device)
     begun: dict[int, tuple[float, dict[str, int], dict[str, int]]] = {}
 
@@ -103,7 +103,7 @@ def converted(model: Path, out: Path, processes: int, given: argparse.Namespace)
         seq_len=given.seq_len, device=given.device, world=world, progress=mark, overwrite=True,
     )  # fmt: skip
     times = [begun[block][0] for block in sorted(begun)]
-    (_, before, bytes_before), (_, after, bytes_after) = begun[3], begun[4]
+    (_, before, bytes_before), (_, after, bytes_after) = begun[4], begun[5]
     return {
         "processes": processes,
         "blocks": [round(b - a, 3) for a, b in itertools.pairwise(times)],
@@ -124,7 +124,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0")
     given = parser.parse_args()
     if given.layers < 5:
-        parser.error("--layers: at least 5, as the first blocks do not count")
+        parser.error("--layers: at least 5, as the first three do not count")
+    if given.hidden < 512:
+        parser.error("--hidden: at least 512, for a head of keys and values")
     Share.complete_ = complete_  # type: ignore[method-assign]
     real = Series.__init__
 
@@ -144,7 +146,7 @@ def main() -> None:
                 found[count].append(converted(model, out, count, given))
     table = Table("processes", "seconds a block", "against the first", "exchanged", box=None)
     medians = {
-        count: statistics.median(t for one in runs for t in one["blocks"][2:])
+        count: statistics.median(t for one in runs for t in one["blocks"][3:])
         for count, runs in found.items()
     }
     for count, seconds in medians.items():

@@ -44,6 +44,42 @@ def test_in_order_and_beside_the_work(tmp_path: Path, monkeypatch: pytest.Monkey
         assert Series(partial, FILES).done == 1
 
 
+def test_so_many_may_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    real = Partial.save
+
+    def save(self: Partial, *rest: object) -> None:
+        assert go.wait(10)
+        real(self, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Partial, "save", save)
+    with Partial(tmp_path / "out", {}) as partial, Series(partial, FILES) as series:
+        for number in range(3):
+            series.add(tensors(number), waiting=2)  # all come back before the first is written
+        assert not any(map(partial.is_whole, FILES))
+        threading.Timer(0.2, go.set).start()
+        series.add(tensors(3), waiting=2)  # only when it is
+        assert partial.is_whole(FILES[0])
+
+
+def test_an_error_comes_back_with_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+
+    def save(self: Partial, file: str, *rest: object) -> None:
+        threading.Timer(0.2, failed.set).start()  # when its error is known
+        raise OSError(file)
+
+    monkeypatch.setattr(Partial, "save", save)
+    with Partial(tmp_path / "out", {}) as partial:
+        with pytest.raises(OSError, match=FILES[0]), Series(partial, FILES) as series:
+            series.add(tensors(0), waiting=2)
+            assert failed.wait(10)
+            series.add(tensors(1), waiting=2)
+        assert series.done == 1  # it was not taken
+
+
 def test_an_error_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def save(self: Partial, *rest: object) -> None:
         raise OSError("no")

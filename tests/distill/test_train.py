@@ -41,7 +41,7 @@ CHOICES: dict[str, Any] = {"seq_len": SEQ_LEN, "device": "cpu", "rank": 4, "tune
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> zqfp_convert.Conversion:
     with as_file(MODEL) as model:
         out = tmp_path_factory.mktemp("tuned") / "out"
-        return zqfp_convert.convert(model, out, samples=SAMPLES, tune=80, **CHOICES)
+        return zqfp_convert.convert(model, out, samples=SAMPLES, tune=160, **CHOICES)
 
 
 def divergence(packed: Path, samples: int = SAMPLES) -> float:

@@ -193,12 +193,12 @@ class Entrance:
     def trial(self, block: int, hidden: Tensor) -> tuple[Call, Tensor]:
         """A call of a block for the first window of the first batch alone, and its hidden states.
 
-        They are taken out of the batch's. Where blocks give later ones more than hidden states it
+        They are copied out of the batch's. Where blocks give later ones more than hidden states it
         is the whole batch.
         """
         if self.hands_on:
             return self._record(block, 0)[0], hidden
-        window = hidden.narrow(self.dimension(hidden), 0, 1)
+        window = hidden.narrow(self.dimension(hidden), 0, 1).clone()
         return self._record(block, 0, self._batches[0][:1])[0], window
 
     def try_block(self, index: int, block: nn.Module) -> None:

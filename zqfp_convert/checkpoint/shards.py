@@ -128,7 +128,7 @@ class Shards:
             flat = self.read([name])[name].reshape(-1)
             yield from torch.split(flat, max(1, size // flat.itemsize))
             return
-        memory = torch.empty(size, dtype=torch.uint8)
+        memory = torch.empty(min(size, info.bytes), dtype=torch.uint8)
         with (self.folder / info.file).open("rb", buffering=0) as shard:
             shard.seek(info.start)
             for done in range(0, info.bytes, size):

@@ -157,7 +157,7 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
             tensors: dict[str, Tensor] = {}
             for name in names if writer.shards.writes_next else ():  # rotated there, if it is
                 tensors |= {name: plan.source.shards.read([name], plan.device)[name].cpu()}
-            writer.add_shard(tensors if tuned is None else tuned.of(tensors), waiting=1)
+            writer.add_shard(tensors if tuned is None else tuned.of(tensors))
             del tensors  # else they are here while all blocks are computed
         if not tunes:
             for number, (block, about) in enumerate(work.blocks(writer.shards, others)):

@@ -51,9 +51,10 @@ def _run_all(plan: Plan) -> None:
                 block = noise.new_zeros(rows, BLOCK)
                 grid_marks = marks[:1, :BLOCK].expand(rows, -1).contiguous()
                 settle(block, block.clone(), coupling, grid_marks, chosen, step)
-            rank = recipe.rank if isinstance(recipe.rank, int) else ranks.MOST
-            small = torch.eye(max(1, rank) + OVERSAMPLING, device=device)
-            eigen.leading(small, max(1, rank))
+            wanted = range(ranks.STEP, ranks.MOST + 1, ranks.STEP)
+            for rank in wanted if recipe.rank == "auto" else [max(1, recipe.rank)]:
+                small = torch.eye(rank + OVERSAMPLING, device=device)
+                eigen.leading(small, rank)
             torch.linalg.cholesky_ex(small)
             torch.linalg.cholesky_ex(small.double())
             torch.linalg.solve_triangular(small.double(), small.double(), upper=True)

@@ -148,7 +148,7 @@ def _host(plan: Plan) -> int:
     ]
     ahead = 2 if len(blocks) > 1 else 1
     others = [sum(held[name].bytes for name in names) for names in plan.other_shards] or [0]
-    waiting = min(WAITING, len(blocks) - 1) * max(packed)
+    waiting = min(WAITING if plan.processes == 1 else 0, len(blocks) - 1) * max(packed)
     largest = max(layer.weights for block in plan.layers for layer in block)
     passing = max((one + other for one, other in pairwise(others)), default=0)
     on_cpu = plan.device.type == "cpu"

@@ -67,8 +67,8 @@ def fit(
 
     Columns of a basis that depend on one another, as with an error of low rank, are seen at the
     end, and all is done anew with more care. A GPU has to be waited for to know. With a list
-    `later` it is not: whether there were none, bool `[]`, is appended, and if not the factors are
-    zeros.
+    `later` it is not, up to a rank of 24 (`eigen.WIDEST` less `OVERSAMPLING`): whether there were
+    none, bool `[]`, is appended, and if not the factors are zeros.
     """
     share = share or ALONE.share(error.shape[-2])
     width = min(rank + OVERSAMPLING, share.total, error.shape[-1])

@@ -64,7 +64,8 @@ def refine(
     """
     held: list[Tensor] = []  # whether each fit has: asked once, as a GPU is waited for then
     found = _rounds(coded, metric, rank, recipe, held)
-    if bool(torch.stack(held).all()):
+    world = max((share.world for share in coded.shares), key=lambda world: world.size)
+    if world.every(lambda: bool(torch.stack(held).all())):
         return found
     del found
     return _rounds(coded, metric, rank, recipe)

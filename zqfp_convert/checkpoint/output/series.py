@@ -56,12 +56,17 @@ class Series:
     ) -> None:
         """Have the next file written, after those before it, of which so many may wait still.
 
+        Of several processes none waits still: what is not recorded is lost when one fails.
+
         Raises:
             OutputError: one of those before could not be written.
         """
-        self.wait(waiting)
-        file = self.files[self.done]
         world = self.partial.world
+        for written in self._writing:
+            if written is not None and written.done():
+                written.result()  # an error is raised at once, not when those before are done
+        self.wait(waiting if world.size == 1 else 0)
+        file = self.files[self.done]
         if world.size == 1:  # recorded by the thread, at once
             self._writing.append(self._thread.submit(self.partial.save, file, tensors, about))
         elif self.writes_next:

@@ -15,7 +15,7 @@ DONE = 1e-28  # what the elements off the diagonal have of the energy at the end
 
 
 def leading(matrices: Tensor, count: int) -> Tensor:
-    """As `eigen.leading`, for matrices that it takes."""
+    """As `eigen.leading`, for matrices that it takes; NaN for those that are not finite."""
     width = matrices.shape[-1]
     given = matrices.contiguous()
     found = torch.empty((*given.shape[:-1], count), dtype=given.dtype, device=given.device)
@@ -93,4 +93,7 @@ def _leading(
     columns = tl.sum(tl.where(same, A, 0.0), 0)[None, :]
     before = (rows > columns) | ((rows == columns) & (row < column))
     place = tl.sum(before.to(tl.int32), 0)[None, :]  # of each one's column
+    finite = energy < float("inf")
+    place = tl.where(finite, place, column)
+    V = tl.where(finite, V, float("nan"))
     tl.store(found + row * count + place, V, (row < width) & (place < count))
