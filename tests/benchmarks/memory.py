@@ -1,6 +1,6 @@
 """Peak host memory of converting models that differ only in their number of blocks.
 
-    python tests/benchmarks/memory.py [--blocks 4 16 64] [--recipe fast best] [--hidden 1024 256]
+    python tests/benchmarks/memory.py [--blocks 4 16 64] [--recipe fast best] [--hidden 2048 512]
 
 Method: for each recipe, with a hidden size of its own, and each number of blocks, a Llama with
 random weights is written to disk and converted on the CPU in a process of its own. That process
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--recipe", nargs="+", default=["fast", "best"])
-    parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 256])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[2048, 512])
     parser.add_argument("--here", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.here:

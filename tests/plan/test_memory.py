@@ -83,3 +83,16 @@ def test_windows_take_memory() -> None:
     more = reading_bytes(1280, 2048, 0) - reading_bytes(128, 2048, 0)
     assert more == (4 * 4 + 8) * (1280 - 128) * 2048
     assert reading_bytes(4, 2048, 1000) > reading_bytes(4, 2048, 0) + 8 * 1000 * 2048
+
+
+def test_blocks_wait_for_larger_shards_alone(tmp_path: Path, text: Path) -> None:
+    """One that takes long to write; of several processes none waits, as it could be lost."""
+    small, large = (
+        planned(write_model(tmp_path / str(size), "llama", vocab_size=size), text, "fast")
+        for size in (40, 40_000)
+    )
+    shared = replace(large, processes=2)
+    assert [memory.blocks_waiting(plan) for plan in (small, large, shared)] == [0, 2, 0]
+    packed = sum(layer.packed_bytes for layer in large.layers[0])
+    kept = memory.peaks(large)[0] - memory.peaks(shared)[0]
+    assert packed <= kept < 1.1 * packed + 4096  # of two blocks one, and its norms

@@ -39,7 +39,7 @@ from zqfp_convert.model.device import describe, reproducible
 from zqfp_convert.model.experts import mixtures
 from zqfp_convert.numerics import codebook
 from zqfp_convert.parallel import ALONE, World, lacking
-from zqfp_convert.plan import WAITING, Plan, make_plan
+from zqfp_convert.plan import Plan, blocks_waiting, make_plan
 from zqfp_convert.recipe import Recipe
 
 
@@ -160,8 +160,9 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
             writer.add_shard(tensors if tuned is None else tuned.of(tensors))
             del tensors  # else they are here while all blocks are computed
         if not tunes:
+            waiting = blocks_waiting(plan)
             for number, (block, about) in enumerate(work.blocks(writer.shards, others)):
-                writer.add_shard(block, about, waiting=WAITING if number < WAITING else 0)
+                writer.add_shard(block, about, waiting=waiting if number < waiting else 0)
                 del block  # else it is still here when the next but one is computed
         else:
             for block in [{}] * len(plan.layers) if tuned is None else tuned.blocks():

@@ -1,6 +1,12 @@
 """What a conversion is going to do, take and leave alone, worked out before any work begins."""
 
-from zqfp_convert.plan.memory import TOGETHER, TOKENS_AT_ONCE, WAITING, batch_bytes, spare_bytes
+from zqfp_convert.plan.memory import (
+    TOGETHER,
+    TOKENS_AT_ONCE,
+    batch_bytes,
+    blocks_waiting,
+    spare_bytes,
+)
 from zqfp_convert.plan.plan import (
     Place,
     Plan,
@@ -14,11 +20,11 @@ from zqfp_convert.plan.plan import (
 __all__ = [
     "TOGETHER",
     "TOKENS_AT_ONCE",
-    "WAITING",
     "Place",
     "Plan",
     "PlannedLayer",
     "batch_bytes",
+    "blocks_waiting",
     "check_fit",
     "make_plan",
     "positions",

@@ -21,7 +21,7 @@ from zqfp_convert.quantize.hessian import SLICE
 if TYPE_CHECKING:
     from zqfp_convert.plan.plan import Plan, PlannedLayer
 
-WAITING = 2  # of the first blocks: what lies outside of them is large, and takes long to write
+WAITING = 2  # of the first blocks, where what lies outside of them takes long to write
 TOGETHER = 1 << 27  # weights of one input, at most, that are solved at once
 SOLVERS_COPIES = 7  # of a weight: target, values, errors, and what each step makes of them
 TARGETS_COPIES = 5  # of a weight, while its target is found: itself, both its parts, the move
@@ -134,21 +134,38 @@ def _block_bytes(plan: Plan, index: int) -> int:
     return sum(held[name].bytes for name in plan.block_tensors(index))
 
 
+def _packed(plan: Plan) -> int:
+    """The largest block, as it is written."""
+    held = plan.source.shards.tensors
+    return max(
+        _block_bytes(plan, index)
+        - sum(held[f"{layer.disk}.weight"].bytes - layer.packed_bytes for layer in layers)
+        for index, layers in enumerate(plan.layers)
+    )
+
+
+def _others(plan: Plan) -> list[int]:
+    """Shards of what lies outside the blocks."""
+    held = plan.source.shards.tensors
+    return [sum(held[name].bytes for name in names) for names in plan.other_shards] or [0]
+
+
+def blocks_waiting(plan: Plan) -> int:
+    """How many of the first blocks are kept until what lies outside the blocks is written."""
+    return WAITING if plan.processes == 1 and _others(plan)[-1] > _packed(plan) else 0
+
+
 def _host(plan: Plan) -> int:
     """Files that are read and written, beside what is computed with.
 
     The next block is read and the last one written while one is quantized; the first ones wait
     until what lies outside the blocks is written.
     """
-    held = plan.source.shards.tensors
     blocks = [_block_bytes(plan, index) for index in range(len(plan.layers))]
-    packed = [
-        size - sum(held[f"{layer.disk}.weight"].bytes - layer.packed_bytes for layer in layers)
-        for size, layers in zip(blocks, plan.layers, strict=True)
-    ]
-    ahead = 2 if len(blocks) > 1 else 1
-    others = [sum(held[name].bytes for name in names) for names in plan.other_shards] or [0]
-    waiting = min(WAITING if plan.processes == 1 else 0, len(blocks) - 1) * max(packed)
+    packed, others = _packed(plan), _others(plan)
+    ahead, before = (2, 1) if len(blocks) > 1 else (1, 0)
+    waiting = min(blocks_waiting(plan), len(blocks) - 1)
+    written = max(before * packed, others[-1] + waiting * packed)
     largest = max(layer.weights for block in plan.layers for layer in block)
     passing = max((one + other for one, other in pairwise(others)), default=0)
     on_cpu = plan.device.type == "cpu"
@@ -157,7 +174,7 @@ def _host(plan: Plan) -> int:
         ALWAYS
         + (0 if on_cpu else LIBRARIES)
         + max(
-            ahead * max(blocks) + max(packed) + waiting + others[-1] + rounding,
+            ahead * max(blocks) + packed + written + rounding,
             passing,
             _checked(plan),
         )
