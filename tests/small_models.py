@@ -134,6 +134,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "layers_block_type": HYBRID,
         "mamba_d_state": 4,
         "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,  # some versions do not go without them by themselves
     },
     "zamba2": {
         "num_hidden_layers": 4,

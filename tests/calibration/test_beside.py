@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from architectures import token_ids
 from small_models import model_types, small_model
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ def test_streamed_states_are_those_of_the_whole_model(model_type: str, tmp_path:
         trial = entrance.trial(index, stream.hidden[0])[1]
         assert (trial is stream.hidden[0]) is entrance.hands_on
         stream.advance(block, entrance.calls(index))
-    assert entrance.hands_on is (model_type not in ("zamba", "llama"))
+    hand_on = {"rwkv"} if transformers.__version__.startswith("5.0.") else {"rwkv", "gemma3n_text"}
+    assert entrance.hands_on is (model_type in hand_on)
     single = [one for states in want for one in torch.split(states, 1, dimension)]
     for have, states in zip(stream.hidden, single, strict=True):
         torch.testing.assert_close(have, states, rtol=1e-4, atol=1e-4)

@@ -162,4 +162,5 @@ def test_told_to_end(
     assert "goes on from what is done" in said[0]
     if not killed:
         assert "was told to end (SIGTERM)" in said[0]
-        assert said[1:] == ["", ""]
+        for other in said[1:]:  # gloo's own lines come with some versions
+            assert [line for line in other.splitlines() if not line.startswith("[Gloo]")] == []
