@@ -12,6 +12,7 @@ import hashlib
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -141,24 +142,33 @@ def kill(source: Path, folder: Path, kind: str, kills: int, seed: int) -> None:
     if kind == "little-memory":
         assert log.read_text().splitlines()[:2] == ["1 8", "2 4"], log.read_text()
     chance = random.Random(seed)
-    done_before, kept = 0, 0
+    late, kept, killed = 0, 0, [0] * kills
     for number in range(kills):
         out = folder / str(number)
         left = seconds * (number + chance.random()) / kills
+        at_end = False
         while not out.exists():
-            child(start(out), left)
-            if out.exists():
-                done_before += 1
-                break
+            if child(start(out), left):
+                if not killed[number]:  # too late: once more, and earlier
+                    shutil.rmtree(out)
+                    late += 1
+                    left *= chance.random()
+                continue
+            killed[number] += 1
+            at_end = out.exists()  # all but clearing up was done
+            if at_end:
+                continue
             kept += (partial_folder(out) / "text.safetensors").exists()
             if number % 3 or chance.random() < 0.5:  # some are killed more than once
                 child(start(out))
             left = seconds * chance.random()
         assert digests(out) == want, f"killed after {left:.3f} of {seconds:.3f} s: other bytes"
-        assert done_before or not partial_folder(out).exists()
+        assert at_end or not partial_folder(out).exists()
+    assert all(killed)
+    assert kept >= kills // 4
     print(
-        f"{kind}: {kills} kills in {seconds:.2f} s: {kept} times there was something to go on "
-        f"from, {done_before} came too late"
+        f"{kind}: {sum(killed)} kills of {kills} conversions of {seconds:.2f} s: {kept} times "
+        f"there was something to go on from; {late} came too late"
     )
 
 

@@ -171,4 +171,4 @@ def test_a_disk_too_small_for_them(tmp_path: Path) -> None:
     count, where = done.stdout.split(maxsplit=1)
     assert int(count) == 8  # of 1 MiB each
     assert where.startswith(f"{tmp_path / 'states'}: the disk is full")
-    assert "goes on where it stopped" in where
+    assert "Make room" in where

@@ -225,12 +225,20 @@ def test_batches_shrink_everywhere(
     close(out, whole, 0.2)
 
 
-def test_fewer_windows_than_processes(tiny_model: Maker, tmp_path: Path) -> None:
-    source = tiny_model()
+@pytest.mark.parametrize(
+    ("samples", "words", "said"),
+    [(1, 100, "samples: 1 for 2 processes"), (7, 3, "1 windows of text for 2 processes")],
+)
+def test_fewer_windows_than_processes(
+    samples: int, words: int, said: str, tiny_model: Maker, tmp_path: Path
+) -> None:
+    source, text = tiny_model(), tmp_path / "text.txt"
+    text.write_text("fox " * words)
+    choices = {**FEW, "samples": samples, "seq_len": 8, "calibration": text}
 
     def work(world: World) -> None:
-        with pytest.raises(OptionError, match="1 windows of text for 2 processes"):
-            convert(source, tmp_path / "out", world=world, **{**FEW, "samples": 1})
+        with pytest.raises(OptionError, match=said):
+            convert(source, tmp_path / "out", world=world, **choices)
 
     processes.run(2, work, tmp_path / "log")
     assert not (tmp_path / "out.partial").exists()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from zqfp_convert.conversion import Conversion
     from zqfp_convert.conversion.probe import Estimate
     from zqfp_convert.plan import Plan
-    from zqfp_convert.recipe import Recipe
 
 METHOD = f"{RARE}: the method"
 TEXT = f"{RARE}: text"
@@ -247,6 +247,7 @@ def command(
 
     with (
         console.interface(debug, as_json=as_json, quiet=quiet, log_file=log_file) as ui,
+        _spelled(),
         parallel.join(device) as world,
         ExitStack() as planning,
     ):
@@ -260,8 +261,7 @@ def command(
 
         if not world.leads:
             ui.follow()
-        chosen = _named(
-            Recipe.named,
+        chosen = Recipe.named(
             recipe,
             scales=scales,
             group_size=_number(group_size),
@@ -295,7 +295,7 @@ def command(
             world.lead(lambda: check(push_to_hub, private=private, overwrite=overwrite))
         shown = not ui.silent or ui.log is not None
         time = estimate(plan) if world.leads and (dry_run or shown) else None
-        _show_plan(ui, plan, time, every_layer=dry_run)
+        _show_plan(ui, plan, time, every_layer=dry_run, resume=resume)
         if dry_run:
             seconds = {} if time is None else {"estimated_seconds": round(time.seconds, 1)}
             ui.give(plan.to_json() | seconds)
@@ -324,15 +324,16 @@ def command(
         ui.give(found)
 
 
-def _named(named: Callable[..., Recipe], recipe: str, **choices: Any) -> Recipe:
-    """A recipe; where a choice cannot be, the error names its option."""
+@contextmanager
+def _spelled() -> Iterator[None]:
+    """Errors of arguments name the options here that these are given by."""
     try:
-        return named(recipe, **choices)
+        yield
     except OptionError as error:
-        if error.where not in choices:
+        if re.fullmatch(r"[a-z_]+", error.where) is None:
             raise
         option = "--" + SPELT.get(error.where, error.where).replace("_", "-")
-        advice = error.do.replace(error.where, option)
+        advice = re.sub(rf"(?<![-\w]){error.where}(?!\w)", option, error.do)
         raise OptionError(option, error.found, needed=error.needed, do=advice) from None
 
 
@@ -348,7 +349,12 @@ def _duration(seconds: float) -> str:
 
 
 def _show_plan(
-    ui: console.Interface, plan: Plan, time: Estimate | None, *, every_layer: bool
+    ui: console.Interface,
+    plan: Plan,
+    time: Estimate | None,
+    *,
+    every_layer: bool,
+    resume: bool,
 ) -> None:
     from zqfp_convert.checkpoint.output.partial import partial_folder, room
     from zqfp_convert.plan.disk import journal_bytes
@@ -369,6 +375,7 @@ def _show_plan(
         "rotation": _rotation(plan),
         "tuning": plan.tuning,
         "device": str(plan.device),
+        "processes": f"{plan.processes}, {plan.host_processes} of them on this host",
         "memory": f"about {console.size(plan.host_memory)} of host memory"
         + (f", {console.size(plan.device_memory)} on the GPU" if plan.device_memory else ""),
         "disk": f"{console.size(plan.bytes_after)} for the checkpoint, "
@@ -376,6 +383,8 @@ def _show_plan(
         f"{console.size(room(plan.out))} free",
         "left alone": _left_alone(plan),
     }
+    if plan.processes == 1:
+        del rows["processes"]
     if plan.states != "device":
         where = "host memory" if plan.states == "host" else "a file in OUT.partial"
         rows["states"] = f"of the calibration text are kept in {where}, for want of memory"
@@ -386,7 +395,8 @@ def _show_plan(
         )
     unfinished = partial_folder(plan.out)
     if unfinished.exists():
-        rows["unfinished"] = f"{unfinished}, gone on with if it is the same conversion"
+        what = "gone on with if it is the same conversion" if resume else "thrown away"
+        rows["unfinished"] = f"{unfinished}, {what}"
     if code := plan.source.code_files():
         rows["not run"] = "code of the model's author: " + ", ".join(map(str, code))
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -33,14 +33,15 @@ from zqfp_convert.conversion.tuning import Tuned, tune
 from zqfp_convert.conversion.warm import warm
 from zqfp_convert.conversion.work import Work
 from zqfp_convert.distill.train import Outcome
-from zqfp_convert.errors import OptionError, SourceError, Stopped
+from zqfp_convert.errors import SourceError, Stopped
 from zqfp_convert.model import skeleton
 from zqfp_convert.model.device import describe, reproducible
-from zqfp_convert.model.experts import mixtures
 from zqfp_convert.numerics import codebook
 from zqfp_convert.parallel import ALONE, World, lacking
 from zqfp_convert.plan import Plan, blocks_waiting, make_plan
 from zqfp_convert.recipe import Recipe
+
+ON_CPU = "can't allocate memory"  # torch's words for it
 
 
 def convert(
@@ -102,7 +103,6 @@ def run(
     try:
         conversion = identity(plan, world.size)
         _check_same(conversion, world)
-        _check_tuned_together(plan, world)
         overwrite, silent = plan.overwrite, progress is None or not world.leads
         with Partial(
             plan.out, conversion, overwrite=overwrite, resume=resume, world=world
@@ -123,13 +123,22 @@ def run(
     except torch.OutOfMemoryError as error:
         raise SourceError(
             f"memory of {plan.device}",
-            str(error).split(".")[0],
-            needed=f"about {plan.device_memory / 1e6:,.0f} MB, by the plan's estimate",
+            _lack(error),
+            needed=f"about {(plan.device_memory or plan.host_memory) / 1e6:,.0f} MB, by the "
+            "plan's estimate",
             do="Free some, and give the same command again: it goes on where it stopped. Or add "
             "--no-resume and use fewer --samples, a shorter --seq-len, or another --device.",
         ) from error
     finally:
         skeleton.empty(plan.model)
+
+
+def _lack(error: torch.OutOfMemoryError) -> str:
+    """What torch says was asked for, without where in its lines."""
+    text = str(error)
+    if ON_CPU in text:
+        return text[text.index(ON_CPU) :].split(". ")[0]
+    return text.split(".")[0]
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
@@ -177,6 +186,7 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
         writer.add_text(layout.CARD, card.packed(quantization))
         bits = 8 * writer.packed_bytes() / plan.weights
         writer.finish(config, work.layers.entries, work.changed)
+    host_peak, device_peak = _peaks(peak, world)
     after = world.lead(lambda: sum(path.stat().st_size for path in plan.out.glob("*.safetensors")))
     skeleton.empty(plan.model)  # of a rotated plan only what was made stays
     seconds = time.monotonic() - began
@@ -188,11 +198,20 @@ def _run(plan: Plan, partial: Partial, report: Progress) -> Conversion:
         bits,
         after,
         seconds,
-        peak.host(),
-        peak.device(),
+        host_peak,
+        device_peak,
         calibration,
         outcome,
     )
+
+
+def _peaks(peak: Peak, world: World) -> tuple[int | None, int | None]:
+    """Of all processes of this host, whose memory is one, and of the fullest GPU there is."""
+    every = world.gather((peak.host(), peak.device()))
+    first = world.rank - world.local_rank
+    here = [host for host, _ in every[first : first + world.local_size] if host is not None]
+    devices = [device for _, device in every if device is not None]
+    return sum(here) if here else None, max(devices, default=None)
 
 
 def _check_same(conversion: dict[str, Any], world: World) -> None:
@@ -205,18 +224,6 @@ def _check_same(conversion: dict[str, Any], world: World) -> None:
             f"another conversion than that of process 0: {'; '.join(found[:3])}",
             needed="the same model, text, versions and kind of device in all processes",
             do="Give all hosts the same.",
-        )
-
-
-def _check_tuned_together(plan: Plan, world: World) -> None:
-    """Refuse to tune a mixture: experts are handed out, and process 0 would need them all."""
-    together = world.size > 1 and plan.recipe.tune > 0
-    if together and any(mixtures(block) for block in plan.blocks.modules):
-        raise OptionError(
-            "tune",
-            f"{plan.recipe.tune} for a mixture of experts, with {world.size} processes",
-            needed="one process to tune a mixture of experts",
-            do="Give --tune 0 (as recipe best has), or start one process.",
         )
 
 

@@ -59,7 +59,7 @@ def estimate(plan: Plan) -> Estimate:
     began = time.monotonic()
     checking, moving = _files(plan)
     computing = sum(_rounding(plan) if not plan.recipe.needs_calibration else _calibrating(plan))
-    seconds = checking + max(moving, computing / plan.processes)
+    seconds = checking + max(moving, computing)
     return Estimate(seconds, time.monotonic() - began)
 
 
@@ -91,13 +91,18 @@ def _rounding(plan: Plan) -> list[float]:
         solved = quantize_weight(weight, None, plan.recipe)
         pack("", solved.codes, solved.scales).check()
 
-    return [_seconds(plan, work, least=MOMENT) * plan.weights / weight.numel()]
+    return [_seconds(plan, work, least=MOMENT) * plan.weights / weight.numel() / plan.processes]
 
 
 def _calibrating(plan: Plan) -> list[float]:
-    """Seconds of each step."""
+    """Seconds of each step.
+
+    Processes share out tokens and rows; each makes all factorizations, and goes through all columns
+    of of its rows. Rehearsal and tuning are for the first one alone.
+    """
     recipe, kind = plan.recipe, plan.device.type
     tokens = recipe.samples * recipe.seq_len
+    here = tokens / plan.processes
     streams = 2 if recipe.asymmetry > 0 else 1
     weight = _weight(plan)
     rows, columns = weight.shape
@@ -140,7 +145,9 @@ def _calibrating(plan: Plan) -> list[float]:
             share, parent = shares[layer.place], layer.place.rpartition(".")[0]
             passes += share * layer.weights
             inputs += share * layer.columns
-            settled = by_column + layer.rows * (by_weight + crossing * layer.columns)
+            settled = by_column + layer.rows / plan.processes * (
+                by_weight + crossing * layer.columns
+            )
             solved += layer.columns * settled
             stage = (parent, layer.columns, layer.rows if layer.rows > layer.columns else 0)
             if stage not in stages:
@@ -150,9 +157,9 @@ def _calibrating(plan: Plan) -> list[float]:
                 moments += share * layer.columns**2 * (1 + 2 * less) / 3
                 factors += layer.columns**3
     found = [
-        PASSES * REST * streams / 2 * tokens * passes * product,
-        SIMULATED * tokens * inputs * simulating,
-        tokens * moments * adding,
+        PASSES * REST * streams / 2 * here * passes * product,
+        SIMULATED * here * inputs * simulating,
+        here * moments * adding,
         factors * factorizing,
         solved,
     ]
@@ -163,7 +170,7 @@ def _calibrating(plan: Plan) -> list[float]:
         rehearsed = min(tokens, WINDOWS * min(WINDOW, recipe.seq_len))
         found.append(REST * REHEARSED * rehearsed * passes * product)
     if plan.text is None:
-        written = -(-recipe.samples // GENERATED_AT_ONCE)
+        written = -(-recipe.samples // plan.processes // GENERATED_AT_ONCE)
         found.append(REST * written * recipe.seq_len * passes * step)
     if recipe.tune > 0:
         tuned = recipe.tune * WINDOWS_AT_ONCE * recipe.seq_len

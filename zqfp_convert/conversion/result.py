@@ -28,8 +28,8 @@ class Conversion:
         bits: for each quantized weight, scales and low-rank factors included.
         bytes_after: of all weights on disk.
         seconds: wall time.
-        host_peak, device_peak: bytes above what this process had before; None where the system does
-            not tell, and of a GPU where none is used.
+        host_peak, device_peak: bytes above what there was before, of all processes of this host and
+            of the fullest GPU; None where the system does not tell, and where no GPU is used.
         calibration: text, number and length of the windows used; None where none were needed.
         tuning: what end-to-end tuning did; None without.
     """

@@ -103,7 +103,11 @@ def peaks(plan: Plan) -> tuple[int, int]:
             window = _window(plan)
             host += states_bytes(plan) // window * (1 << (window - 1).bit_length())
     elif not on_cpu:
-        work = solving_bytes(plan)
+        blocks = [_block_bytes(plan, index) for index in range(len(plan.layers))]
+        ahead = 2 if len(blocks) > 1 else 1
+        work = max(
+            ahead * max(blocks) + _packed(plan) + solving_bytes(plan), _largest_outside(plan)
+        )
     together, taken = plan.host_processes, host + work if on_cpu else host
     return together * max(taken, _reading(plan)), 0 if on_cpu else work
 
@@ -148,6 +152,12 @@ def _others(plan: Plan) -> list[int]:
     """Shards of what lies outside the blocks."""
     held = plan.source.shards.tensors
     return [sum(held[name].bytes for name in names) for names in plan.other_shards] or [0]
+
+
+def _largest_outside(plan: Plan) -> int:
+    """The largest tensor outside the blocks."""
+    held = plan.source.shards.tensors
+    return max((held[name].bytes for names in plan.other_shards for name in names), default=0)
 
 
 def blocks_waiting(plan: Plan) -> int:

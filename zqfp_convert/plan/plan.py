@@ -24,7 +24,7 @@ from zqfp_convert.model import skeleton
 from zqfp_convert.model.blocks import Blocks, find_blocks, linears, shape
 from zqfp_convert.model.configured import configured
 from zqfp_convert.model.device import resolve_device, settle_libraries, too_little_memory
-from zqfp_convert.model.experts import routers
+from zqfp_convert.model.experts import mixtures, routers
 from zqfp_convert.model.names import NameMap
 from zqfp_convert.model.tokenizer import tokenizer_of
 from zqfp_convert.original import match
@@ -270,6 +270,7 @@ def make_plan(
         processes=world.size,
         host_processes=world.local_size,
     )
+    _check_processes(plan)
     plan = _that_fits(plan)
     _check_room(plan)
     return plan
@@ -387,6 +388,26 @@ def _layers(
     return planned, left_alone
 
 
+def _check_processes(plan: Plan) -> None:
+    """Refuse more processes than can share the work."""
+    recipe, count = plan.recipe, plan.processes
+    if count > 1 and recipe.tune > 0 and any(mixtures(block) for block in plan.blocks.modules):
+        # Experts are handed out, and process 0 would need them all.
+        raise OptionError(
+            "tune",
+            f"{recipe.tune} for a mixture of experts, with {count} processes",
+            needed="one process to tune a mixture of experts",
+            do="Give --tune 0 (as recipe best has), or start one process.",
+        )
+    if recipe.needs_calibration and recipe.samples < count:
+        raise OptionError(
+            "samples",
+            f"{recipe.samples} for {count} processes",
+            needed="a window for each process",
+            do="Give more samples, or start fewer processes.",
+        )
+
+
 def _check_patterns(model: PreTrainedModel, names: NameMap, recipe: Recipe) -> None:
     """Refuse a pattern of --ignore that somebody has given and that no layer matches."""
     every = [place for place, _ in linears(model)]
@@ -500,6 +521,11 @@ def _check_room(plan: Plan) -> None:
             + (" (the whole model, to write its own calibration text)" if generated else ""),
             do="Give --calibration FILE, so that the model is streamed block by block."
             if generated
-            else "Use fewer --samples or a shorter --seq-len, or another --device"
-            + (", or --tune-samples 0, so that the model need not write text." if tunes else "."),
+            else (
+                "Use fewer --samples or a shorter --seq-len, or another --device"
+                if plan.recipe.needs_calibration
+                else "Use another --device, or a machine with more memory"
+            )
+            + (", or --tune-samples 0, so that the model need not write text" if tunes else "")
+            + (", or start fewer processes on a host." if plan.host_processes > 1 else "."),
         )

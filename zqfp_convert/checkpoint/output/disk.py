@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from zqfp_convert.errors import OutputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 FULL_TO_SAFETENSORS = tuple(f"(os error {number})" for number in FULL)
 
 
@@ -29,15 +30,16 @@ def writing(out: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         told = any(code in str(error) for code in FULL_TO_SAFETENSORS)
         full = getattr(error, "errno", None) in FULL or told
-        raise OutputError(
-            str(out),
-            "the disk is full" if full else f"cannot be written ({error})",
-            needed="room for the whole checkpoint" if full else "a folder that can be written",
-            do="Make room and give the same command again: it goes on where it stopped. Or give "
-            "an output folder on another disk."
-            if full
-            else "Make room, or give an output folder on another disk.",
-        ) from error
+        if full:
+            found, needed = "the disk is full", "room for the whole checkpoint"
+            do = "Make room, or give an output folder on another disk."
+        elif getattr(error, "errno", None) in FORBIDDEN:
+            found, needed = f"cannot be written ({error})", "a folder that can be written"
+            do = "Allow that, or give an output folder elsewhere."
+        else:
+            found, needed = f"cannot be written ({error})", "a disk that works"
+            do = "Look at the disk, or at what connects it."
+        raise OutputError(str(out), found, needed=needed, do=do) from error
 
 
 def sync(path: Path) -> None:

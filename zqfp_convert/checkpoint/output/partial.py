@@ -129,7 +129,8 @@ class Partial:
         try:
             if not keep and self.world.leads:
                 self._remove_all()
-            if keep and users and isinstance(error, ZqfpError):  # the others say so themselves
+            told = isinstance(error, ProcessError)  # says so itself
+            if keep and isinstance(error, ZqfpError) and not told:
                 error.advise(
                     f"What is done is kept in {self.folder}: when that is put right, the same "
                     "command goes on from there."
