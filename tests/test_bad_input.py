@@ -540,12 +540,30 @@ def test_overwriting_spares_what_is_not_ours(tmp_path: Path) -> None:
     assert (target / "config.json").is_file()
 
 
-def test_out_of_memory_on_the_way(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object, **how: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. And so on")
+def of_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. And so on")
 
-    monkeypatch.setattr("zqfp_convert.conversion.layers.quantize_together", fail)
-    refused(source, out, "memory of cpu", "out of memory", "--samples", "goes on")
+
+@pytest.mark.parametrize(
+    ("lack", "said"),
+    [
+        (of_a_gpu, "memory of cpu: CUDA out of memory; needed: about "),
+        (lambda: torch.empty(1 << 60), "memory of cpu: can't allocate memory: you tried to"),
+    ],
+    ids=["gpu", "cpu"],
+)
+def test_out_of_memory_on_the_way(
+    lack: Callable[[], object],
+    said: str,
+    source: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "zqfp_convert.conversion.layers.quantize_together", lambda *args, **how: lack()
+    )
+    error = refused(source, out, said, "--samples", "goes on")
+    assert "about 0 MB" not in error.needed
     partial = out.with_name("out.partial")
     assert partial.is_dir()  # to go on when there is more memory
     shutil.rmtree(partial)

@@ -157,11 +157,40 @@ def test_a_full_disk(error: Exception, tmp_path: Path, monkeypatch: pytest.Monke
         target.add_shard(B)  # in a thread: it is seen when the next thing is written
         target.finish({}, {}, {})
     assert raised.value.where == str(tmp_path / "out")
+    assert "Make room" in raised.value.do
     assert "goes on" in raised.value.do
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     write(tmp_path / "out", A, B)
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"), [(errno.EACCES, "Allow that"), (errno.EIO, "Look at the disk")]
+)
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_else_the_system_says(
+    kept: bool, code: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whether there is something to go on with."""
+
+    def save_file(*args: object, **kwargs: object) -> None:
+        raise OSError(code, "said the system")
+
+    with (
+        pytest.raises(OutputError, match="said the system") as raised,
+        writing(tmp_path / "out", 2) as target,
+    ):
+        if kept:
+            target.add_shard(A)
+            target.shards.wait()
+        monkeypatch.setattr(partial, "save_file", save_file)
+        target.add_shard(B)
+        target.shards.wait()
+    assert advice in raised.value.do
+    assert "Make room" not in raised.value.do
+    assert (tmp_path / "out.partial").exists() is kept
+    assert ("goes on from there" in raised.value.do) is kept
 
 
 @pytest.mark.parametrize("step", ["rename", "json"])

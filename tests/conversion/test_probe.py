@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,23 @@ def test_rounding_is_timed_as_it_is_done(
     assert weight.numel() == largest  # as all of it fits
     assert found == plan.weights / largest
     assert packed
+    (shared,) = probe._rounding(dataclasses.replace(plan, processes=4))
+    assert shared == found / 4
+
+
+def test_processes_do_not_share_all_steps(
+    tiny_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(plan: Plan, work: Callable[[], object], *, least: float = 0.0) -> float:
+        work()
+        return 1.0
+
+    monkeypatch.setattr(probe, "_seconds", seconds)
+    plan = plan_of(tiny_model(), tmp_path / "out", "best")
+    alone, shared = (
+        probe._calibrating(dataclasses.replace(plan, processes=count)) for count in (1, 2)
+    )
+    for at in range(3):  # passes, quantization of activations, statistics: by tokens
+        assert shared[at] == pytest.approx(alone[at] / 2)
+    assert shared[3] == alone[3]  # factorizations
+    assert alone[4] / 2 <= shared[4] <= alone[4]  # rows are shared, columns are not

@@ -85,6 +85,20 @@ def test_windows_take_memory() -> None:
     assert reading_bytes(4, 2048, 1000) > reading_bytes(4, 2048, 0) + 8 * 1000 * 2048
 
 
+def test_rounding_on_a_gpu_takes_blocks_or_what_lies_outside(tmp_path: Path, text: Path) -> None:
+    """Two blocks, as the next one is read meanwhile; or one tensor at a time."""
+    small, large = (
+        planned(write_model(tmp_path / str(size), "llama", vocab_size=size), text, "fast")
+        for size in (40, 40_000)
+    )
+    gpu = torch.device("cuda")
+    held, table = small.source.shards.tensors, "model.embed_tokens.weight"
+    blocks = sum(held[name].bytes for index in (0, 1) for name in small.block_tensors(index))
+    assert blocks < memory.peaks(replace(small, device=gpu))[1] < 8 * blocks
+    outside = large.source.shards.tensors[table].bytes
+    assert memory.peaks(replace(large, device=gpu))[1] == outside
+
+
 def test_blocks_wait_for_larger_shards_alone(tmp_path: Path, text: Path) -> None:
     """One that takes long to write; of several processes none waits, as it could be lost."""
     small, large = (

@@ -338,6 +338,31 @@ def test_converting_and_pushing(
     assert double.repositories[NAME].private
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_refused_is_not_downloaded(double: Hub, tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in DEMO.iterdir()}
+    double.repositories["maker/model"] = Repository(files=files, lfs={"model.safetensors"})
+
+    def read() -> list[bool]:
+        """Whether the weights' file was asked for in part, for each time that it was."""
+        asked = [a for a in double.of("file") if a.path.endswith("model.safetensors")]
+        return ["range" in one.headers for one in asked]
+
+    words = ["maker/model", tmp_path / "out", "--recipe", "fast"]
+    for _ in range(2):  # the first try leaves the other files in the cache
+        before = len(read())
+        refused = command(*words, "--ignore", "no_such_layer")
+        assert refused.exit_code == 2
+        assert "no_such_layer" in refused.stderr
+        assert len(read()) > before
+        assert all(read())
+    done = command(*words)
+    assert done.exit_code == 0, done.output
+    before = len(read())
+    assert command(*words, "--overwrite").exit_code == 0  # from the cache
+    assert len(read()) == before
+
+
 def test_a_dry_run_leaves_weights_there(double: Hub, tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in DEMO.iterdir()}
     double.repositories["maker/model"] = Repository(files=files, lfs={"model.safetensors"})

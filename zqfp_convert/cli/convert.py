@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -281,9 +282,9 @@ def command(
             seq_len=seq_len,
             seed=seed,
         )
-        plan = make_plan(
-            planning.enter_context(hub.to_plan(model, revision)) if dry_run else model,
-            out,
+        planned = partial(
+            make_plan,
+            out=out,
             recipe=chosen,
             calibration=calibration,
             device=world.device,
@@ -291,6 +292,13 @@ def command(
             revision=revision,
             world=world,
         )
+        if dry_run:
+            plan = planned(planning.enter_context(hub.to_plan(model, revision)))
+        else:
+            if world.leads and not hub.is_here(model, revision):
+                with hub.to_plan(model, revision) as headers:
+                    planned(headers)  # refuses what cannot be before all of it is downloaded
+            plan = planned(model)
         if push_to_hub is not None and not dry_run:
             world.lead(lambda: check(push_to_hub, private=private, overwrite=overwrite))
         shown = not ui.silent or ui.log is not None

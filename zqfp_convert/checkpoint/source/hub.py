@@ -103,6 +103,18 @@ def to_plan(model: str | Path, revision: str | None = None) -> Iterator[Path]:
         yield folder
 
 
+def is_here(model: str | Path, revision: str | None = None) -> bool:
+    """Whether `fetch` has no weights to download."""
+    if Path(model).expanduser().exists():
+        return True
+    folder = cached(str(model), revision)
+    if folder is None:
+        return False
+    index = folder / layout.INDEX_FILE
+    files = set(read_index(folder).values()) if index.is_file() else {layout.SINGLE_SHARD}
+    return all((folder / file).is_file() for file in files)
+
+
 def _write_header(name: str, revision: str, folder: Path, file: str) -> None:
     """Write a shard that has its header and its length, and no data."""
     try:
