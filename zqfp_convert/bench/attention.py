@@ -29,7 +29,8 @@ def simplify(model: PreTrainedModel) -> None:
 
 def mask(**about: Any) -> Tensor | None:
     """Torch's, but None for a prompt, where `is_causal` does, unless attention is local."""
-    if about["q_length"] > 1 and about.get("local_size") is None:
+    tokens = about["q_length"] if "q_length" in about else len(about["cache_position"])
+    if tokens > 1 and about.get("local_size") is None:
         return None
     masked: Tensor | None = sdpa_mask(**about)
     return masked

@@ -46,7 +46,7 @@ class Command(TyperCommand):
         split = any(ALL in p.opts for p in params)
         for one in params:
             if one not in words and not one.hidden:
-                panel = (one.rich_help_panel if split else None) or "Options"
+                panel = (getattr(one, "rich_help_panel", None) if split else None) or "Options"
                 panels.setdefault(panel, []).append(one)
         for name, options in panels.items():
             if self.every or not name.startswith(RARE):
