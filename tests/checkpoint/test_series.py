@@ -18,15 +18,21 @@ def tensors(number: int) -> dict[str, torch.Tensor]:
     return {"x": torch.full((2, 3), float(number))}
 
 
-def test_in_order_and_beside_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go = threading.Event()
+@pytest.fixture
+def go(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Nothing is written before it is set."""
+    found = threading.Event()
     real = Partial.save
 
     def save(self: Partial, *rest: object) -> None:
-        assert go.wait(10)
+        assert found.wait(10)
         real(self, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Partial, "save", save)
+    return found
+
+
+def test_in_order_and_beside_the_work(tmp_path: Path, go: threading.Event) -> None:
     with Partial(tmp_path / "out", {}) as partial:
         with Series(partial, FILES) as series:
             series.add(tensors(0), {"about": 0})  # comes back before it is written
@@ -44,15 +50,7 @@ def test_in_order_and_beside_the_work(tmp_path: Path, monkeypatch: pytest.Monkey
         assert Series(partial, FILES).done == 1
 
 
-def test_so_many_may_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go = threading.Event()
-    real = Partial.save
-
-    def save(self: Partial, *rest: object) -> None:
-        assert go.wait(10)
-        real(self, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Partial, "save", save)
+def test_so_many_may_wait(tmp_path: Path, go: threading.Event) -> None:
     with Partial(tmp_path / "out", {}) as partial, Series(partial, FILES) as series:
         for number in range(3):
             series.add(tensors(number), waiting=2)  # all come back before the first is written

@@ -95,11 +95,9 @@ def to_plan(model: str | Path, revision: str | None = None) -> Iterator[Path]:
             # As the Hub's cache spells it, so that it is known where this comes from.
             folder = Path(above) / there.parent.parent.name / there.parent.name / there.name
             shutil.copytree(there, folder, ignore=shutil.ignore_patterns(*ignored))
-            index = folder / layout.INDEX_FILE
-            files = set(read_index(folder).values()) if index.is_file() else {layout.SINGLE_SHARD}
             with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
                 one = partial(_write_header, name, there.name, folder)
-                list(pool.map(one, sorted(files)))
+                list(pool.map(one, sorted(_shards(folder))))
         yield folder
 
 
@@ -108,11 +106,13 @@ def is_here(model: str | Path, revision: str | None = None) -> bool:
     if Path(model).expanduser().exists():
         return True
     folder = cached(str(model), revision)
-    if folder is None:
-        return False
+    return folder is not None and all((folder / file).is_file() for file in _shards(folder))
+
+
+def _shards(folder: Path) -> set[str]:
+    """The names of the files of weights, which need not be there."""
     index = folder / layout.INDEX_FILE
-    files = set(read_index(folder).values()) if index.is_file() else {layout.SINGLE_SHARD}
-    return all((folder / file).is_file() for file in files)
+    return set(read_index(folder).values()) if index.is_file() else {layout.SINGLE_SHARD}
 
 
 def _write_header(name: str, revision: str, folder: Path, file: str) -> None:
