@@ -383,7 +383,11 @@ def _show_plan(
         "rotation": _rotation(plan),
         "tuning": plan.tuning,
         "device": str(plan.device),
-        "processes": f"{plan.processes}, {plan.host_processes} of them on this host",
+        **(
+            {"processes": f"{plan.processes}, {plan.host_processes} of them on this host"}
+            if plan.processes > 1
+            else {}
+        ),
         "memory": f"about {console.size(plan.host_memory)} of host memory"
         + (f", {console.size(plan.device_memory)} on the GPU" if plan.device_memory else ""),
         "disk": f"{console.size(plan.bytes_after)} for the checkpoint, "
@@ -391,8 +395,6 @@ def _show_plan(
         f"{console.size(room(plan.out))} free",
         "left alone": _left_alone(plan),
     }
-    if plan.processes == 1:
-        del rows["processes"]
     if plan.states != "device":
         where = "host memory" if plan.states == "host" else "a file in OUT.partial"
         rows["states"] = f"of the calibration text are kept in {where}, for want of memory"

@@ -98,7 +98,7 @@ def _calibrating(plan: Plan) -> list[float]:
     """Seconds of each step.
 
     Processes share out tokens and rows; each makes all factorizations, and goes through all columns
-    of of its rows. Rehearsal and tuning are for the first one alone.
+    of its rows. Rehearsal and tuning are for the first one alone.
     """
     recipe, kind = plan.recipe, plan.device.type
     tokens = recipe.samples * recipe.seq_len
